@@ -1,0 +1,54 @@
+"""Builds spectral_fast._C with CMake and ninja; everything declarative is in pyproject.toml."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Hands the extension to CMakeLists.txt and tells it where the module must lie."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # Build-time requirements: imported here so that `python setup.py --version` needs neither.
+        import ninja
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        # `python -m cmake` and ninja's full path: pip's isolated environment need not be on PATH.
+        cmake = [sys.executable, "-m", "cmake"]
+        configure = [
+            *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
+        # A cache left by another isolated environment points at tools that no longer exist.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        subprocess.run([*cmake, *configure], check=True)
+        subprocess.run([*cmake, "--build", str(build)], check=True)
+
+
+def files(*patterns: str) -> list[str]:
+    """Paths under the root, relative and sorted: what the sdist must carry."""
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "spectral_fast._C", sources=files("csrc/*.cpp"), depends=["CMakeLists.txt", *files("csrc/*.h")]
+        )
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+)
