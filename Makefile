@@ -1,0 +1,39 @@
+# One virtual environment, made on first use: `make demo`, `make test`. PYTHON=python3.12 make demo takes another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint format embedded clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/spectral-fast demo --out_dir demo-output --overwrite
+
+test: $(VENV)/installed-test
+	$(BIN)/pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i csrc/*
+
+embedded: $(VENV)/installed
+	$(BIN)/python -m spectral_fast.embedded.make --out_dir embedded-output
+
+clean:
+	rm -rf build dist *.egg-info demo-output embedded-output $(VENV)

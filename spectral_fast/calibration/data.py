@@ -1,0 +1,86 @@
+"""Calibration examples: rows of text to token ids, of which the answer's are labels; and nominal batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Example:
+    """One teacher-forced sample: ids[prompt_length:] are the labels, each predicted from the ids before it."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def n_labels(self) -> int:
+        """Labels that have a token before them to be predicted from."""
+        return len(self.ids) - max(self.prompt_length, 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples. Token ids, mask and labels are (batch, length), int64."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+def encode_question_answer(tokenizer: Any, question: str, answer: str) -> Example:
+    """`Question: {q}\\nAnswer:` as prompt, ` {a}` and the end-of-sequence token as labels; no token before it.
+
+    The prompt's length is that of the prompt tokenised alone, as in the method's own calibration (spec 1.4).
+    """
+    prompt = f"Question: {question}\nAnswer:"
+    full = f"{prompt} {answer}{tokenizer.eos_token or ''}"
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return Example(tuple(tokenizer(full, add_special_tokens=False)["input_ids"]), len(prompt_ids))
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
+    """A chat through the tokenizer's template; the last message, which must be the assistant's, is the label.
+
+    Raises:
+        ValueError: if the last message is not the assistant's, if the tokenizer has no chat template, or if the
+            template does not render a conversation as a continuation of its own prompt.
+    """
+    if not messages or messages[-1].get("role") != "assistant":
+        raise ValueError('a calibration chat must end with a message of role "assistant"')
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template; use question and answer columns instead")
+    prompt = tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
+    full = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    if not full.startswith(prompt):
+        raise ValueError("the chat template renders the conversation differently from its own prompt: no clear labels")
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return Example(tuple(tokenizer(full, add_special_tokens=False)["input_ids"]), len(prompt_ids))
+
+
+def nominal_batches(examples: Sequence[Example], batch_size: int, pad_id: int = 0) -> Iterator[Batch]:
+    """The examples in order, `batch_size` at a time, padded on the right; masks come from lengths, never from ids."""
+    if batch_size < 1:
+        raise ValueError(f"calib_batch_size must be at least 1, got {batch_size}")
+    for start in range(0, len(examples), batch_size):
+        chunk = examples[start : start + batch_size]
+        length = max(len(example.ids) for example in chunk)
+        input_ids = torch.full((len(chunk), length), pad_id)
+        attention_mask = torch.zeros(len(chunk), length, dtype=torch.long)
+        labels = torch.full((len(chunk), length), IGNORED)
+        for row, example in enumerate(chunk):
+            n = len(example.ids)
+            input_ids[row, :n] = torch.tensor(example.ids)
+            attention_mask[row, :n] = 1
+            labels[row, example.prompt_length : n] = input_ids[row, example.prompt_length : n]
+        yield Batch(input_ids, attention_mask, labels)

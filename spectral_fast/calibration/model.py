@@ -1,0 +1,117 @@
+"""Load a base model with an adapter on it, and say clearly when the two do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectral_fast.adapter import Adapter, LoraModule
+from spectral_fast.options import option
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Where a base model comes from and how it computes."""
+
+    dtype: str = option("auto", "computation type; auto is the checkpoint's own on a GPU, fp32 on a CPU",
+                        ("auto", *DTYPES))
+    device: str = option("auto", "torch device, e.g. cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    cache_dir: str | None = option(None, "cache folder for downloads from the Hugging Face hub")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+
+    def resolved(self) -> tuple[torch.device, torch.dtype | str]:
+        """The device and the dtype to load with.
+
+        Raises:
+            ValueError: for a device string that torch does not know or that this machine does not have.
+        """
+        name = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        if self.dtype == "auto":
+            return device, torch.float32 if device.type == "cpu" else "auto"
+        return device, DTYPES[self.dtype]
+
+
+def load_tokenizer(base_model: str, options: ModelOptions) -> Any:
+    """The base model's tokenizer.
+
+    Raises:
+        FileNotFoundError: if `base_model` is neither a folder with a tokenizer nor to be had from the hub.
+    """
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, base_model, options)
+
+
+def load_model(base_model: str, options: ModelOptions, adapter: Adapter | None = None) -> Any:
+    """A causal language model in evaluation mode, with the adapter (if any) loaded by PEFT under the name "default".
+
+    Raises:
+        FileNotFoundError: if `base_model` is neither a model folder nor to be had from the hub.
+        ValueError: if the adapter was made for another base model (names or shapes that do not fit).
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    device, dtype = options.resolved()
+    model = _from_pretrained(AutoModelForCausalLM, base_model, options, dtype=dtype)
+    if adapter is not None:
+        check_fit(model, adapter.modules.values(), base_model, adapter.path)
+        model = PeftModel.from_pretrained(model, str(adapter.path))
+    return model.to(device).eval()
+
+
+def _from_pretrained(factory: Any, base_model: str, options: ModelOptions, **kwargs: Any) -> Any:
+    if Path(base_model).is_dir() and not (Path(base_model) / "config.json").is_file():
+        raise FileNotFoundError(f"{base_model} has no config.json: it is not a transformers model folder")
+    try:
+        return factory.from_pretrained(
+            base_model, cache_dir=options.cache_dir, trust_remote_code=options.trust_remote_code, **kwargs
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"cannot load base model {base_model!r}: not a complete local folder, and not to be had from the hub "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def check_fit(model: nn.Module, modules: Iterable[LoraModule], base_model: str, lora_path: Path) -> None:
+    """Refuse an adapter whose modules the base model lacks or has in another shape.
+
+    Raises:
+        ValueError: naming the first module that does not fit, with both shapes.
+    """
+    for module in modules:
+        name = module.name.removeprefix(PEFT_PREFIX)
+        try:
+            target = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"{lora_path} was made for another base model: it adapts {name}, which {base_model} does not have"
+            ) from None
+        shape = _linear_shape(target)
+        if shape is not None and shape != (module.m, module.n):
+            raise ValueError(
+                f"{lora_path} was made for another base model: its {name} is {module.m} x {module.n} "
+                f"(out x in features), but in {base_model} it is {shape[0]} x {shape[1]}"
+            )
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    if hasattr(module, "out_features"):
+        return int(module.out_features), int(module.in_features)
+    if hasattr(module, "nf"):  # transformers' Conv1D
+        return int(module.nf), int(module.nx)
+    return None

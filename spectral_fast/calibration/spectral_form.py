@@ -1,0 +1,140 @@
+"""Swap a PEFT model's LoRA layers for their spectral form, and back, whatever happens in between."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_fast.kernels.spectral_linear import spectral_linear
+from spectral_fast.spectrum import Spectrum, lowrank_svd
+
+
+class SpectralLinear(nn.Module):
+    """A LoRA linear layer as base(x) + scaling · ((x V) ⊙ s) Uᵀ, whose only parameter is s.
+
+    After a backward pass `s.grad` is the sensitivity g of the layer's singular directions.
+
+    Args:
+        layer: PEFT's LoRA layer; its base layer is called, its own factors are not.
+        adapter_name: which of the layer's adapters this is the spectral form of.
+        spectrum: the compact SVD of that adapter's B A.
+    """
+
+    def __init__(self, layer: Any, adapter_name: str, spectrum: Spectrum) -> None:
+        super().__init__()
+        factor: Tensor = layer.lora_B[adapter_name].weight
+        base_dtype = next((p.dtype for p in layer.base_layer.parameters() if p.is_floating_point()), factor.dtype)
+        wide = torch.float64 if base_dtype == torch.float64 else torch.float32
+        self.base_layer = layer.base_layer
+        self.scaling = float(layer.scaling[adapter_name])
+        self.s = nn.Parameter(spectrum.s.to(factor.device, wide))
+        u, vh = spectrum.u.to(factor.device, wide), spectrum.vh.to(factor.device, wide)
+        self.base_gain = self.base_bias = None
+        if adapter_name in layer.lora_variant:
+            gain = _dora_gain(layer, adapter_name).to(wide)
+            u = gain[:, None] * u
+            self.base_gain = gain.to(base_dtype)
+            self.base_bias = layer.base_layer.bias
+        bias = layer.lora_B[adapter_name].bias
+        self.branch_bias = None if bias is None else (self.scaling * bias.detach()).to(base_dtype)
+        self.u, self.vh = u.to(base_dtype), vh.to(base_dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output, (..., m), for input (..., n)."""
+        y = self.base_layer(x, *args, **kwargs)
+        if self.base_gain is not None:
+            y = y * self.base_gain if self.base_bias is None else (y - self.base_bias) * self.base_gain + self.base_bias
+        if self.branch_bias is not None:
+            y = y + self.branch_bias
+        return spectral_linear(x.to(self.u.dtype), y, self.u, self.s, self.vh, self.scaling)
+
+
+def _dora_gain(layer: Any, adapter_name: str) -> Tensor:
+    """DoRA's magnitude / ‖W₀ + s B A‖ per output row, a constant of the backward pass as in PEFT. (m,)."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    dora = layer.lora_magnitude_vector[adapter_name]
+    with torch.no_grad():
+        delta = layer.lora_B[adapter_name].weight @ layer.lora_A[adapter_name].weight
+        weight = dequantize_module_weight(layer.base_layer).to(delta.dtype)
+        gain: Tensor = dora.weight / dora.get_weight_norm(weight, delta, layer.scaling[adapter_name])
+    return gain
+
+
+def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """All linear LoRA layers of a PEFT model that carry the adapter, by their names in `model.named_modules()`."""
+    from peft.tuners.lora import Linear
+
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Linear) and adapter_name in layer.lora_A
+    }
+
+
+@contextlib.contextmanager
+def spectral_form(model: nn.Module, adapter_name: str, names: Iterable[str]) -> Iterator[dict[str, SpectralLinear]]:
+    """Within the context the named LoRA layers compute in spectral form and nothing but their s is trainable.
+
+    The model is in evaluation mode inside. On exit, also by an exception, every layer, `requires_grad` flag and
+    `training` flag is what it was before; gradients that parameters already carried are not touched.
+
+    Args:
+        model: a PEFT model with the adapter loaded, active and not merged.
+        adapter_name: the adapter to take; the only active one.
+        names: names of LoRA layers in `model.named_modules()`.
+
+    Yields:
+        name -> SpectralLinear, in the order of `names`.
+
+    Raises:
+        ValueError: for a name that is not a linear LoRA layer of this adapter, a merged or inactive adapter, or a
+            LoRA variant whose forward pass is not that of LoRA or DoRA.
+    """
+    layers = lora_layers(model, adapter_name)
+    names = list(names)
+    for name in names:
+        if name not in layers:
+            raise ValueError(f"{name} is not a linear LoRA layer of adapter {adapter_name!r} in this model")
+        _check_layer(name, layers[name], adapter_name)
+    pairs = [(layers[name].lora_B[adapter_name].weight, layers[name].lora_A[adapter_name].weight) for name in names]
+    spectra = lowrank_svd([b.detach() for b, _ in pairs], [a.detach() for _, a in pairs], names)
+    swapped = {
+        name: SpectralLinear(layers[name], adapter_name, spectrum) for name, spectrum in zip(names, spectra, strict=True)
+    }
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval().requires_grad_(False)
+        for name, module in swapped.items():
+            module.s.requires_grad_(True)
+            _set_submodule(model, name, module.eval())
+        yield swapped
+    finally:
+        for name in swapped:
+            _set_submodule(model, name, layers[name])
+        for p in trainable:
+            p.requires_grad_(True)
+        for module_ in training:
+            module_.training = True
+
+
+def _check_layer(name: str, layer: Any, adapter_name: str) -> None:
+    if layer.merged or layer.disable_adapters:
+        state = "merged into the base weights" if layer.merged else "disabled"
+        raise ValueError(f"{name}: its adapters are {state}; call model.unmerge_adapter() or enable_adapter_layers()")
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if active != [adapter_name]:
+        raise ValueError(f"{name}: active adapters are {active}, wanted only {adapter_name!r}; call model.set_adapter()")
+    variant = type(layer.lora_variant.get(adapter_name)).__name__
+    if variant not in {"NoneType", "DoraLinearVariant"}:
+        raise ValueError(f"{name}: the LoRA variant {variant} has no spectral form; only LoRA and DoRA can be probed")
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,262 @@
+"""`spectral-fast …`: flags to calls, results to text or JSON. The only module that prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spectral_fast._version import __version__
+from spectral_fast.options import add_flags, option, take
+from spectral_fast.policies import POLICIES, Policy
+
+T = TypeVar("T")
+SHARED_POLICY_FLAGS = {"seed"}  # accepted with every mode: the seed of the run as a whole
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """Which of an adapter's modules to work on."""
+
+    target_modules: tuple[str, ...] = option(("down_proj", "o_proj"), "last name components, or all-linear")
+    layer_min: int = option(0, "first layer, inclusive")
+    layer_max: int = option(10**9, "last layer, inclusive")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 the task failed, 2 the command line is wrong."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        result, text = args.run(args)
+    except UsageError as error:
+        args.parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"spectral-fast {args.command}: interrupted; out_dir is as it was before", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if os.environ.get("SPECTRAL_FAST_DEBUG"):
+            raise
+        print(f"spectral-fast {args.command}: error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result, indent=2) if args.json else text)
+    return 0
+
+
+class UsageError(Exception):
+    """A combination of flags that cannot be meant."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spectral-fast",
+        description="Measure, edit and evaluate the singular values of LoRA adapters, without retraining.",
+    )
+    parser.add_argument("--version", action="version", version=f"spectral-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_edit, _add_probe, _add_eval, _add_demo, _add_info):
+        command = add(commands)
+        command.add_argument("--json", action="store_true", help="print the result as one JSON object")
+        command.set_defaults(parser=command)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., Any], help: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model_flags(parser: argparse.ArgumentParser, *, base_model_required: bool) -> None:
+    from spectral_fast.calibration.model import ModelOptions
+
+    group = parser.add_argument_group("base model")
+    group.add_argument("--base_model", required=base_model_required, help="folder or Hugging Face name")
+    add_flags(group, ModelOptions)
+
+
+def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
+    from spectral_fast.calibration.probe import CalibrationOptions
+
+    add_flags(parser.add_argument_group("calibration"), CalibrationOptions)
+
+
+def _add_edit(commands: Any) -> argparse.ArgumentParser:
+    parser = _command(
+        commands,
+        "edit",
+        _edit,
+        "reweight an adapter's singular values by their sensitivity and write the edited copy",
+        "spectral-fast edit --base_model meta-llama/Llama-2-7b-hf --lora_path ORG/ADAPTER --out_dir ./edited",
+    )
+    parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
+    parser.add_argument("--out_dir", required=True, type=Path, help="folder to write; must be new, or empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds something")
+    parser.add_argument("--sensitivity", type=Path, help="folder that `probe` wrote; then no base model is needed")
+    parser.add_argument("--report", type=Path, help="write an HTML report with pictures to this file")
+    add_flags(parser.add_argument_group("modules"), SelectionOptions)
+    group = parser.add_argument_group("policy (each mode takes only its own flags)")
+    group.add_argument("--mode", "--edit_mode", default="abs_select", choices=list(POLICIES), help="(default: abs_select)")
+    add_flags(group, *POLICIES.values())
+    _add_model_flags(parser, base_model_required=False)
+    _add_calibration_flags(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval_gsm8k", action="store_true", help="evaluate the adapter before and after on GSM8K")
+    _add_eval_flags(group)
+    return parser
+
+
+def _policy(args: argparse.Namespace) -> Policy:
+    chosen = POLICIES[args.mode]
+    own = {f.name for f in fields(chosen)}
+    every = {f.name for policy in POLICIES.values() for f in fields(policy)}
+    alien = sorted((set(vars(args)) & every) - own - SHARED_POLICY_FLAGS)
+    if alien:
+        owners = [mode for mode, policy in POLICIES.items() if alien[0] in {f.name for f in fields(policy)}]
+        raise UsageError(
+            f"--{alien[0]} is a flag of mode {', '.join(owners)}; mode {args.mode} takes "
+            + ", ".join(f"--{name}" for name in sorted(own))
+        )
+    return take(chosen, vars(args))
+
+
+def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.adapter import Adapter, resolve
+    from spectral_fast.atomic import check_out_dir
+    from spectral_fast.edit import edit_adapter
+    from spectral_fast.sensitivity import Sensitivity
+
+    policy = _policy(args)
+    needs_probe = policy.needs_sensitivity and args.sensitivity is None
+    if needs_probe and args.base_model is None:
+        raise UsageError(f"mode {args.mode} needs --base_model to measure sensitivities, or --sensitivity from `probe`")
+    if args.eval_gsm8k and args.base_model is None:
+        raise UsageError("--eval_gsm8k needs --base_model")
+    source = resolve(args.lora_path, getattr(args, "cache_dir", None))
+    check_out_dir(args.out_dir, source=source, overwrite=args.overwrite)
+    adapter = Adapter.open(source)
+    selection = take(SelectionOptions, vars(args))
+    modules = adapter.select(**asdict(selection))
+    _warn(adapter.warnings)
+    sensitivity = None
+    if needs_probe:
+        sensitivity = _run_probe(args, adapter, modules)
+    elif policy.needs_sensitivity:
+        sensitivity = Sensitivity.load(args.sensitivity)
+    meta = {**asdict(selection), "seed": getattr(args, "seed", 0)}
+    if args.base_model is not None:
+        meta["base_model"] = args.base_model
+    edited = edit_adapter(
+        adapter,
+        policy,
+        args.out_dir,
+        modules=modules,
+        sensitivity=sensitivity,
+        meta={**meta, "lora_path": args.lora_path},
+        overwrite=args.overwrite,
+        progress=_bar("edit"),
+    )
+    values = sum(len(module.s) for module in edited.values())
+    result: dict[str, Any] = {
+        "out_dir": str(args.out_dir),
+        "mode": args.mode,
+        "modules": len(edited),
+        "singular_values": values,
+        "carried": adapter.carried,
+    }
+    text = f"edited {len(edited)} modules ({values} singular values, mode {args.mode}) -> {args.out_dir}"
+    if adapter.carried:
+        text += f"\ncarried through unchanged: {len(adapter.carried)} other tensors or modules (named in --json)"
+    if args.report is not None:
+        from spectral_fast.report import write_report
+
+        write_report(args.report, f"{args.lora_path}, {args.mode}", edited)
+        result["report"] = str(args.report)
+        text += f"\nreport: {args.report}"
+    if args.eval_gsm8k:
+        result["gsm8k"], table = _evaluate_edit(args, source)
+        text += f"\n{table}"
+    return result, text
+
+
+def _run_probe(args: argparse.Namespace, adapter: Any, modules: Any) -> Any:
+    from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.calibration.probe import CalibrationOptions, probe
+
+    given = vars(args)
+    return probe(
+        adapter,
+        modules,
+        args.base_model,
+        take(CalibrationOptions, given),
+        take(ModelOptions, given),
+        progress=_bar("calibrate"),
+    )
+
+
+def _add_probe(commands: Any) -> argparse.ArgumentParser:
+    parser = _command(
+        commands,
+        "probe",
+        _probe,
+        "measure the sensitivity of an adapter's singular values, for many edits later",
+        "spectral-fast probe --base_model meta-llama/Llama-2-7b-hf --lora_path ORG/ADAPTER --out_dir ./probed",
+    )
+    parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
+    parser.add_argument("--out_dir", required=True, type=Path, help="folder for sensitivity.safetensors and .json")
+    parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds something")
+    add_flags(parser.add_argument_group("modules"), SelectionOptions)
+    _add_model_flags(parser, base_model_required=True)
+    _add_calibration_flags(parser)
+    return parser
+
+
+def _probe(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.adapter import Adapter, resolve
+    from spectral_fast.atomic import check_out_dir, replace_directory
+
+    source = resolve(args.lora_path, getattr(args, "cache_dir", None))
+    check_out_dir(args.out_dir, source=source, overwrite=args.overwrite)
+    adapter = Adapter.open(source)
+    selection = take(SelectionOptions, vars(args))
+    modules = adapter.select(**asdict(selection))
+    _warn(adapter.warnings)
+    sensitivity = _run_probe(args, adapter, modules)
+    with replace_directory(args.out_dir, source=source, overwrite=args.overwrite) as directory:
+        sensitivity.save(directory)
+    record = sensitivity.record
+    text = (
+        f"probed {len(modules)} modules on {record['samples_used']} samples ({record['labels']} labelled tokens) "
+        f"-> {args.out_dir}\nnext: spectral-fast edit --sensitivity {args.out_dir} --lora_path {args.lora_path} "
+        "--out_dir ./edited"
+    )
+    return {"out_dir": str(args.out_dir), "modules": len(modules), **record}, text
+
+
+def _bar(description: str) -> Callable[[Sequence[T]], Iterable[T]]:
+    def wrap(items: Sequence[T]) -> Iterable[T]:
+        from tqdm import tqdm
+
+        bar: Iterable[T] = tqdm(items, desc=description, file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
+        return bar
+
+    return wrap
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
