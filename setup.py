@@ -16,6 +16,7 @@ class CMakeBuild(build_ext):
     """Hands the extension to CMakeLists.txt and tells it where the module must lie."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configures and builds in the temporary directory that setuptools names."""
         # Build-time requirements: imported here so that `python setup.py --version` needs neither.
         import ninja
         import pybind11

@@ -1,0 +1,72 @@
+"""The public function: checks the factors once and hands them to the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spectral_fast.backends import Backend, pick, register
+from spectral_fast.kernels.lowrank_svd import cpu, reference
+from spectral_fast.kernels.lowrank_svd.reference import Factored
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+register(
+    "lowrank_svd",
+    Backend("cpu", cpu.refuses, cpu.lowrank_svd),
+    Backend("reference", lambda *_: None, reference.lowrank_svd),
+)
+
+
+def lowrank_svd(
+    bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str] | None = None
+) -> list[Factored]:
+    """Compact SVDs B A = U diag(s) Vᵀ of all modules of an adapter at once; the factors are detached.
+
+    Args:
+        bs: of each module B (m, r): bfloat16, float16, float32 or float64; shapes and ranks may differ.
+        as_: of each module A (r, n), on the device of its B.
+        names: what errors call the modules; "module 0", "module 1", ... if left out.
+
+    Returns:
+        one ``Factored`` per module, in order. The test ratios ‖B A − U diag(s) Vᵀ‖_F / (‖B‖_F ‖A‖_F r ε) and
+        ‖UᵀU − I‖_F / (r ε), ε of float32 (of float64 if a factor is), are at most 30, and s is within
+        30 r ε s_max; ranks that carry nothing give s = 0, and U and V are orthonormal all the same, but for
+        the zero vectors of directions beyond min(m, n).
+
+    Raises:
+        TypeError: a factor is no tensor, or of another dtype.
+        ValueError: the lists differ in length, two factors do not fit, or one holds a NaN or an infinity.
+        RuntimeError: the backend that ``SPECTRAL_FAST_BACKEND`` forces refuses.
+    """
+    names = [f"module {i}" for i in range(len(bs))] if names is None else names
+    if not len(bs) == len(as_) == len(names):
+        raise ValueError(f"one B, one A and one name per module; got {len(bs)}, {len(as_)} and {len(names)}")
+    bs, as_ = (
+        [_checked(b, "B", n) for b, n in zip(bs, names, strict=True)],
+        [_checked(a, "A", n) for a, n in zip(as_, names, strict=True)],
+    )
+    for b, a, name in zip(bs, as_, names, strict=True):
+        if b.shape[1] != a.shape[0]:
+            raise ValueError(
+                f"{name}: B (m, r) and A (r, n) share r; got B {tuple(b.shape)} and A {tuple(a.shape)}"
+            )
+        if b.device != a.device:
+            raise ValueError(f"{name}: B is on {b.device} and A on {a.device}; move one to the other")
+    return pick("lowrank_svd", bs, as_).call(bs, as_)
+
+
+def _checked(x: Tensor, factor: str, name: str) -> Tensor:
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: {factor} must be a tensor of {', '.join(map(str, DTYPES))}; got {got}")
+    if x.ndim != 2:
+        raise ValueError(f"{name}: {factor} must be a matrix, got shape {tuple(x.shape)}")
+    # One pass without a temporary: a NaN makes both NaN, an infinity is one of them.
+    if x.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(x.detach())):
+        raise ValueError(
+            f"{name}: {factor} holds a NaN or an infinity; the adapter's file or its training is broken"
+        )
+    return x.detach()

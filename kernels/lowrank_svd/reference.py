@@ -1,0 +1,42 @@
+"""The definition: two QR factorizations and the SVD of their r × r core, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+class Factored(NamedTuple):
+    """U = basis_b @ t_b and V = basis_aᵀ @ t_a: each side as a tall basis times a small transform.
+
+    Attributes:
+        basis_b: (m, k), either B itself, in its own dtype, or an orthonormal basis of its columns in float64.
+        t_b: (k, r) float64.
+        s: (r,) float64, descending, not negative.
+        t_a: (k', r) float64.
+        basis_a: (k', n), either A itself or an orthonormal basis of its rows.
+    """
+
+    basis_b: Tensor
+    t_b: Tensor
+    s: Tensor
+    t_a: Tensor
+    basis_a: Tensor
+
+
+def factor(b: Tensor, a: Tensor) -> Factored:
+    """The SVD of one b @ a; where r > min(m, n) the surplus directions have s = 0 and a zero vector."""
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().mT)
+    w, s, zh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    surplus = (0, b.shape[1] - s.shape[0])
+    return Factored(q_b, pad(w, surplus), pad(s, surplus), pad(zh.mT, surplus), q_a.mT)
+
+
+def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> list[Factored]:
+    """The SVD of each product b @ a."""
+    return [factor(b, a) for b, a in zip(bs, as_, strict=True)]
