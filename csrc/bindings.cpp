@@ -24,21 +24,20 @@ void expect_shape(const char* name, const Array<T>& array, std::initializer_list
     throw std::invalid_argument(std::string(name) + " must have shape (" + wanted + "), got (" + got + ")");
 }
 
-void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<double>& zt,
-                Array<std::int32_t>& status, int threads) {
+void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<std::int32_t>& status,
+                int threads) {
   if (m.ndim() != 3) throw std::invalid_argument("m must have three axes, got " + std::to_string(m.ndim()));
   if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
   const auto count = m.shape(0), r = m.shape(1);
   expect_shape("m", m, {count, r, r});
   expect_shape("wt", wt, {count, r, r});
   expect_shape("s", s, {count, r});
-  expect_shape("zt", zt, {count, r, r});
   expect_shape("status", status, {count});
   const double* in = m.data();
-  double *left = wt.mutable_data(), *values = s.mutable_data(), *right = zt.mutable_data();
+  double *vectors = wt.mutable_data(), *values = s.mutable_data();
   std::int32_t* outcome = status.mutable_data();
   py::gil_scoped_release release;
-  spectral_fast::jacobi_svd(in, left, values, right, outcome, count, r, threads);
+  spectral_fast::jacobi_svd(in, vectors, values, outcome, count, r, threads);
 }
 
 }  // namespace
@@ -47,7 +46,6 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of spectral_fast; arrays are C-contiguous and are written in place.";
   // noconvert: a converted copy of an output would take the result with it.
   module.def("jacobi_svd", &jacobi_svd, py::arg("m").noconvert(), py::arg("wt").noconvert(),
-             py::arg("s").noconvert(), py::arg("zt").noconvert(), py::arg("status").noconvert(),
-             py::arg("threads"),
-             "M = Wt^T diag(s) Zt for each M of a batch (count, r, r); one matrix per thread.");
+             py::arg("s").noconvert(), py::arg("status").noconvert(), py::arg("threads"),
+             "Singular values and left vectors of each matrix of a batch m (count, r, r).");
 }

@@ -7,13 +7,12 @@ namespace spectral_fast {
 
 enum class SvdStatus : std::int32_t { converged = 0, not_converged = 1, not_finite = 2 };
 
-// M = Wt^T diag(s) Zt for each of `count` row-major r x r matrices: row k of wt and of zt is the k-th left
-// and right singular vector, s is descending and not negative, and wt and zt are orthogonal whatever the rank
-// of M. One-sided Jacobi on a pivoted QR's triangle (Drmac and Veselic, SIAM J. Matrix Anal. Appl. 29, 2008):
-// column-wise accurate, and far fewer sweeps than plain Jacobi.
-// One matrix per thread, so the result has the same bits for any number of threads.
-// status[i] tells the outcome for matrix i; a matrix with a NaN or an infinity leaves its outputs untouched.
-void jacobi_svd(const double* m, double* wt, double* s, double* zt, std::int32_t* status, std::int64_t count,
+// Singular values s (r, descending, not negative) and left singular vectors (row k of wt) of each of `count`
+// row-major r x r matrices m; the right ones follow from m's transpose. A row of wt whose s is zero is zero.
+// One matrix per thread, so the result has the same bits for any number of threads. status[i] is the outcome
+// for matrix i as an SvdStatus; a matrix with a NaN or an infinity leaves its outputs untouched.
+// Drmac and Veselic, "New fast and accurate Jacobi SVD algorithm I", SIAM J. Matrix Anal. Appl. 29 (2008).
+void jacobi_svd(const double* m, double* wt, double* s, std::int32_t* status, std::int64_t count,
                 std::int64_t r, int threads);
 
 }  // namespace spectral_fast

@@ -83,16 +83,21 @@ def _solve(grams: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     failed = (info != 0).any(0)
     triangles[:, failed] = torch.eye(rank, dtype=torch.float64)
     core = (triangles[0] @ triangles[1].mT).contiguous()
-    vectors, s = torch.empty(grams.shape, dtype=core.dtype), torch.empty(core.shape[:2], dtype=core.dtype)
-    status = torch.empty(len(core), dtype=torch.int32)
-    arrays = [x.numpy() for x in (core, vectors[0], s, vectors[1], status)]
-    _C.jacobi_svd(*arrays, threads=torch.get_num_threads())
-    transforms = torch.linalg.solve_triangular(triangles, vectors.mT, upper=True)
-    # With d² the Gram matrix's diagonal, its entries err by about √length roundoffs of d_i d_j, its Cholesky
-    # factor by about r; T carries both into UᵀU. The product d T does not depend on the scale of a column.
+    wt, s, status = (
+        torch.empty_like(core),
+        torch.empty_like(core[..., 0]),
+        torch.empty(len(core), dtype=torch.int32),
+    )
+    _C.jacobi_svd(core.numpy(), wt.numpy(), s.numpy(), status.numpy(), threads=torch.get_num_threads())
+    # R_A⁻¹ Z is R_Bᵀ W diag(1/s), so the core's right vectors are not needed.
+    t_b = torch.linalg.solve_triangular(triangles[0], wt.mT, upper=True)
+    transforms = torch.stack([t_b, (wt @ triangles[0]).mT / s[:, None]])
+    # What these steps lost shows in Tᵀ G T. What the Gram matrices had lost before does not: with d² its
+    # diagonal, G errs by about (√length + r) roundoffs of d_i d_j, and T carries that into UᵀU.
+    seen = transforms.mT @ grams @ transforms - torch.eye(rank, dtype=torch.float64)
     carried = (grams.diagonal(dim1=-2, dim2=-1)[..., None] * transforms.square()).sum((-2, -1))
-    roundoff = torch.finfo(torch.float64).eps / 2
-    losses = ((lengths.double().sqrt() + rank) * roundoff * carried).amax(0)
+    unseen = (lengths.double().sqrt() + rank) * torch.finfo(torch.float64).eps / 2 * carried
+    losses = (seen.square().sum((-2, -1)).sqrt() + unseen).amax(0)
     losses[failed | (status != 0)] = math.inf
     return transforms, s, losses
 
