@@ -1,0 +1,279 @@
+"""An adapter's folder: opened, read one module at a time, and written anew with some factors edited."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_fast.adapter.naming import CONFIG, LoraModule, take_inventory
+from spectral_fast.atomic import replace_directory
+from spectral_fast.picklefile import PickleFile
+from spectral_fast.provenance import sha256_file
+from spectral_fast.tensorfile import SafetensorsFile
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_NOT_CONTENT = {".git", ".cache"}  # they describe the state of the source folder, and would lie about a copy
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on disk: checked when it is opened; weights are read when they are asked for.
+
+    Attributes:
+        path: the folder.
+        config: adapter_config.json as it stands.
+        weights: the weight file.
+        modules: name -> editable module, in the file's order.
+        carried: module or tensor that is not editable -> why; it is copied as it is.
+        warnings: what to know before trusting an edit.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    weights: SafetensorsFile | PickleFile
+    modules: dict[str, LoraModule]
+    carried: dict[str, str]
+    warnings: list[str]
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        adapter_name: str | None = None,
+        include_conv: bool = False,
+        include_embedding: bool = False,
+    ) -> Adapter:
+        """Open a folder with adapter_config.json and adapter_model.safetensors (or else adapter_model.bin).
+
+        Args:
+            path: the folder.
+            adapter_name: which adapter to edit, if the keys of the weight file name several.
+            include_conv: take LoRA on convolutions as editable, lora_A flattened to (r, channels · kernel).
+            include_embedding: take LoRA on embeddings as editable, with B (dim, r) and A (r, vocabulary).
+
+        Raises:
+            FileNotFoundError: the folder, its config or its weights are missing.
+            ValueError: a file is broken, the adapter is not LoRA, or config and weights do not agree.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"an adapter is a folder with {CONFIG} and {WEIGHTS[0]}; {path} is not a folder"
+            )
+        config = _read_config(path)
+        file = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{path} has neither {' nor '.join(WEIGHTS)}; {_contents(path)}")
+        weights = SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file)
+        found = take_inventory(
+            weights.tensors,
+            config,
+            adapter_name=adapter_name,
+            include_conv=include_conv,
+            include_embedding=include_embedding,
+        )
+        return cls(path, config, weights, found.modules, found.carried, found.warnings)
+
+    def select(
+        self,
+        target_modules: Sequence[str] = ("down_proj", "o_proj"),
+        layer_min: int = 0,
+        layer_max: int = 10**9,
+    ) -> list[LoraModule]:
+        """The modules whose last name component is a target, in the layers layer_min to layer_max inclusive.
+
+        Args:
+            target_modules: last components of module names; "all" or "all-linear" alone takes every module.
+            layer_min: first layer, as in `.layers.0.`; modules whose name has no such part are always in.
+            layer_max: last layer.
+
+        Raises:
+            ValueError: nothing is left; names what the adapter has.
+        """
+        if isinstance(target_modules, str):
+            target_modules = (target_modules,)
+        components = Counter(_component(module) for module in self.modules.values())
+        wanted = (
+            set(components) if tuple(target_modules) in (("all",), ("all-linear",)) else set(target_modules)
+        )
+
+        def in_range(module: LoraModule) -> bool:
+            layer = _LAYER.search(module.name)
+            return layer is None or layer_min <= int(layer[1]) <= layer_max
+
+        chosen = [
+            module for module in self.modules.values() if _component(module) in wanted and in_range(module)
+        ]
+        if not chosen:
+            has = ", ".join(f"{name} ({count})" for name, count in components.items()) or "no editable module"
+            raise ValueError(
+                f"no module of {self.path} is among target_modules {' '.join(target_modules)} in layers "
+                f"{layer_min} to {layer_max}; the adapter has {has}{self._carried_in_short()}"
+            )
+        for name in target_modules:
+            if name in wanted - set(components):
+                self.warnings.append(
+                    f"target_modules: the adapter has no {name}; it has {', '.join(components)}"
+                )
+        return chosen
+
+    def _carried_in_short(self) -> str:
+        reasons = Counter(self.carried.values())
+        return "".join(f"; {count} carried unedited: {reason}" for reason, count in reasons.items())
+
+    def read(self, module: LoraModule) -> tuple[Tensor, Tensor]:
+        """The factors b (m, r) and a (r, n) of a module, in the stored dtype, on the CPU."""
+        b, a = self.weights.read(module.b_key), self.weights.read(module.a_key)
+        return b.reshape(module.m, module.r), a.reshape(module.r, module.n)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """File name -> SHA-256 of the two files that make the adapter."""
+        return {file.name: sha256_file(file) for file in (self.path / CONFIG, self.weights.path)}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and the weights: equal exactly if both files are equal, byte for byte."""
+        return sha256("".join(self.hashes.values()).encode()).hexdigest()
+
+    def write(
+        self,
+        out_dir: Path | str,
+        edited: Iterable[tuple[LoraModule, Tensor, Tensor]],
+        extra_files: Mapping[str, bytes | Callable[[], bytes]] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a copy of the adapter with edited factors, everything else byte for byte, in one atomic step.
+
+        Args:
+            out_dir: the new folder; it appears complete, or not at all.
+            edited: (module, b (m, r), a (r, n)) in the stored dtype, any device, any order; taken one by one.
+            extra_files: name -> content of files to add or replace; functions are called after `edited` ends.
+            overwrite: replace an adapter that is in `out_dir`.
+
+        Raises:
+            ValueError: factors that are not finite or not of the stored dtype and shape, a module that is
+                unknown or repeated, or an `out_dir` that overlaps with the source.
+            FileExistsError: `out_dir` is not empty, and `overwrite` is off or it is not an adapter.
+        """
+        extra_files = extra_files or {}
+        name = self.weights.path.name
+        for extra in extra_files:
+            if PurePath(extra).name != extra or extra == name:
+                raise ValueError(f"extra_files: {extra!r} must be the name of a file beside {name}")
+        with replace_directory(out_dir, overwrite=overwrite, source=self.path, marker=CONFIG) as folder:
+            _copy_folder(self.path, folder, _NOT_CONTENT | {name} | set(extra_files))
+            self.weights.rewrite(folder / name, self._factors(edited))
+            shutil.copymode(self.weights.path, folder / name)
+            for extra, content in extra_files.items():
+                (folder / extra).write_bytes(content if isinstance(content, bytes) else content())
+
+    def _factors(self, edited: Iterable[tuple[LoraModule, Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for module, b, a in edited:
+            if self.modules.get(module.name) != module:
+                raise ValueError(f"{module.name} is not an editable module of {self.path}")
+            for key, factor, shape in (
+                (module.b_key, b, (module.m, module.r)),
+                (module.a_key, a, (module.r, module.n)),
+            ):
+                if factor.shape != shape:
+                    raise ValueError(
+                        f"{key} needs an edited factor of shape {shape}, got {tuple(factor.shape)}"
+                    )
+                if not _is_finite(factor):
+                    raise ValueError(
+                        f"the edited {key} has NaN or infinite values ({factor.dtype} ends at "
+                        f"{torch.finfo(factor.dtype).max:.3g}); edit less, or look for NaN in the source"
+                    )
+                yield key, factor.reshape(self.weights.tensors[key].shape)
+
+
+def resolve(lora_path: Path | str, cache_dir: Path | str | None = None) -> Path:
+    """The local folder of an adapter: `lora_path` itself, or the snapshot of a Hugging Face repository.
+
+    Args:
+        lora_path: a folder, or the id of a repository such as `user/adapter`.
+        cache_dir: where huggingface_hub keeps its downloads; None for its default.
+
+    Raises:
+        FileNotFoundError: it is neither; says what was tried, and why the download failed.
+    """
+    folder = Path(lora_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} is a file; give the folder that holds {CONFIG} and the weights")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(lora_path), cache_dir=cache_dir))
+    except Exception as error:  # its kinds differ between versions and HTTP libraries; all mean: no adapter
+        raise FileNotFoundError(
+            f"{str(lora_path)!r} is neither a local folder ({folder.absolute()} does not exist) nor a "
+            f"Hugging Face repository that can be downloaded ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} has no {CONFIG}; {_contents(path)}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise ValueError(
+            f"{file} should describe a LoRA adapter (peft_type LORA), got {kind!r}; only LoRA can be edited"
+        )
+    return dict(config)
+
+
+def _contents(path: Path) -> str:
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+    return f"it contains {', '.join(names[:20])}{' …' * (len(names) > 20)}" if names else "it is empty"
+
+
+def _component(module: LoraModule) -> str:
+    return module.name.rpartition(".")[2]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # aminmax hands NaN on and takes a tenth of the time of isfinite().all(); it lacks the 8-bit floats.
+    low, high = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _copy_folder(source: Path, target: Path, skip: Iterable[str] = ()) -> None:
+    """Copy files, modes and times; links (as in a Hugging Face snapshot) become what they point to."""
+    for entry in sorted(source.iterdir()):
+        if entry.name in skip:
+            continue
+        if entry.is_dir():
+            if entry.resolve() in (source.resolve(), *source.resolve().parents):
+                raise ValueError(
+                    f"{entry} is a link to a folder that contains it; remove it before copying {source}"
+                )
+            (target / entry.name).mkdir()
+            _copy_folder(entry, target / entry.name)
+        elif entry.is_file():
+            shutil.copy2(entry, target / entry.name)
+        else:
+            raise ValueError(
+                f"{entry} is a broken link or not a plain file; remove it before copying {source}"
+            )

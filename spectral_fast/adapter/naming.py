@@ -1,0 +1,259 @@
+"""What PEFT's key names and adapter_config.json say: which tensors are factors, and how they are scaled."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from spectral_fast.tensorfile import TensorInfo
+
+CONFIG = "adapter_config.json"
+
+_FACTOR = re.compile(r"^(.*)\.lora_([AB])(?:\.([^.]+))?\.weight$")
+_EMBEDDING = re.compile(r"^(.*)\.lora_embedding_([AB])(?:\.([^.]+))?$")
+_BIAS = re.compile(r"\.lora_[AB](?:\.[^.]+)?\.bias$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(?:\.[^.]+)*$")
+_OTHER = re.compile(r"^(.*)\.(lora_\w+)(?:\..*)?$")
+
+# Options of LoraConfig under which the update is not the product of the two stored factors.
+_VARIANTS = {
+    "use_bdlora": "block-diagonal factors, stored without their zeros",
+    "use_qalora": "lora_A acts on pooled inputs",
+    "kasa_config": "the update is B diag(d) A",
+    "monteclora_config": "the factors are sampled",
+    "arrow_config": "several adapters are routed through it",
+}
+_Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of lora_A and lora_B
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One editable pair of factors: ΔW = scaling · B A.
+
+    Attributes:
+        name: the common prefix of the two keys, e.g. `base_model.model.model.layers.0.self_attn.o_proj`.
+        b_key: key of lora_B in the weight file.
+        a_key: key of lora_A.
+        m: out features.
+        n: in features (convolution: channels times kernel; embedding: size of the vocabulary).
+        r: rank.
+        dtype: stored dtype of both factors.
+        scaling: alpha/r, or alpha/sqrt(r) with use_rslora.
+        adapter_name: the name in the keys; None where there is none, as PEFT saves them.
+    """
+
+    name: str
+    b_key: str
+    a_key: str
+    m: int
+    n: int
+    r: int
+    dtype: torch.dtype
+    scaling: float
+    adapter_name: str | None
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """An adapter's tensors, sorted: modules that can be edited, the rest with the reason, and warnings."""
+
+    modules: dict[str, LoraModule] = field(default_factory=dict)
+    carried: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Pair:
+    name: str
+    adapter_name: str | None
+    embedding: bool
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def take_inventory(
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    *,
+    adapter_name: str | None = None,
+    include_conv: bool = False,
+    include_embedding: bool = False,
+) -> Inventory:
+    """Sort an adapter's tensors by PEFT's naming rules.
+
+    Args:
+        tensors: what the weight file holds.
+        config: adapter_config.json.
+        adapter_name: which adapter's factors to edit, if the keys name several.
+        include_conv: take LoRA on convolutions as editable.
+        include_embedding: take LoRA on embeddings as editable.
+
+    Raises:
+        ValueError: several adapters and none chosen, or ranks that contradict the config.
+    """
+    found = Inventory()
+    pairs: dict[tuple[str, str | None], _Pair] = {}
+    blocked: dict[str, str] = {}
+    for key in tensors:
+        if match := _FACTOR.match(key) or _EMBEDDING.match(key):
+            name, side, adapter = match.groups()
+            pair = pairs.setdefault((name, adapter), _Pair(name, adapter, embedding=match.re is _EMBEDDING))
+            pair.keys[side] = key
+        elif _BIAS.search(key):
+            found.carried[key] = "bias of a LoRA factor (lora_bias): it has no singular values"
+        elif _MAGNITUDE.search(key):
+            found.carried[key] = "DoRA magnitudes"
+        elif match := _OTHER.match(key):
+            found.carried[key] = "part of a LoRA variant"
+            blocked[match[1]] = f"the update is not B A: the module has {match[2]} too"
+        else:
+            found.carried[key] = "not a LoRA factor: a bias, an embedding, or from modules_to_save"
+
+    tied = _tied_shapes(pairs.values(), tensors) if config.get("ensure_weight_tying") else set()
+    for pair in _of_one_adapter(pairs.values(), adapter_name, found):
+        reason = blocked.get(pair.name) or _why_not(pair, tensors, config, tied)
+        if reason is None and pair.embedding and not include_embedding:
+            reason = "LoRA on an embedding: it can be edited if asked for (include_embedding), but not probed"
+        if reason is None and len(tensors[pair.keys["A"]].shape) > 2 and not include_conv:
+            reason = "LoRA on a convolution: it can be edited if asked for (include_conv), but not probed"
+        if reason is None:
+            found.modules[pair.name] = _module(pair, tensors, config)
+        else:
+            found.carried[pair.name] = reason
+    found.warnings.extend(_warnings(found, config))
+    return found
+
+
+def _of_one_adapter(pairs: Iterable[_Pair], adapter_name: str | None, found: Inventory) -> Iterable[_Pair]:
+    by_adapter: dict[str | None, list[_Pair]] = {}
+    for pair in pairs:
+        by_adapter.setdefault(pair.adapter_name, []).append(pair)
+    if adapter_name is None and len(by_adapter) < 2:
+        return [pair for only in by_adapter.values() for pair in only]
+    if adapter_name not in by_adapter:
+        names = ", ".join(sorted(map(repr, by_adapter))) or "none"
+        raise ValueError(
+            f"adapter_name should be one that the weight file has: {names}; got {adapter_name!r}"
+        )
+    chosen = by_adapter.pop(adapter_name)
+    for other, pairs_of_other in by_adapter.items():
+        for pair in pairs_of_other:
+            found.carried.update((key, f"belongs to adapter {other!r}") for key in pair.keys.values())
+    return chosen
+
+
+def _tied_shapes(pairs: Iterable[_Pair], tensors: Mapping[str, TensorInfo]) -> set[_Shapes]:
+    """Of embedding pairs and of their transposes: PEFT gives a tied lm_head the embedding's own factors."""
+    shapes: set[_Shapes] = set()
+    for pair in pairs:
+        if pair.embedding and len(pair.keys) == 2:
+            a, b = (tensors[pair.keys[side]].shape for side in "AB")
+            shapes |= {(a, b), (b[::-1], a[::-1])}
+    return shapes
+
+
+def _why_not(
+    pair: _Pair, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], tied: set[_Shapes]
+) -> str | None:
+    """Why the pair's singular values cannot be edited; None if they can."""
+    for option, what in _VARIANTS.items():
+        if config.get(option):
+            return f"the update is not B A: {what} ({option})"
+    for parameter in config.get("target_parameters") or ():
+        owner = str(parameter).rpartition(".")[0]
+        if f".{pair.name.replace('.base_layer', '')}".endswith(f".{owner}" if owner else ""):
+            return f"expert parameters ({parameter}): one tensor holds the factors of all experts, mixed"
+    if len(pair.keys) < 2:
+        return f"lora_{'B' if 'A' in pair.keys else 'A'} is missing"
+    a, b = (tensors[pair.keys[side]] for side in "AB")
+    if a.dtype != b.dtype or not a.dtype.is_floating_point:
+        return f"lora_A is {a.dtype} and lora_B is {b.dtype}"
+    if min(len(a.shape), len(b.shape)) < 2 or 0 in a.shape + b.shape:
+        return f"lora_A {a.shape} and lora_B {b.shape} are incomplete: saved from ZeRO-3 or FSDP shards?"
+    if len(a.shape) != len(b.shape) or set(b.shape[2:]) - {1}:
+        return f"lora_A {a.shape} and lora_B {b.shape} are not the factors of one product"
+    if len(a.shape) > 2 and a.shape[0] != b.shape[1]:
+        return f"a grouped convolution: lora_A {a.shape}, lora_B {b.shape}"
+    if (a.shape, b.shape) in tied:
+        return "tied to another module's factors (ensure_weight_tying): an edit of one would change both"
+    return None
+
+
+def _module(pair: _Pair, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> LoraModule:
+    a_key, b_key = pair.keys["A"], pair.keys["B"]
+    a, b = tensors[a_key], tensors[b_key]
+    r, scaling = rank_and_scaling(pair.name, config)
+    if a.shape[0] != r:
+        raise ValueError(f"{CONFIG} says r={r} but {a_key} is {a.shape}")
+    if b.shape[1] != r:
+        raise ValueError(f"{CONFIG} says r={r} but {b_key} is {b.shape}")
+    return LoraModule(
+        name=pair.name,
+        b_key=b_key,
+        a_key=a_key,
+        m=b.shape[0],
+        n=math.prod(a.shape[1:]),
+        r=r,
+        dtype=a.dtype,
+        scaling=scaling,
+        adapter_name=pair.adapter_name,
+    )
+
+
+def rank_and_scaling(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """Rank and scaling of a module in PEFT: from rank_pattern and alpha_pattern, else r and lora_alpha.
+
+    The scaling is alpha/r, or alpha/sqrt(r) with use_rslora (Kalajdzievski, "A rank stabilization scaling
+    factor for fine-tuning with LoRA", 2023).
+
+    Args:
+        name: as in the weight file; PEFT matches patterns to the name without `base_model.model.`.
+        config: adapter_config.json.
+
+    Raises:
+        ValueError: r or alpha is not a number above 0, or a pattern is not a regular expression.
+    """
+    name = name.removeprefix("base_model.model.")
+    r = _by_pattern("rank_pattern", name, config, config.get("r", 8))
+    alpha = _by_pattern("alpha_pattern", name, config, config.get("lora_alpha", 8))
+    if type(r) is not int or r <= 0 or not isinstance(alpha, int | float):
+        raise ValueError(
+            f"{CONFIG} gives {name} r={r!r} and lora_alpha={alpha!r}; r must be above 0, both numbers"
+        )
+    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def _by_pattern(option: str, name: str, config: Mapping[str, Any], default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the name or its end after a dot; else the literal name."""
+    patterns = config.get(option) or {}
+    for pattern, value in patterns.items():
+        if _compiled(pattern, option).match(name):
+            return value
+    return patterns.get(name, default)
+
+
+def _compiled(pattern: str, option: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise ValueError(f"{CONFIG}: {pattern!r} in {option} is no regular expression: {error}") from error
+
+
+def _warnings(found: Inventory, config: Mapping[str, Any]) -> Iterable[str]:
+    if config.get("use_dora"):
+        yield "DoRA: magnitudes are kept, so an edit of singular values changes only directions of weights"
+    if config.get("alora_invocation_tokens"):
+        yield "aLoRA: the adapter acts only after its invocation tokens"
+    if any(config.get(option) for option in ("rank_pattern", "alpha_pattern")):
+        scalings = sorted({module.scaling for module in found.modules.values()})
+        if len(scalings) > 1:
+            low, high = scalings[0], scalings[-1]
+            yield f"modules are scaled by {low:g} to {high:g}: loaders without patterns scale all alike"
+    init = str(config.get("init_lora_weights")).lower()
+    if init.startswith(_CHANGES_BASE):
+        yield f"init_lora_weights={init}: PEFT changes the base weights on loading, other loaders do not"
