@@ -1,0 +1,1 @@
+"""spectral_fast: the fast engine for the spectrum of LoRA adapters."""

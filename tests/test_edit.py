@@ -1,0 +1,186 @@
+"""The edit, file to file: what it changes, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import tiny_llama, with_lora
+
+from spectral_fast.adapter import Adapter
+from spectral_fast.calibration.calibrate import calibrate
+from spectral_fast.calibration.data import Example
+from spectral_fast.edit import META, edit_adapter
+from spectral_fast.policies import POLICIES, AbsSelect, RandomIndex
+from spectral_fast.sensitivity import ModuleSensitivity, Sensitivity
+
+SAME = {"amp_factor": 1.0, "sup_factor": 1.0, "mid_factor": 1.0}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Adapter:
+    with_lora(tiny_llama(), rank_pattern={"o_proj": 3}).save_pretrained(tmp_path / "source")
+    return Adapter.open(tmp_path / "source")
+
+
+def random_sensitivity(adapter: Adapter) -> Sensitivity:
+    generator = torch.Generator().manual_seed(5)
+    modules = {}
+    for name, module in adapter.modules.items():
+        b, a = adapter.read(module)
+        s = torch.linalg.svdvals(b.double() @ a.double())[: module.r]
+        modules[name] = ModuleSensitivity(s, torch.randn(module.r, generator=generator, dtype=torch.float64))
+    return Sensitivity(modules, {"adapter_sha256": adapter.fingerprint()})
+
+
+def product(adapter: Adapter, name: str) -> torch.Tensor:
+    b, a = adapter.read(adapter.modules[name])
+    return b.double() @ a.double()
+
+
+@pytest.mark.parametrize("mode", ["abs_select", "smooth_abs", "double_smooth", "z_score", "robust_z", "random_index"])
+def test_factors_of_one_change_no_product(adapter: Adapter, tmp_path: Path, mode: str) -> None:
+    edit_adapter(adapter, POLICIES[mode](**SAME), tmp_path / "out", sensitivity=random_sensitivity(adapter))
+    edited = Adapter.open(tmp_path / "out")
+    for name in adapter.modules:
+        old = product(adapter, name)
+        assert (product(edited, name) - old).norm() <= 1e-6 * old.norm()
+
+
+@pytest.mark.parametrize("mode", POLICIES)
+def test_the_edited_product_has_the_policy_s_singular_values_in_the_old_directions(
+    adapter: Adapter, tmp_path: Path, mode: str
+) -> None:
+    edited_modules = edit_adapter(adapter, POLICIES[mode](), tmp_path / "out", sensitivity=random_sensitivity(adapter))
+    edited = Adapter.open(tmp_path / "out")
+    for name, module in edited_modules.items():
+        u, s, vh = torch.linalg.svd(product(adapter, name), full_matrices=False)
+        r = len(module.s)
+        wanted = (u[:, :r] * module.edit.s_new) @ vh[:r]
+        torch.testing.assert_close(module.s, s[:r], rtol=1e-6, atol=0)
+        assert (product(edited, name) - wanted).norm() <= 1e-6 * wanted.norm()
+        assert not torch.equal(module.edit.s_new, module.s)
+
+
+def test_only_selected_modules_change_and_the_rest_is_carried_byte_for_byte(adapter: Adapter, tmp_path: Path) -> None:
+    (adapter.path / "notes").mkdir()
+    (adapter.path / "notes" / "a.txt").write_text("kept")
+    chosen = adapter.select(("o_proj",), 1, 2)
+    edit_adapter(adapter, RandomIndex(), tmp_path / "out", modules=chosen)
+    old, new = (load_file(path / "adapter_model.safetensors") for path in (adapter.path, tmp_path / "out"))
+    changed = {key for module in chosen for key in (module.a_key, module.b_key)}
+    assert {key for key in old if not torch.equal(old[key], new[key])} == changed
+    assert (tmp_path / "out" / "notes" / "a.txt").read_text() == "kept"
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (adapter.path / "adapter_config.json").read_bytes()
+
+
+def test_peft_loads_the_result_generates_and_merges_to_the_same_model(adapter: Adapter, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    edited_modules = edit_adapter(adapter, AbsSelect(), tmp_path / "out", sensitivity=random_sensitivity(adapter))
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out").eval()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4).shape == (2, 10)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    base = tiny_llama()
+    for name, module in edited_modules.items():
+        u, _, vh = torch.linalg.svd(product(adapter, name), full_matrices=False)
+        r = len(module.s)
+        delta = adapter.modules[name].scaling * (u[:, :r] * module.edit.s_new) @ vh[:r]
+        plain = name.removeprefix("base_model.model.")
+        wanted = base.get_submodule(plain).weight.double() + delta
+        torch.testing.assert_close(merged.get_submodule(plain).weight.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_probe_in_memory_then_edit_lowers_or_raises_what_g_says(adapter: Adapter, tmp_path: Path) -> None:
+    """One step of gd with a small eta must lower the calibration loss by about eta · |g|²."""
+    from peft import PeftModel
+
+    from spectral_fast.calibration.data import nominal_batches
+    from spectral_fast.calibration.loss import mean_token_loss
+
+    examples = [Example(tuple(range(i, i + 20)), 4) for i in range(6)]
+
+    def loss(folder: Path) -> float:
+        model = PeftModel.from_pretrained(tiny_llama(), folder).double().eval()
+        with torch.no_grad():
+            return sum(mean_token_loss(model, batch).item() for batch in nominal_batches(examples, 2))
+
+    model = PeftModel.from_pretrained(tiny_llama(), adapter.path)
+    measured = calibrate(model, examples)
+    policy = POLICIES["gd"](eta=1e-4, update_mode="additive", grad_norm="none", preserve_energy="none")
+    edit_adapter(adapter, policy, tmp_path / "out", sensitivity=measured)
+    expected = 1e-4 * sum(module.g.square().sum().item() for module in measured.modules.values())
+    assert loss(adapter.path) - loss(tmp_path / "out") == pytest.approx(expected, rel=0.05)
+
+
+def test_the_meta_file_repeats_the_run(adapter: Adapter, tmp_path: Path) -> None:
+    policy = POLICIES["robust_z"](robust_z_tau=0.35, preserve_energy="l2")
+    edit_adapter(adapter, policy, tmp_path / "out", sensitivity=random_sensitivity(adapter), meta={"seed": 3})
+    content = json.loads((tmp_path / "out" / META).read_text())
+    meta = content["meta"]
+    assert meta["mode"] == "robust_z"
+    assert meta["robust_z_tau"] == 0.35
+    assert meta["preserve_energy"] == "l2"
+    assert meta["seed"] == 3
+    assert meta["adapter_sha256"] == adapter.fingerprint()
+    assert meta["versions"]["torch"] == torch.__version__
+    assert meta["backends"]["lowrank_svd"] in ("cpu", "reference")
+    assert list(content["sigma_stats"]) == list(adapter.modules)
+
+
+def test_editing_twice_gives_the_same_bytes(adapter: Adapter, tmp_path: Path) -> None:
+    for out in ("one", "two"):
+        edit_adapter(adapter, AbsSelect(), tmp_path / out, sensitivity=random_sensitivity(adapter))
+    one, two = ((tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two
+
+
+def other_adapter(s: Sensitivity) -> Sensitivity:
+    return Sensitivity(s.modules, {"adapter_sha256": "0" * 64})
+
+
+def one_missing(s: Sensitivity) -> Sensitivity:
+    return Sensitivity(dict(list(s.modules.items())[1:]), s.record)
+
+
+def other_sigma(s: Sensitivity) -> Sensitivity:
+    return Sensitivity({n: ModuleSensitivity(2 * m.s, m.g) for n, m in s.modules.items()}, s.record)
+
+
+def shorter(s: Sensitivity) -> Sensitivity:
+    return Sensitivity({n: ModuleSensitivity(m.s[:-1], m.g[:-1]) for n, m in s.modules.items()}, s.record)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (other_adapter, "another adapter"),
+        (one_missing, "lack 1 of the selected modules"),
+        (other_sigma, "not this module's"),
+        (shorter, "not this module's"),
+        (lambda _: None, "needs sensitivities"),
+    ],
+)
+def test_a_sensitivity_that_does_not_fit_is_refused_and_nothing_is_written(
+    adapter: Adapter, tmp_path: Path, spoil: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        edit_adapter(adapter, AbsSelect(), tmp_path / "out", sensitivity=spoil(random_sensitivity(adapter)))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_nan_in_a_factor_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    model = with_lora(tiny_llama())
+    model.get_submodule("base_model.model.model.layers.1.self_attn.o_proj").lora_B["default"].weight.data[2, 1] = float("nan")
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj"):
+        edit_adapter(Adapter.open(tmp_path / "source"), RandomIndex(), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
