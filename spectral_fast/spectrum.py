@@ -39,12 +39,16 @@ class Spectrum:
     @property
     def u(self) -> Tensor:
         """Left singular vectors (m, r) as columns, float32, or float64 if B is. Computed on every access."""
-        return _product(self.factored.basis_b, self.factored.t_b).to(_wide(self.dtypes[0]))
+        return _tall(
+            self.factored.basis_b, self.factored.t_b, torch.promote_types(self.dtypes[0], torch.float32)
+        )
 
     @property
     def vh(self) -> Tensor:
         """Right singular vectors (r, n) as rows, float32, or float64 if A is. Computed on every access."""
-        return _product(self.factored.t_a.mT, self.factored.basis_a).to(_wide(self.dtypes[1]))
+        return _flat(
+            self.factored.t_a.mT, self.factored.basis_a, torch.promote_types(self.dtypes[1], torch.float32)
+        )
 
     def rebuild(self, s_new: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of U diag(s_new) Vᵀ: B' = U diag(√s_new) and A' = diag(√s_new) Vᵀ.
@@ -65,9 +69,9 @@ class Spectrum:
         if not bool(((s_new >= 0) & s_new.isfinite()).all()):
             raise ValueError(f"s_new must be finite and not negative, got {s_new.tolist()}")
         root = s_new.to(self.s).sqrt()
-        b = _product(self.factored.basis_b, self.factored.t_b * root)
-        a = _product((self.factored.t_a * root).mT, self.factored.basis_a)
-        return b.to(self.dtypes[0]), a.to(self.dtypes[1])
+        b = _tall(self.factored.basis_b, self.factored.t_b * root, self.dtypes[0])
+        a = _flat((self.factored.t_a * root).mT, self.factored.basis_a, self.dtypes[1])
+        return b, a
 
 
 def lowrank_svd(
@@ -94,10 +98,22 @@ def lowrank_svd(
     return [Spectrum(f, (b.dtype, a.dtype)) for f, b, a in zip(results, bs, as_, strict=True)]
 
 
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    # float64: an entry of a transform may exceed the result by the condition number of its basis.
-    return x.double() @ y.double()
+# Products in float64: an entry of a transform may exceed the result by its basis' condition. Piecewise, as
+# whole float64 copies of the factors cost page faults, at (64, 28672) four times the product's own time.
+PIECE = 2048
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _tall(basis: Tensor, transform: Tensor, dtype: torch.dtype) -> Tensor:
+    """Basis (m, k) @ transform (k, r)."""
+    out = basis.new_empty(basis.shape[0], transform.shape[1], dtype=dtype)
+    for rows, result in zip(basis.split(PIECE), out.split(PIECE), strict=True):
+        result.copy_(rows.double() @ transform)
+    return out
+
+
+def _flat(transform: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """Transform (r, k) @ basis (k, n)."""
+    out = basis.new_empty(transform.shape[0], basis.shape[1], dtype=dtype)
+    for columns, result in zip(basis.split(PIECE, 1), out.split(PIECE, 1), strict=True):
+        result.copy_(transform @ columns.double())
+    return out
