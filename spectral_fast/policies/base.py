@@ -1,0 +1,223 @@
+"""What all policies share: checks, normalisation of g, clip, energy, statistics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .selection import RandomIndex
+
+TINY = 1e-8  # floor of every denominator
+LARGEST = 1e150  # squares and sums of anything up to this stay finite in float64
+
+
+def param(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
+    positive: bool = False,
+) -> Any:
+    """A dataclass field whose metadata serves both the validation below and the command line's flags."""
+    bounds = {"low": low, "high": high, "positive": positive}
+    return field(default=default, metadata={"help": help, "choices": choices, **bounds})
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One module's edited spectrum.
+
+    Attributes:
+        s_new: the edited singular values, (r,) float64 on the CPU, in the order of the given s (perhaps
+            unsorted).
+        stats: what the policy did, JSON-serialisable, keys as in spectral_edit_meta.json. A module of rank
+            0 has the common keys only.
+        core: (r,) bool, the directions that the policy treats as core.
+        noise: (r,) bool, the directions that it treats as noise.
+    """
+
+    s_new: Tensor
+    stats: dict[str, Any]
+    core: Tensor
+    noise: Tensor
+
+
+class Module(NamedTuple):
+    """What a rule is given: the name, and s and g as float64 (r,) on the CPU (g zero if there is none)."""
+
+    name: str
+    s: Tensor
+    g: Tensor
+
+
+class Outcome(NamedTuple):
+    """What a rule returns, before clip and energy: s', core and noise masks, the mode's own statistics."""
+
+    s: Tensor
+    core: Tensor
+    noise: Tensor
+    stats: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A rule from (s, g) to s', with its hyperparameters. Each mode is a subclass that gives `_rule`.
+
+    Raises:
+        TypeError: a hyperparameter of the wrong type.
+        ValueError: a hyperparameter out of its range, or not among its choices.
+    """
+
+    mode: ClassVar[str]
+    needs_sensitivity: ClassVar[bool] = True
+    _overflow_hint: ClassVar[str]
+
+    grad_norm: str = param(
+        "mean_abs",
+        "what g is divided by: nothing, the mean of |g|, or its 2-norm",
+        choices=("none", "mean_abs", "l2"),
+    )
+    preserve_energy: str = param(
+        "l1", "rescale s' so that the sum (l1) or the 2-norm (l2) of s is kept", choices=("none", "l1", "l2")
+    )
+    sigma_clip_min: float = param(0.0, "lower bound of s', applied before the energy step", low=0.0)
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value, kind, meta = getattr(self, spec.name), type(spec.default), spec.metadata
+            where = f"{self.mode}: {spec.name}"
+            if kind is float and type(value) is int:
+                object.__setattr__(self, spec.name, float(value))
+            elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise TypeError(f"{where} must be {kind.__name__}; got {value!r} ({type(value).__name__})")
+            if meta["choices"] is not None and value not in meta["choices"]:
+                raise ValueError(f"{where} must be one of {', '.join(meta['choices'])}; got {value!r}")
+            if kind is float and not math.isfinite(value):
+                raise ValueError(f"{where} must be finite; got {value}")
+            if meta["positive"] and value <= 0:
+                raise ValueError(f"{where} must be > 0; got {value}")
+            if kind in (int, float) and not meta["low"] <= value <= meta["high"]:
+                raise ValueError(f"{where} must be in [{meta['low']:g}, {meta['high']:g}]; got {value}")
+
+    def apply(self, s: Tensor, g: Tensor | None, name: str) -> Edit:
+        """Edit one module's spectrum.
+
+        Args:
+            s: (r,) singular values, any real dtype and device, >= 0, in any order.
+            g: (r,) sensitivities dL/ds; None only where `needs_sensitivity` is False.
+            name: the module's name, for errors and for the draw of `random_index`.
+
+        Returns:
+            The edit. A module of rank 0 has nothing to edit and comes back empty.
+
+        Raises:
+            ValueError: s or g is missing, misshapen, not finite or beyond 1e150 in magnitude, s is
+                negative, or the hyperparameters push s' beyond 1e150.
+        """
+        s = _vector(s, "s", name)
+        if bool((s < 0).any()):
+            raise ValueError(f"{name}: singular values must be >= 0; got {s.min().item():g}")
+        if g is not None:
+            g = _vector(g, "g", name)
+            if g.shape != s.shape:
+                raise ValueError(f"{name}: s has {s.numel()} values but g has {g.numel()}; they must match")
+        elif self.needs_sensitivity:
+            raise ValueError(f"{name}: mode {self.mode} needs the sensitivity g; got None. Calibrate first")
+
+        if s.numel() == 0:
+            nothing = torch.zeros(0, dtype=torch.bool)
+            outcome = Outcome(s, nothing, nothing, {})
+        else:
+            outcome = self._rule(Module(name, s, torch.zeros_like(s) if g is None else g))
+        s_new = self._in_range(outcome.s.clamp_min(self.sigma_clip_min), s, name)
+        if self.preserve_energy != "none":
+            order = 1 if self.preserve_energy == "l1" else 2
+            before = torch.linalg.vector_norm(s, order).clamp_min(TINY)
+            after = torch.linalg.vector_norm(s_new, order).clamp_min(TINY)
+            s_new = self._in_range(s_new * (before / after), s, name)
+
+        stats = {
+            "r": s.numel(),
+            "mode": self.mode,
+            "g_abs_mean": None if g is None else g.abs().sum().item() / max(g.numel(), 1),
+            "g_abs_max": None if g is None else _max(g.abs()),
+            "sigma0_sum": s.sum().item(),
+            "sigma_new_sum": s_new.sum().item(),
+            "sigma0_top1": _max(s),
+            "sigma_new_top1": _max(s_new),
+            "k_core": None,
+            "k_noise": None,
+        }
+        return Edit(s_new, stats | outcome.stats, outcome.core, outcome.noise)
+
+    def control(self, seed: int) -> RandomIndex:
+        """The matched control: `random_index` with every hyperparameter that the two modes share.
+
+        For `abs_select` it has the same counts and factors, so that only the choice of directions differs.
+        A mode without counts (z_score, robust_z, gd) or without factors (gd) leaves `random_index` its
+        defaults for them.
+        """
+        from .selection import RandomIndex
+
+        shared = {f.name: getattr(self, f.name) for f in fields(RandomIndex) if hasattr(self, f.name)}
+        return RandomIndex(**shared | {"seed": seed})
+
+    def _rule(self, module: Module) -> Outcome:
+        raise NotImplementedError
+
+    def _normalised(self, g: Tensor) -> Tensor:
+        """G / max(mean|g|, 1e-8), g / max(||g||_2, 1e-8) or g."""
+        if self.grad_norm == "none":
+            return g
+        norm = g.abs().mean() if self.grad_norm == "mean_abs" else torch.linalg.vector_norm(g)
+        return g / norm.clamp_min(TINY)
+
+    def _in_range(self, s_new: Tensor, s: Tensor, name: str) -> Tensor:
+        if bool((s_new <= LARGEST).all()):  # False for nan too
+            return s_new
+        raise ValueError(
+            f"{name}: mode {self.mode} pushes s' beyond {LARGEST:g}; the largest s is {_max(s):g}. "
+            f"Lower {self._overflow_hint}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gains(Policy):
+    """A policy of the form s' = gate * s, with gates between sup_factor, mid_factor and amp_factor."""
+
+    _overflow_hint: ClassVar[str] = "amp_factor, mid_factor, sup_factor or sigma_clip_min"
+
+    amp_factor: float = param(1.25, "gain of core directions (large |g|)", low=0.0)
+    sup_factor: float = param(0.80, "gain of noise directions (small |g|)", low=0.0)
+    mid_factor: float = param(1.0, "gain of the directions in between", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fractions(Gains):
+    """Gains whose core and noise are fractions of the directions."""
+
+    core_frac: float = param(0.2, "fraction of the directions that is core", low=0.0, high=1.0)
+    noise_frac: float = param(0.2, "fraction of the directions that is noise", low=0.0, high=1.0)
+
+
+def _max(x: Tensor) -> float:
+    return x.max().item() if x.numel() else 0.0
+
+
+def _vector(x: Tensor, what: str, name: str) -> Tensor:
+    """The input as a checked float64 vector on the CPU: r numbers are not worth a device."""
+    if x.ndim != 1 or x.is_complex():
+        raise ValueError(f"{name}: {what} must be a real vector (r,); got shape {tuple(x.shape)}, {x.dtype}")
+    x = x.detach().to("cpu", torch.float64)
+    wrong = ~(x.abs() <= LARGEST)  # True for nan too
+    if bool(wrong.any()):
+        k = int(wrong.nonzero()[0])
+        raise ValueError(f"{name}: {what}[{k}] is {x[k].item():g}; want finite values of at most {LARGEST:g}")
+    return x

@@ -1,0 +1,74 @@
+"""Policies that amplify and suppress a fixed number of directions: abs_select and random_index."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Fractions, Module, Outcome, param
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(Fractions):
+    """k_core directions get amp_factor, k_noise others get sup_factor, the rest mid_factor.
+
+    k_core = min(r, max(round(r core_frac), min_core_k)), k_noise = min(round(r noise_frac), r - k_core);
+    halves round to even.
+    """
+
+    min_core_k: int = param(1, "at least this many directions are core", low=0)
+
+    def _counts(self, r: int) -> tuple[int, int]:
+        k_core = min(r, max(round(r * self.core_frac), self.min_core_k))
+        return k_core, min(round(r * self.noise_frac), r - k_core)
+
+    def _select(self, s: Tensor, core_indices: Tensor, noise_indices: Tensor) -> Outcome:
+        core, noise = torch.zeros_like(s, dtype=torch.bool), torch.zeros_like(s, dtype=torch.bool)
+        core[core_indices], noise[noise_indices] = True, True
+        gate = torch.full_like(s, self.mid_factor)
+        gate[core], gate[noise] = self.amp_factor, self.sup_factor
+        counts = {"k_core": len(core_indices), "k_noise": len(noise_indices)}
+        factors = {name: getattr(self, name) for name in ("amp_factor", "sup_factor", "mid_factor")}
+        return Outcome(s * gate, core, noise, counts | factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsSelect(Selection):
+    """Core is where |g| is largest, noise where it is smallest.
+
+    Ties go by index, lower first. The order is that of |g| itself: normalising could only round neighbours
+    into ties.
+    """
+
+    mode: ClassVar[str] = "abs_select"
+
+    def _rule(self, module: Module) -> Outcome:
+        r = module.s.numel()
+        k_core, k_noise = self._counts(r)
+        order = torch.argsort(module.g.abs(), descending=True, stable=True)
+        return self._select(module.s, order[:k_core], order[r - k_noise :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomIndex(Selection):
+    """The control: as many core and noise directions as `abs_select`, drawn at random, whatever g is.
+
+    The draw depends on (seed, module name) alone, so the result does not depend on the order of the modules.
+    """
+
+    mode: ClassVar[str] = "random_index"
+    needs_sensitivity: ClassVar[bool] = False
+
+    seed: int = param(0, "seed of the draw")
+
+    def _rule(self, module: Module) -> Outcome:
+        digest = hashlib.sha256(f"{self.seed}:{module.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        r = module.s.numel()
+        k_core, k_noise = self._counts(r)
+        order = torch.randperm(r, generator=generator)
+        return self._select(module.s, order[:k_core], order[k_core : k_core + k_noise])
