@@ -185,7 +185,7 @@ def _read_layout(path: Path) -> Layout:
         entries = json.loads(text, object_pairs_hook=_without_duplicates)
         entries.pop("__metadata__", None)
         items = list(entries.items())
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{path} is not a safetensors file: its header is not a JSON object ({error})"
         ) from error
@@ -199,7 +199,7 @@ def _read_layout(path: Path) -> Layout:
             numbers = (*shape, start, stop)
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: {name} needs dtype, shape and data_offsets, got {entry!r}") from error
-        if dtype not in DTYPES:
+        if str(dtype) not in DTYPES:
             raise ValueError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError(
