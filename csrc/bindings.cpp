@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -17,11 +18,11 @@ using Array = py::array_t<T, py::array::c_style>;
 
 template <typename T>
 void expect_shape(const char* name, const Array<T>& array, std::initializer_list<py::ssize_t> shape) {
-  std::string wanted, got;
-  for (const auto n : shape) wanted += std::to_string(n) + ", ";
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) got += std::to_string(array.shape(i)) + ", ";
-  if (wanted != got)
-    throw std::invalid_argument(std::string(name) + " must have shape (" + wanted + "), got (" + got + ")");
+  if (std::equal(shape.begin(), shape.end(), array.shape(), array.shape() + array.ndim())) return;
+  std::string wanted;
+  for (const auto n : shape) wanted += (wanted.empty() ? "" : " x ") + std::to_string(n);
+  throw std::invalid_argument(std::string(name) + " must be " + wanted + ", got " +
+                              py::str(array.attr("shape")).cast<std::string>());
 }
 
 void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<std::int32_t>& status,

@@ -106,7 +106,7 @@ PIECE = 2048
 def _tall(basis: Tensor, transform: Tensor, dtype: torch.dtype) -> Tensor:
     """Basis (m, k) @ transform (k, r)."""
     out = basis.new_empty(basis.shape[0], transform.shape[1], dtype=dtype)
-    for rows, result in zip(basis.split(PIECE), out.split(PIECE), strict=True):
+    for rows, result in zip(torch.split(basis, PIECE), torch.split(out, PIECE), strict=True):
         result.copy_(rows.double() @ transform)
     return out
 
@@ -114,6 +114,6 @@ def _tall(basis: Tensor, transform: Tensor, dtype: torch.dtype) -> Tensor:
 def _flat(transform: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
     """Transform (r, k) @ basis (k, n)."""
     out = basis.new_empty(transform.shape[0], basis.shape[1], dtype=dtype)
-    for columns, result in zip(basis.split(PIECE, 1), out.split(PIECE, 1), strict=True):
+    for columns, result in zip(torch.split(basis, PIECE, 1), torch.split(out, PIECE, 1), strict=True):
         result.copy_(transform @ columns.double())
     return out

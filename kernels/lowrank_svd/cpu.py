@@ -83,11 +83,8 @@ def _solve(grams: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     failed = (info != 0).any(0)
     triangles[:, failed] = torch.eye(rank, dtype=torch.float64)
     core = (triangles[0] @ triangles[1].mT).contiguous()
-    wt, s, status = (
-        torch.empty_like(core),
-        torch.empty_like(core[..., 0]),
-        torch.empty(len(core), dtype=torch.int32),
-    )
+    wt, s = torch.empty_like(core), core.new_empty(core.shape[:2])
+    status = torch.empty(len(core), dtype=torch.int32)
     _C.jacobi_svd(core.numpy(), wt.numpy(), s.numpy(), status.numpy(), threads=torch.get_num_threads())
     # R_A⁻¹ Z is R_Bᵀ W diag(1/s), so the core's right vectors are not needed.
     t_b = torch.linalg.solve_triangular(triangles[0], wt.mT, upper=True)

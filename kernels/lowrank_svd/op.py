@@ -44,29 +44,33 @@ def lowrank_svd(
     names = [f"module {i}" for i in range(len(bs))] if names is None else names
     if not len(bs) == len(as_) == len(names):
         raise ValueError(f"one B, one A and one name per module; got {len(bs)}, {len(as_)} and {len(names)}")
-    bs, as_ = (
-        [_checked(b, "B", n) for b, n in zip(bs, names, strict=True)],
-        [_checked(a, "A", n) for a, n in zip(as_, names, strict=True)],
-    )
     for b, a, name in zip(bs, as_, names, strict=True):
+        _check_factor(b, "B", name)
+        _check_factor(a, "A", name)
         if b.shape[1] != a.shape[0]:
             raise ValueError(
                 f"{name}: B (m, r) and A (r, n) share r; got B {tuple(b.shape)} and A {tuple(a.shape)}"
             )
         if b.device != a.device:
             raise ValueError(f"{name}: B is on {b.device} and A on {a.device}; move one to the other")
-    return pick("lowrank_svd", bs, as_).call(bs, as_)
+        _check_finite(b, "B", name)
+        _check_finite(a, "A", name)
+    bs, as_ = [b.detach() for b in bs], [a.detach() for a in as_]
+    results: list[Factored] = pick("lowrank_svd", bs, as_).call(bs, as_)
+    return results
 
 
-def _checked(x: Tensor, factor: str, name: str) -> Tensor:
+def _check_factor(x: Tensor, factor: str, name: str) -> None:
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: {factor} must be a tensor of {', '.join(map(str, DTYPES))}; got {got}")
     if x.ndim != 2:
         raise ValueError(f"{name}: {factor} must be a matrix, got shape {tuple(x.shape)}")
-    # One pass without a temporary: a NaN makes both NaN, an infinity is one of them.
-    if x.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(x.detach())):
+
+
+def _check_finite(x: Tensor, factor: str, name: str) -> None:
+    # One pass without a temporary: a NaN makes both extremes NaN, an infinity is one of them.
+    if x.numel() and not torch.stack(torch.aminmax(x.detach())).isfinite().all():
         raise ValueError(
             f"{name}: {factor} holds a NaN or an infinity; the adapter's file or its training is broken"
         )
-    return x.detach()
