@@ -1,1 +1,29 @@
-"""spectral_fast: the fast engine for the spectrum of LoRA adapters."""
+"""spectral_fast: the fast engine for the spectrum of LoRA adapters.
+
+A trained LoRA adapter is a low-rank update ΔW = B A = U diag(s) Vᵀ. `probe` or `calibrate` measures how sensitive a
+loss is to each singular value, `edit_adapter` reweights them by a policy and writes the adapter back.
+"""
+
+from spectral_fast._version import __version__
+from spectral_fast.adapter import Adapter
+from spectral_fast.calibration.calibrate import calibrate
+from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.probe import CalibrationOptions, probe
+from spectral_fast.edit import edit_adapter
+from spectral_fast.policies import POLICIES
+from spectral_fast.sensitivity import Sensitivity
+from spectral_fast.spectrum import Spectrum, lowrank_svd
+
+__all__ = [
+    "POLICIES",
+    "Adapter",
+    "CalibrationOptions",
+    "ModelOptions",
+    "Sensitivity",
+    "Spectrum",
+    "__version__",
+    "calibrate",
+    "edit_adapter",
+    "lowrank_svd",
+    "probe",
+]

@@ -40,7 +40,7 @@ def replace_directory(
         RuntimeError: another run is writing to `out_dir`, or its file system cannot exchange directories.
         OSError: as it came from the file system, with the file's name.
     """
-    out = _checked(Path(out_dir), overwrite, source, marker)
+    out = check_out_dir(out_dir, overwrite=overwrite, source=source, marker=marker)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.partial")
     lock = _lock(work, out)
@@ -58,7 +58,15 @@ def replace_directory(
         _unlock(work, lock)
 
 
-def _checked(path: Path, overwrite: bool, source: Path | None, marker: str | None) -> Path:
+def check_out_dir(
+    out_dir: Path | str, *, overwrite: bool = False, source: Path | None = None, marker: str | None = None
+) -> Path:
+    """The absolute `out_dir`, if `replace_directory` would take it: to be asked before long work.
+
+    Raises:
+        As `replace_directory` for what can be known beforehand.
+    """
+    path = Path(out_dir)
     if path.is_symlink():
         raise ValueError(f"out_dir {path} is a symbolic link to {path.readlink()}; give the directory itself")
     out = path.resolve()
@@ -74,9 +82,7 @@ def _checked(path: Path, overwrite: bool, source: Path | None, marker: str | Non
         raise ValueError(f"out_dir {out} is a mount point, which cannot be replaced; choose a folder in it")
     if _occupied(out):
         if not overwrite:
-            raise FileExistsError(
-                errno.EEXIST, "out_dir is not empty; choose another one, or --overwrite", str(out)
-            )
+            raise FileExistsError(errno.EEXIST, "out_dir is not empty; choose another one, or --overwrite", str(out))
         if marker is not None and not (out / marker).exists():
             raise FileExistsError(
                 errno.EEXIST,
@@ -108,9 +114,7 @@ def _lock(work: Path, out: Path) -> int:
             ) from error
         except OSError as error:
             os.close(lock)
-            raise RuntimeError(
-                f"cannot lock {work / _LOCK}: {error.strerror}; choose another file system"
-            ) from error
+            raise RuntimeError(f"cannot lock {work / _LOCK}: {error.strerror}; choose another file system") from error
 
 
 def _unlock(work: Path, lock: int) -> None:
@@ -118,9 +122,7 @@ def _unlock(work: Path, lock: int) -> None:
     try:
         work.rmdir()
     except OSError as error:
-        if (
-            error.errno != errno.ENOTEMPTY
-        ):  # the next run has already made its own lock there: leave it the directory
+        if error.errno != errno.ENOTEMPTY:  # the next run has already made its own lock there: leave it the directory
             raise
     finally:
         os.close(lock)
@@ -171,9 +173,7 @@ def _exchange(a: Path, b: Path) -> None:
         rename_swap = 2
         failed = libc.renamex_np(*names, rename_swap)
     else:
-        raise OSError(
-            errno.ENOSYS, "this C library has neither renameat2 nor renamex_np", str(a), None, str(b)
-        )
+        raise OSError(errno.ENOSYS, "this C library has neither renameat2 nor renamex_np", str(a), None, str(b))
     if failed:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(a), None, str(b))

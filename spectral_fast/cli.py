@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spectral_fast._version import __version__
-from spectral_fast.options import add_flags, option, take
+from spectral_fast.options import add_flags, check, option, take
 from spectral_fast.policies import POLICIES, Policy
 
 T = TypeVar("T")
@@ -24,8 +24,11 @@ class SelectionOptions:
     """Which of an adapter's modules to work on."""
 
     target_modules: tuple[str, ...] = option(("down_proj", "o_proj"), "last name components, or all-linear")
-    layer_min: int = option(0, "first layer, inclusive")
-    layer_max: int = option(10**9, "last layer, inclusive")
+    layer_min: int = option(0, "first layer, inclusive", low=0)
+    layer_max: int = option(10**9, "last layer, inclusive", low=0)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +113,9 @@ def _add_edit(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--report", type=Path, help="write an HTML report with pictures to this file")
     add_flags(parser.add_argument_group("modules"), SelectionOptions)
     group = parser.add_argument_group("policy (each mode takes only its own flags)")
-    group.add_argument("--mode", "--edit_mode", default="abs_select", choices=list(POLICIES), help="(default: abs_select)")
+    group.add_argument(
+        "--mode", "--edit_mode", default="abs_select", choices=list(POLICIES), help="(default: abs_select)"
+    )
     add_flags(group, *POLICIES.values())
     _add_model_flags(parser, base_model_required=False)
     _add_calibration_flags(parser)
@@ -136,7 +141,6 @@ def _policy(args: argparse.Namespace) -> Policy:
 
 def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import Adapter, resolve
-    from spectral_fast.atomic import check_out_dir
     from spectral_fast.edit import edit_adapter
     from spectral_fast.sensitivity import Sensitivity
 
@@ -146,9 +150,8 @@ def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise UsageError(f"mode {args.mode} needs --base_model to measure sensitivities, or --sensitivity from `probe`")
     if args.eval_gsm8k and args.base_model is None:
         raise UsageError("--eval_gsm8k needs --base_model")
-    source = resolve(args.lora_path, getattr(args, "cache_dir", None))
-    check_out_dir(args.out_dir, source=source, overwrite=args.overwrite)
-    adapter = Adapter.open(source)
+    adapter = Adapter.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
+    adapter.check_out_dir(args.out_dir, overwrite=args.overwrite)
     selection = take(SelectionOptions, vars(args))
     modules = adapter.select(**asdict(selection))
     _warn(adapter.warnings)
@@ -188,7 +191,7 @@ def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         result["report"] = str(args.report)
         text += f"\nreport: {args.report}"
     if args.eval_gsm8k:
-        result["gsm8k"], table = _evaluate_edit(args, source)
+        result["gsm8k"], table = _evaluate_edit(args, adapter.path)
         text += f"\n{table}"
     return result, text
 
@@ -228,15 +231,16 @@ def _add_probe(commands: Any) -> argparse.ArgumentParser:
 def _probe(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import Adapter, resolve
     from spectral_fast.atomic import check_out_dir, replace_directory
+    from spectral_fast.sensitivity import RECORD
 
-    source = resolve(args.lora_path, getattr(args, "cache_dir", None))
-    check_out_dir(args.out_dir, source=source, overwrite=args.overwrite)
-    adapter = Adapter.open(source)
+    adapter = Adapter.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
+    target = {"source": adapter.path, "overwrite": args.overwrite, "marker": RECORD}
+    check_out_dir(args.out_dir, **target)
     selection = take(SelectionOptions, vars(args))
     modules = adapter.select(**asdict(selection))
     _warn(adapter.warnings)
     sensitivity = _run_probe(args, adapter, modules)
-    with replace_directory(args.out_dir, source=source, overwrite=args.overwrite) as directory:
+    with replace_directory(args.out_dir, **target) as directory:
         sensitivity.save(directory)
     record = sensitivity.record
     text = (
@@ -245,6 +249,19 @@ def _probe(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "--out_dir ./edited"
     )
     return {"out_dir": str(args.out_dir), "modules": len(modules), **record}, text
+
+
+def _add_info(commands: Any) -> argparse.ArgumentParser:
+    return _command(
+        commands, "info", _info, "show versions, devices, and the backend of every op here", "spectral-fast info --json"
+    )
+
+
+def _info(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.environment import as_text, describe
+
+    facts = describe()
+    return facts, as_text(facts)
 
 
 def _bar(description: str) -> Callable[[Sequence[T]], Iterable[T]]:

@@ -131,5 +131,7 @@ def _matching_g(module: LoraModule, s: Tensor, measured: ModuleSensitivity) -> T
     """g, after a check that its directions are those of s: same singular values within the SVD's error bound."""
     bound = 30 * module.r * torch.finfo(torch.float32).eps
     if measured.s.shape != s.shape or ((measured.s - s).abs() > bound * s.amax()).any():
-        raise ValueError(f"{module.name}: the singular values in the sensitivity file are not this module's; probe again")
+        raise ValueError(
+            f"{module.name}: the singular values in the sensitivity file are not this module's; probe again"
+        )
     return measured.g

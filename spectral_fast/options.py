@@ -1,8 +1,9 @@
-"""Dataclasses as the one source of command-line flags: their fields are the flags, with default, type and help."""
+"""Dataclasses as the one source of settings and flags: default, type, range, choices and help in one place."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,48 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is also a flag. List defaults are given as tuples."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
+    positive: bool = False,
+) -> Any:
+    """A dataclass field that is also a flag, with what `check` accepts. List defaults are given as tuples."""
+    bounds = {"low": low, "high": high, "positive": positive}
+    return field(default=default, metadata={"help": help, "choices": choices, **bounds})
+
+
+def check(instance: Any, where: str = "") -> None:
+    """Check the values of a frozen dataclass made of `option` fields; to be called from `__post_init__`.
+
+    Args:
+        instance: the dataclass; an int given for a float becomes a float.
+        where: what the values belong to, e.g. a mode; opens the message.
+
+    Raises:
+        TypeError: a value of another type than its default.
+        ValueError: a value that is not finite, out of its range, or not among its choices.
+    """
+    for spec in fields(instance):
+        value, kind, meta = getattr(instance, spec.name), type(spec.default), spec.metadata
+        name = f"{where}: {spec.name}" if where else spec.name
+        if spec.default is None:
+            continue
+        if kind is float and type(value) is int:
+            object.__setattr__(instance, spec.name, float(value))
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"{name} must be {kind.__name__}; got {value!r} ({type(value).__name__})")
+        if meta["choices"] is not None and value not in meta["choices"]:
+            raise ValueError(f"{name} must be one of {', '.join(meta['choices'])}; got {value!r}")
+        if kind is float and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite; got {value}")
+        if meta["positive"] and value <= 0:
+            raise ValueError(f"{name} must be > 0; got {value}")
+        if kind in (int, float) and not meta["low"] <= value <= meta["high"]:
+            raise ValueError(f"{name} must be in [{meta['low']:g}, {meta['high']:g}]; got {value}")
 
 
 def add_flags(parser: argparse._ActionsContainer, *classes: type) -> None:

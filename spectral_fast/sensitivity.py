@@ -60,7 +60,7 @@ class Sensitivity:
         for file in (TENSORS, RECORD):
             if not (directory / file).is_file():
                 raise FileNotFoundError(
-                    f"{directory} has no {file}; `spectral-fast probe --out_dir {directory}` makes {TENSORS} and {RECORD}"
+                    f"{directory} has no {file}; `spectral-fast probe --out_dir {directory}` makes it"
                 )
         try:
             record = json.loads((directory / RECORD).read_text(encoding="utf-8"))

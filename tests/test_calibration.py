@@ -48,10 +48,10 @@ def by_hooks(model: Any, adapter: str, examples: list[Example], batch_size: int)
     for name, layer in lora_layers(model, adapter).items():
         u, _, vh = directions(layer, adapter)
 
-        def keep(module: Any, args: Any, output: Any, name: str = name) -> None:
+        def keep(_: Any, args: Any, __: Any, name: str = name) -> None:
             cache[name] = args[0].detach() * mask[0][..., None]
 
-        def add(module: Any, grad_in: Any, grad_out: Any, name: str = name, u: Any = u, vh: Any = vh) -> None:
+        def add(module: Any, _: Any, grad_out: Any, name: str = name, u: Any = u, vh: Any = vh) -> None:
             q, p = grad_out[0] @ u, cache[name] @ vh.mT
             total = module.scaling[adapter] * (q * p).sum((0, 1))
             found[name] = found.get(name, 0) + total
@@ -74,7 +74,9 @@ def by_autograd(model: Any, adapter: str, examples: list[Example], batch_size: i
         sigmas[name] = sigma
         scaling = layer.scaling[adapter]
 
-        def forward(x: Any, layer: Any = layer, u: Any = u, vh: Any = vh, sigma: Any = sigma, c: float = scaling) -> Any:
+        def forward(
+            x: Any, layer: Any = layer, u: Any = u, vh: Any = vh, sigma: Any = sigma, c: float = scaling
+        ) -> Any:
             return layer.base_layer(x) + c * F.linear(x, u @ torch.diag(sigma) @ vh)
 
         layer.forward = forward
@@ -103,7 +105,10 @@ ORACLES = {"hooks": by_hooks, "autograd": by_autograd, "closed form": by_closed_
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
-    "rank_pattern": {"rank_pattern": {"o_proj": 3, r"layers\.1\.mlp\.down_proj": 11}, "alpha_pattern": {"q_proj": 5}},
+    "rank_pattern": {
+        "rank_pattern": {"o_proj": 3, r"layers\.1\.mlp\.down_proj": 11},
+        "alpha_pattern": {"q_proj": 5},
+    },
     "attention and mlp": {"target_modules": "all-linear", "r": 4},
 }
 
@@ -166,7 +171,9 @@ def test_dora_is_differentiated_through_its_magnitude() -> None:
     twin = copy.deepcopy(model).double().eval()
     with spectral_form(model, "default", list(lora_layers(model, "default"))):
         for batch in nominal_batches(examples, 3):
-            torch.testing.assert_close(mean_token_loss(model, batch).double(), model_loss(twin, batch).detach(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                mean_token_loss(model, batch).double(), model_loss(twin, batch).detach(), rtol=1e-5, atol=0
+            )
     wanted = by_closed_form(twin, "default", examples, 3)
     assert relative_difference(calibrate(model, examples, batch_size=3), wanted) <= 1e-5
 
@@ -195,15 +202,21 @@ def test_g_is_a_sum_over_nominal_batches_of_mean_losses() -> None:
     parts = [calibrate(model, examples[start : start + 3], batch_size=3) for start in (0, 3)]
     for name, module in whole.modules.items():
         torch.testing.assert_close(module.g, parts[0].modules[name].g + parts[1].modules[name].g)
-    assert relative_difference(calibrate(model, examples, batch_size=2), {k: v.g for k, v in whole.modules.items()}) > 1e-3
+    assert (
+        relative_difference(calibrate(model, examples, batch_size=2), {k: v.g for k, v in whole.modules.items()}) > 1e-3
+    )
 
 
 def test_a_token_that_equals_the_padding_token_still_counts() -> None:
     model = with_lora(tiny_llama().double())
     ending_in_zero = [Example((5, 6, 7, 0), 2), Example((8, 9, 10, 11, 12, 0), 3)]
-    assert relative_difference(
-        calibrate(model, ending_in_zero), by_closed_form(copy.deepcopy(model).eval(), "default", ending_in_zero, 2)
-    ) <= 1e-9
+    assert (
+        relative_difference(
+            calibrate(model, ending_in_zero),
+            by_closed_form(copy.deepcopy(model).eval(), "default", ending_in_zero, 2),
+        )
+        <= 1e-9
+    )
 
 
 def state(model: Any) -> dict[str, Any]:
@@ -260,15 +273,15 @@ def test_an_infinite_gradient_names_its_module() -> None:
 
     class Exploding(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        def forward(_: Any, x: torch.Tensor) -> torch.Tensor:
             return x.clone()
 
         @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        def backward(_: Any, grad: torch.Tensor) -> torch.Tensor:
             return grad * float("inf")
 
     norm = model.get_submodule("base_model.model.model.layers.1.input_layernorm")
-    norm.register_forward_hook(lambda module, args, out: Exploding.apply(out))
+    norm.register_forward_hook(lambda *hooked: Exploding.apply(hooked[-1]))
     with pytest.raises(ValueError, match=r"sensitivity of .*layers\.0\.mlp\.down_proj is NaN or infinite"):
         calibrate(model, ragged_examples())
 

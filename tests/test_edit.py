@@ -75,7 +75,9 @@ def test_only_selected_modules_change_and_the_rest_is_carried_byte_for_byte(adap
     changed = {key for module in chosen for key in (module.a_key, module.b_key)}
     assert {key for key in old if not torch.equal(old[key], new[key])} == changed
     assert (tmp_path / "out" / "notes" / "a.txt").read_text() == "kept"
-    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (adapter.path / "adapter_config.json").read_bytes()
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (
+        adapter.path / "adapter_config.json"
+    ).read_bytes()
 
 
 def test_peft_loads_the_result_generates_and_merges_to_the_same_model(adapter: Adapter, tmp_path: Path) -> None:
@@ -86,7 +88,10 @@ def test_peft_loads_the_result_generates_and_merges_to_the_same_model(adapter: A
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         logits = model(ids).logits
-        assert model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4).shape == (2, 10)
+        assert model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4).shape == (
+            2,
+            10,
+        )
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(ids).logits, logits, rtol=1e-4, atol=1e-4)
     base = tiny_llama()
@@ -179,7 +184,9 @@ def test_a_sensitivity_that_does_not_fit_is_refused_and_nothing_is_written(
 
 def test_nan_in_a_factor_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     model = with_lora(tiny_llama())
-    model.get_submodule("base_model.model.model.layers.1.self_attn.o_proj").lora_B["default"].weight.data[2, 1] = float("nan")
+    model.get_submodule("base_model.model.model.layers.1.self_attn.o_proj").lora_B["default"].weight.data[2, 1] = float(
+        "nan"
+    )
     model.save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj"):
         edit_adapter(Adapter.open(tmp_path / "source"), RandomIndex(), tmp_path / "out")

@@ -91,9 +91,7 @@ def violations(root: Path) -> list[str]:
             elif target.split(".")[0] == "spectral_fast":
                 own_floor, its_floor = floor(unit(module)), floor(unit(target))
                 if its_floor > own_floor:
-                    found.append(
-                        f"{place} is on floor {own_floor} and imports {target} from floor {its_floor}"
-                    )
+                    found.append(f"{place} is on floor {own_floor} and imports {target} from floor {its_floor}")
     return found
 
 
@@ -104,9 +102,7 @@ def test_no_module_imports_from_a_higher_floor() -> None:
 def test_no_units_import_each_other_in_a_circle() -> None:
     graph: dict[str, set[str]] = {}
     for module, file in sources(ROOT).items():
-        targets = {
-            unit(target) for _, target in imports(module, file) if target.split(".")[0] == "spectral_fast"
-        }
+        targets = {unit(target) for _, target in imports(module, file) if target.split(".")[0] == "spectral_fast"}
         graph.setdefault(unit(module), set()).update(targets - {unit(module)})
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 

@@ -69,6 +69,6 @@ def test_non_contiguous_input_and_gradient() -> None:
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
-    x, y, u, s, vh = operands((3,), 5, 6, 2)
+    x, y, u, _, vh = operands((3,), 5, 6, 2)
     with pytest.raises(ValueError, match=r"got x \(3, 6\), y \(3, 5\), u \(5, 2\), s \(3,\)"):
         spectral_linear(x, y, u, torch.ones(3), vh, 1.0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def spectral_linear(x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> Tensor:
@@ -36,15 +36,13 @@ def spectral_linear(x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scal
             f"spectral_linear wants x (..., n), y (..., m), u (m, r), s (r,), vh (r, n); got x {tuple(x.shape)}, "
             f"y {tuple(y.shape)}, u {tuple(u.shape)}, s {tuple(s.shape)}, vh {tuple(vh.shape)}"
         )
-    out: Tensor = _SpectralLinear.apply(x, y, u, s, vh, scaling)
+    out: Tensor = _SpectralLinear.apply(x, y, u, s, vh, scaling)  # type: ignore[no-untyped-call]
     return out
 
 
 class _SpectralLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> Tensor:
         p = x.reshape(-1, vh.shape[1]) @ vh.mT
         ctx.save_for_backward(p, u, s, vh)
         ctx.scaling = scaling
@@ -52,14 +50,14 @@ class _SpectralLinear(torch.autograd.Function):
         return branch.view(y.shape).to(y.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        p, u, s, vh = ctx.saved_tensors  # type: ignore[attr-defined]
-        scaling: float = ctx.scaling  # type: ignore[attr-defined]
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        p, u, s, vh = ctx.saved_tensors
+        scaling: float = ctx.scaling
         q = dy.reshape(-1, u.shape[0]).to(u.dtype) @ u
         wide = torch.promote_types(p.dtype, torch.float32)
         g = scaling * (q.to(wide) * p.to(wide)).sum(0)
         dx = None
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+        if ctx.needs_input_grad[0]:
             dx = ((q * (scaling * s).to(q.dtype)) @ vh).view(*dy.shape[:-1], vh.shape[1])
         return dx, dy, None, g.to(s.dtype), None, None

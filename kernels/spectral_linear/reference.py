@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def spectral_linear_reference(x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> Tensor:
-    """y + scaling · ((x Vᵀᵀ) ⊙ s) Uᵀ, written as the equation; arguments as for `spectral_linear`."""
+    """The equation y + scaling · ((x V) ⊙ s) Uᵀ; arguments as for `spectral_linear`."""
     return y + scaling * ((x @ vh.mT) * s.to(x.dtype)) @ u.mT

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spectral_fast.adapter.naming import CONFIG, LoraModule, take_inventory
-from spectral_fast.atomic import replace_directory
+from spectral_fast.atomic import check_out_dir, replace_directory
 from spectral_fast.picklefile import PickleFile
 from spectral_fast.provenance import sha256_file
 from spectral_fast.tensorfile import SafetensorsFile
@@ -71,9 +71,7 @@ class Adapter:
         """
         path = Path(path)
         if not path.is_dir():
-            raise FileNotFoundError(
-                f"an adapter is a folder with {CONFIG} and {WEIGHTS[0]}; {path} is not a folder"
-            )
+            raise FileNotFoundError(f"an adapter is a folder with {CONFIG} and {WEIGHTS[0]}; {path} is not a folder")
         config = _read_config(path)
         file = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if file is None:
@@ -107,17 +105,13 @@ class Adapter:
         if isinstance(target_modules, str):
             target_modules = (target_modules,)
         components = Counter(_component(module) for module in self.modules.values())
-        wanted = (
-            set(components) if tuple(target_modules) in (("all",), ("all-linear",)) else set(target_modules)
-        )
+        wanted = set(components) if tuple(target_modules) in (("all",), ("all-linear",)) else set(target_modules)
 
         def in_range(module: LoraModule) -> bool:
             layer = _LAYER.search(module.name)
             return layer is None or layer_min <= int(layer[1]) <= layer_max
 
-        chosen = [
-            module for module in self.modules.values() if _component(module) in wanted and in_range(module)
-        ]
+        chosen = [module for module in self.modules.values() if _component(module) in wanted and in_range(module)]
         if not chosen:
             has = ", ".join(f"{name} ({count})" for name, count in components.items()) or "no editable module"
             raise ValueError(
@@ -126,9 +120,7 @@ class Adapter:
             )
         for name in target_modules:
             if name in wanted - set(components):
-                self.warnings.append(
-                    f"target_modules: the adapter has no {name}; it has {', '.join(components)}"
-                )
+                self.warnings.append(f"target_modules: the adapter has no {name}; it has {', '.join(components)}")
         return chosen
 
     def _carried_in_short(self) -> str:
@@ -148,6 +140,10 @@ class Adapter:
     def fingerprint(self) -> str:
         """SHA-256 over the config and the weights: equal exactly if both files are equal, byte for byte."""
         return sha256("".join(self.hashes.values()).encode()).hexdigest()
+
+    def check_out_dir(self, out_dir: Path | str, *, overwrite: bool = False) -> None:
+        """Raise now what `write` would raise about `out_dir`, before long work."""
+        check_out_dir(out_dir, overwrite=overwrite, source=self.path, marker=CONFIG)
 
     def write(
         self,
@@ -173,7 +169,7 @@ class Adapter:
         extra_files = extra_files or {}
         name = self.weights.path.name
         for extra in extra_files:
-            if PurePath(extra).name != extra or extra == name:
+            if PurePath(extra).name != extra or extra in {name, ".."}:
                 raise ValueError(f"extra_files: {extra!r} must be the name of a file beside {name}")
         with replace_directory(out_dir, overwrite=overwrite, source=self.path, marker=CONFIG) as folder:
             _copy_folder(self.path, folder, _NOT_CONTENT | {name} | set(extra_files))
@@ -191,9 +187,7 @@ class Adapter:
                 (module.a_key, a, (module.r, module.n)),
             ):
                 if factor.shape != shape:
-                    raise ValueError(
-                        f"{key} needs an edited factor of shape {shape}, got {tuple(factor.shape)}"
-                    )
+                    raise ValueError(f"{key} needs an edited factor of shape {shape}, got {tuple(factor.shape)}")
                 if not _is_finite(factor):
                     raise ValueError(
                         f"the edited {key} has NaN or infinite values ({factor.dtype} ends at "
@@ -266,14 +260,10 @@ def _copy_folder(source: Path, target: Path, skip: Iterable[str] = ()) -> None:
             continue
         if entry.is_dir():
             if entry.resolve() in (source.resolve(), *source.resolve().parents):
-                raise ValueError(
-                    f"{entry} is a link to a folder that contains it; remove it before copying {source}"
-                )
+                raise ValueError(f"{entry} is a link to a folder that contains it; remove it before copying {source}")
             (target / entry.name).mkdir()
             _copy_folder(entry, target / entry.name)
         elif entry.is_file():
             shutil.copy2(entry, target / entry.name)
         else:
-            raise ValueError(
-                f"{entry} is a broken link or not a plain file; remove it before copying {source}"
-            )
+            raise ValueError(f"{entry} is a broken link or not a plain file; remove it before copying {source}")

@@ -137,9 +137,7 @@ def _of_one_adapter(pairs: Iterable[_Pair], adapter_name: str | None, found: Inv
         return [pair for only in by_adapter.values() for pair in only]
     if adapter_name not in by_adapter:
         names = ", ".join(sorted(map(repr, by_adapter))) or "none"
-        raise ValueError(
-            f"adapter_name should be one that the weight file has: {names}; got {adapter_name!r}"
-        )
+        raise ValueError(f"adapter_name should be one that the weight file has: {names}; got {adapter_name!r}")
     chosen = by_adapter.pop(adapter_name)
     for other, pairs_of_other in by_adapter.items():
         for pair in pairs_of_other:
@@ -222,9 +220,7 @@ def rank_and_scaling(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
     r = _by_pattern("rank_pattern", name, config, config.get("r", 8))
     alpha = _by_pattern("alpha_pattern", name, config, config.get("lora_alpha", 8))
     if type(r) is not int or r <= 0 or not isinstance(alpha, int | float):
-        raise ValueError(
-            f"{CONFIG} gives {name} r={r!r} and lora_alpha={alpha!r}; r must be above 0, both numbers"
-        )
+        raise ValueError(f"{CONFIG} gives {name} r={r!r} and lora_alpha={alpha!r}; r must be above 0, both numbers")
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 

@@ -79,15 +79,19 @@ def _accumulate(model: nn.Module, layers: dict[str, SpectralLinear], batch: Batc
         while True:
             loss = mean_token_loss(model, batch)
             if not torch.isfinite(loss):
-                raise ValueError(f"the calibration loss is {loss.item()}: the base model or the adapter overflows in "
-                                 f"{next(model.parameters()).dtype}; try --dtype bf16 or fp32")
+                raise ValueError(
+                    f"the calibration loss is {loss.item()}: the base model or the adapter overflows in "
+                    f"{next(model.parameters()).dtype}; try --dtype bf16 or fp32"
+                )
             grads = torch.autograd.grad(loss * scale, parameters, materialize_grads=True)
             bad = [name for name, grad in zip(layers, grads, strict=True) if not torch.isfinite(grad).all()]
             if not bad:
                 break
             if scale <= 1.0:
-                raise ValueError(f"the sensitivity of {bad[0]} is NaN or infinite ({len(bad)} of {len(layers)} modules);"
-                                 " try --dtype fp32")
+                raise ValueError(
+                    f"the sensitivity of {bad[0]} is NaN or infinite ({len(bad)} of {len(layers)} modules);"
+                    " try --dtype fp32"
+                )
             scale /= 16.0
     for s, grad in zip(parameters, grads, strict=True):
         s.grad = grad / scale if s.grad is None else s.grad + grad / scale

@@ -39,9 +39,10 @@ class Batch:
 
 
 def encode_question_answer(tokenizer: Any, question: str, answer: str) -> Example:
-    """`Question: {q}\\nAnswer:` as prompt, ` {a}` and the end-of-sequence token as labels; no token before it.
+    """Prompt "Question: {q}", newline, "Answer:"; then " {a}" and the end-of-sequence token as labels.
 
-    The prompt's length is that of the prompt tokenised alone, as in the method's own calibration (spec 1.4).
+    No token stands before the prompt, whose length is that of the prompt tokenised alone, as in the method's own
+    calibration.
     """
     prompt = f"Question: {question}\nAnswer:"
     full = f"{prompt} {answer}{tokenizer.eos_token or ''}"

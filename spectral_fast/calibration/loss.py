@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,6 @@ def mean_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(chosen.to(torch.promote_types(chosen.dtype, torch.float32)), targets[labelled])
 
 
-def _takes_logits_to_keep(model: nn.Module) -> bool:
+def _takes_logits_to_keep(model: Any) -> bool:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from spectral_fast.adapter import Adapter, LoraModule
-from spectral_fast.options import option
+from spectral_fast.options import check, option
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEFT_PREFIX = "base_model.model."
@@ -21,11 +21,17 @@ PEFT_PREFIX = "base_model.model."
 class ModelOptions:
     """Where a base model comes from and how it computes."""
 
-    dtype: str = option("auto", "computation type; auto is the checkpoint's own on a GPU, fp32 on a CPU",
-                        ("auto", *DTYPES))
+    dtype: str = option(
+        "auto",
+        "computation type; auto is the checkpoint's own on a GPU, fp32 on a CPU",
+        choices=("auto", *DTYPES),
+    )
     device: str = option("auto", "torch device, e.g. cpu, cuda, cuda:1; auto takes a GPU where there is one")
     cache_dir: str | None = option(None, "cache folder for downloads from the Hugging Face hub")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def resolved(self) -> tuple[torch.device, torch.dtype | str]:
         """The device and the dtype to load with.
@@ -109,7 +115,7 @@ def check_fit(model: nn.Module, modules: Iterable[LoraModule], base_model: str, 
             )
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def _linear_shape(module: Any) -> tuple[int, int] | None:
     if hasattr(module, "out_features"):
         return int(module.out_features), int(module.in_features)
     if hasattr(module, "nf"):  # transformers' Conv1D

@@ -13,7 +13,7 @@ from spectral_fast.calibration.calibrate import Progress, calibrate
 from spectral_fast.calibration.data import Example, encode_messages, encode_question_answer
 from spectral_fast.calibration.model import ModelOptions, load_model, load_tokenizer
 from spectral_fast.calibration.rows import read_rows
-from spectral_fast.options import option
+from spectral_fast.options import check, option
 from spectral_fast.provenance import sha256_file, versions
 from spectral_fast.sensitivity import Sensitivity
 
@@ -23,16 +23,14 @@ class CalibrationOptions:
     """Which samples to calibrate on."""
 
     calib_data: str = option("gsm8k", "gsm8k (the train split, by datasets) or a .jsonl or .parquet file")
-    calib_samples: int = option(32, "samples to take, from the first on")
-    calib_batch_size: int = option(2, "samples per nominal batch, whose mean token loss is differentiated")
+    calib_samples: int = option(32, "samples to take, from the first on", low=1)
+    calib_batch_size: int = option(2, "samples per nominal batch, whose mean loss is differentiated", low=1)
     question_column: str = option("question", "column with the question")
     answer_column: str = option("answer", "column with the answer, whose tokens are the labels")
     messages_column: str | None = option(None, "column with chat messages; replaces question and answer")
 
     def __post_init__(self) -> None:
-        for name in ("calib_samples", "calib_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        check(self)
 
 
 def load_examples(tokenizer: Any, options: CalibrationOptions) -> list[Example]:

@@ -104,7 +104,8 @@ def spectral_form(model: nn.Module, adapter_name: str, names: Iterable[str]) -> 
     pairs = [(layers[name].lora_B[adapter_name].weight, layers[name].lora_A[adapter_name].weight) for name in names]
     spectra = lowrank_svd([b.detach() for b, _ in pairs], [a.detach() for _, a in pairs], names)
     swapped = {
-        name: SpectralLinear(layers[name], adapter_name, spectrum) for name, spectrum in zip(names, spectra, strict=True)
+        name: SpectralLinear(layers[name], adapter_name, spectrum)
+        for name, spectrum in zip(names, spectra, strict=True)
     }
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = [module for module in model.modules() if module.training]
@@ -129,7 +130,9 @@ def _check_layer(name: str, layer: Any, adapter_name: str) -> None:
         raise ValueError(f"{name}: its adapters are {state}; call model.unmerge_adapter() or enable_adapter_layers()")
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if active != [adapter_name]:
-        raise ValueError(f"{name}: active adapters are {active}, wanted only {adapter_name!r}; call model.set_adapter()")
+        raise ValueError(
+            f"{name}: active adapters are {active}, wanted only {adapter_name!r}; call model.set_adapter()"
+        )
     variant = type(layer.lora_variant.get(adapter_name)).__name__
     if variant not in {"NoneType", "DoraLinearVariant"}:
         raise ValueError(f"{name}: the LoRA variant {variant} has no spectral form; only LoRA and DoRA can be probed")

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from spectral_fast.options import check, option
 
 if TYPE_CHECKING:
     from .selection import RandomIndex
 
 TINY = 1e-8  # floor of every denominator
 LARGEST = 1e150  # squares and sums of anything up to this stay finite in float64
-
-
-def param(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    low: float = -math.inf,
-    high: float = math.inf,
-    positive: bool = False,
-) -> Any:
-    """A dataclass field whose metadata serves both the validation below and the command line's flags."""
-    bounds = {"low": low, "high": high, "positive": positive}
-    return field(default=default, metadata={"help": help, "choices": choices, **bounds})
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,32 +66,18 @@ class Policy:
     needs_sensitivity: ClassVar[bool] = True
     _overflow_hint: ClassVar[str]
 
-    grad_norm: str = param(
+    grad_norm: str = option(
         "mean_abs",
         "what g is divided by: nothing, the mean of |g|, or its 2-norm",
         choices=("none", "mean_abs", "l2"),
     )
-    preserve_energy: str = param(
+    preserve_energy: str = option(
         "l1", "rescale s' so that the sum (l1) or the 2-norm (l2) of s is kept", choices=("none", "l1", "l2")
     )
-    sigma_clip_min: float = param(0.0, "lower bound of s', applied before the energy step", low=0.0)
+    sigma_clip_min: float = option(0.0, "lower bound of s', applied before the energy step", low=0.0)
 
     def __post_init__(self) -> None:
-        for spec in fields(self):
-            value, kind, meta = getattr(self, spec.name), type(spec.default), spec.metadata
-            where = f"{self.mode}: {spec.name}"
-            if kind is float and type(value) is int:
-                object.__setattr__(self, spec.name, float(value))
-            elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise TypeError(f"{where} must be {kind.__name__}; got {value!r} ({type(value).__name__})")
-            if meta["choices"] is not None and value not in meta["choices"]:
-                raise ValueError(f"{where} must be one of {', '.join(meta['choices'])}; got {value!r}")
-            if kind is float and not math.isfinite(value):
-                raise ValueError(f"{where} must be finite; got {value}")
-            if meta["positive"] and value <= 0:
-                raise ValueError(f"{where} must be > 0; got {value}")
-            if kind in (int, float) and not meta["low"] <= value <= meta["high"]:
-                raise ValueError(f"{where} must be in [{meta['low']:g}, {meta['high']:g}]; got {value}")
+        check(self, self.mode)
 
     def apply(self, s: Tensor, g: Tensor | None, name: str) -> Edit:
         """Edit one module's spectrum.
@@ -194,17 +167,17 @@ class Gains(Policy):
 
     _overflow_hint: ClassVar[str] = "amp_factor, mid_factor, sup_factor or sigma_clip_min"
 
-    amp_factor: float = param(1.25, "gain of core directions (large |g|)", low=0.0)
-    sup_factor: float = param(0.80, "gain of noise directions (small |g|)", low=0.0)
-    mid_factor: float = param(1.0, "gain of the directions in between", low=0.0)
+    amp_factor: float = option(1.25, "gain of core directions (large |g|)", low=0.0)
+    sup_factor: float = option(0.80, "gain of noise directions (small |g|)", low=0.0)
+    mid_factor: float = option(1.0, "gain of the directions in between", low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fractions(Gains):
     """Gains whose core and noise are fractions of the directions."""
 
-    core_frac: float = param(0.2, "fraction of the directions that is core", low=0.0, high=1.0)
-    noise_frac: float = param(0.2, "fraction of the directions that is noise", low=0.0, high=1.0)
+    core_frac: float = option(0.2, "fraction of the directions that is core", low=0.0, high=1.0)
+    noise_frac: float = option(0.2, "fraction of the directions that is noise", low=0.0, high=1.0)
 
 
 def _max(x: Tensor) -> float:

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from .base import Module, Outcome, Policy, param
+from spectral_fast.options import option
+
+from .base import Module, Outcome, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +25,12 @@ class GradientDescent(Policy):
         "eta (eta_suppress, eta_enhance if asymmetric) or sigma_clip_min, or set grad_norm to mean_abs"
     )
 
-    eta: float = param(0.2, "step size of the symmetric update", low=0.0)
-    update_mode: str = param("multiplicative", "form of the step", choices=("additive", "multiplicative"))
-    asymmetric_update: bool = param(False, "different steps for g > 0 and g < 0")
-    eta_suppress: float = param(2.0, "step size where g > 0, if asymmetric", low=0.0)
-    eta_enhance: float = param(0.2, "step size where g < 0, if asymmetric", low=0.0)
-    pos_power: float = param(1.0, "exponent of g where g > 0, if asymmetric", positive=True)
+    eta: float = option(0.2, "step size of the symmetric update", low=0.0)
+    update_mode: str = option("multiplicative", "form of the step", choices=("additive", "multiplicative"))
+    asymmetric_update: bool = option(False, "different steps for g > 0 and g < 0")
+    eta_suppress: float = option(2.0, "step size where g > 0, if asymmetric", low=0.0)
+    eta_enhance: float = option(0.2, "step size where g < 0, if asymmetric", low=0.0)
+    pos_power: float = option(1.0, "exponent of g where g > 0, if asymmetric", positive=True)
 
     def _rule(self, module: Module) -> Outcome:
         x = self._normalised(module.g)

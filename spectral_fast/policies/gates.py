@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import TINY, Fractions, Gains, Module, Outcome, param
+from spectral_fast.options import option
+
+from .base import TINY, Fractions, Gains, Module, Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +25,9 @@ class SmoothAbs(Fractions):
 
     mode: ClassVar[str] = "smooth_abs"
 
-    smooth_temperature: float = param(
-        0.35, "width of the sigmoid, relative to the spread of |g|", positive=True
-    )
-    smooth_center_q: float = param(0.5, "quantile of |g| at the sigmoid's centre", low=0.0, high=1.0)
-    smooth_align_mid: bool = param(True, "shift the sigmoid so that the gain at the centre is mid_factor")
+    smooth_temperature: float = option(0.35, "width of the sigmoid, relative to the spread of |g|", positive=True)
+    smooth_center_q: float = option(0.5, "quantile of |g| at the sigmoid's centre", low=0.0, high=1.0)
+    smooth_align_mid: bool = option(True, "shift the sigmoid so that the gain at the centre is mid_factor")
 
     def _rule(self, module: Module) -> Outcome:
         x = self._normalised(module.g.abs())
@@ -46,9 +46,7 @@ class SmoothAbs(Fractions):
         points = {"lo": lo, "hi": hi, "center": center, "mu": mu, "tau": tau}
         stats = {"q_lo": q_lo, "q_hi": q_hi, "center_q": self.smooth_center_q}
         stats |= {key: value.item() for key, value in points.items()}
-        return _gated(
-            module.s, gate, (not flat) & (x > hi), (not flat) & (x < lo), stats | {"degenerate": flat}
-        )
+        return _gated(module.s, gate, (not flat) & (x > hi), (not flat) & (x < lo), stats | {"degenerate": flat})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +59,7 @@ class DoubleSmooth(Fractions):
 
     mode: ClassVar[str] = "double_smooth"
 
-    smooth_temperature: float = param(
-        0.35, "width of the sigmoids, relative to the range of |g|", positive=True
-    )
+    smooth_temperature: float = option(0.35, "width of the sigmoids, relative to the range of |g|", positive=True)
 
     def _rule(self, module: Module) -> Outcome:
         x = self._normalised(module.g.abs())
@@ -87,10 +83,10 @@ class ZScore(Gains):
 
     mode: ClassVar[str] = "z_score"
 
-    z_high: float = param(1.0, "z above which a direction is core")
-    z_low: float = param(-0.5, "z below which a direction is noise")
-    z_tau: float = param(0.2, "width of the sigmoids in z", positive=True)
-    z_fallback_std: float = param(1e-6, "leave s alone if the std of normalised |g| is smaller", low=0.0)
+    z_high: float = option(1.0, "z above which a direction is core")
+    z_low: float = option(-0.5, "z below which a direction is noise")
+    z_tau: float = option(0.2, "width of the sigmoids in z", positive=True)
+    z_fallback_std: float = option(1e-6, "leave s alone if the std of normalised |g| is smaller", low=0.0)
 
     def _rule(self, module: Module) -> Outcome:
         x = self._normalised(module.g.abs())
@@ -110,12 +106,10 @@ class RobustZ(Gains):
 
     mode: ClassVar[str] = "robust_z"
 
-    robust_z_high: float = param(1.0, "robust z above which a direction is core")
-    robust_z_low: float = param(-0.5, "robust z below which a direction is noise")
-    robust_z_tau: float = param(0.2, "width of the sigmoids in robust z", positive=True)
-    robust_fallback_sigma: float = param(
-        1e-6, "leave s alone if 1.4826 MAD of normalised |g| is smaller", low=0.0
-    )
+    robust_z_high: float = option(1.0, "robust z above which a direction is core")
+    robust_z_low: float = option(-0.5, "robust z below which a direction is noise")
+    robust_z_tau: float = option(0.2, "width of the sigmoids in robust z", positive=True)
+    robust_fallback_sigma: float = option(1e-6, "leave s alone if 1.4826 MAD of normalised |g| is smaller", low=0.0)
 
     def _rule(self, module: Module) -> Outcome:
         x = self._normalised(module.g.abs())

@@ -9,7 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Fractions, Module, Outcome, param
+from spectral_fast.options import option
+
+from .base import Fractions, Module, Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,7 @@ class Selection(Fractions):
     halves round to even.
     """
 
-    min_core_k: int = param(1, "at least this many directions are core", low=0)
+    min_core_k: int = option(1, "at least this many directions are core", low=0)
 
     def _counts(self, r: int) -> tuple[int, int]:
         k_core = min(r, max(round(r * self.core_frac), self.min_core_k))
@@ -63,7 +65,7 @@ class RandomIndex(Selection):
     mode: ClassVar[str] = "random_index"
     needs_sensitivity: ClassVar[bool] = False
 
-    seed: int = param(0, "seed of the draw")
+    seed: int = option(0, "seed of the draw")
 
     def _rule(self, module: Module) -> Outcome:
         digest = hashlib.sha256(f"{self.seed}:{module.name}".encode()).digest()

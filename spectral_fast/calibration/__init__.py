@@ -1,0 +1,1 @@
+"""Calibration: rows of text in, sensitivities of singular values out."""
