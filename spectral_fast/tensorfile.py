@@ -151,9 +151,7 @@ def write_safetensors(
         if carry_from is not None:
             _carry(file, layout, carry_from, missing)
         elif missing:
-            raise ValueError(
-                f"{path}: {len(missing)} tensors were never given, the first is {next(iter(missing))}"
-            )
+            raise ValueError(f"{path}: {len(missing)} tensors were never given, the first is {next(iter(missing))}")
 
 
 def _carry(file: FileIO, layout: Layout, origin: SafetensorsFile, names: Iterable[str]) -> None:
@@ -186,9 +184,7 @@ def _read_layout(path: Path) -> Layout:
         entries.pop("__metadata__", None)
         items = list(entries.items())
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a safetensors file: its header is not a JSON object ({error})"
-        ) from error
+        raise ValueError(f"{path} is not a safetensors file: its header is not a JSON object ({error})") from error
 
     base = 8 + length
     spans: dict[str, tuple[int, int]] = {}
@@ -202,14 +198,10 @@ def _read_layout(path: Path) -> Layout:
         if str(dtype) not in DTYPES:
             raise ValueError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
         if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(
-                f"{path}: {name} needs whole numbers from 0, got shape {shape}, offsets {(start, stop)}"
-            )
+            raise ValueError(f"{path}: {name} needs whole numbers from 0, got shape {shape}, offsets {(start, stop)}")
         info = TensorInfo(DTYPES[dtype], shape)
         if stop - start != info.nbytes:
-            raise ValueError(
-                f"{path}: {name} is {dtype} {shape}, {info.nbytes} bytes, but has {stop - start}"
-            )
+            raise ValueError(f"{path}: {name} is {dtype} {shape}, {info.nbytes} bytes, but has {stop - start}")
         if base + stop > size:
             raise ValueError(f"{path} is truncated: {name} ends at byte {base + stop}, the file at {size}")
         tensors[name], spans[name] = info, (start, stop)
@@ -217,9 +209,7 @@ def _read_layout(path: Path) -> Layout:
     end = 0
     for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if start != end:
-            raise ValueError(
-                f"{path}: {name} begins at offset {start}, but the tensor before it ends at {end}"
-            )
+            raise ValueError(f"{path}: {name} begins at offset {start}, but the tensor before it ends at {end}")
         end = stop
     if base + end != size:
         raise ValueError(f"{path}: its tensors end at byte {base + end}, the file at {size}")
@@ -237,9 +227,7 @@ def refuse_lfs_pointer(path: Path) -> None:
     """Say so if `path` is what a clone without git-lfs leaves in place of the weights."""
     with path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
-            raise ValueError(
-                f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in {path.parent}"
-            )
+            raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in {path.parent}")
 
 
 def check_replacement(
@@ -251,14 +239,11 @@ def check_replacement(
 ) -> None:
     """Refuse a tensor that the file does not expect (any more), or not in this dtype and shape."""
     if name not in missing:
-        raise ValueError(
-            f"{path}: {name} {'was given twice' if name in expected else 'is not a tensor of this file'}"
-        )
+        raise ValueError(f"{path}: {name} {'was given twice' if name in expected else 'is not a tensor of this file'}")
     got = TensorInfo(tensor.dtype, tuple(tensor.shape))
     if got != expected[name]:
         raise ValueError(
-            f"{path}: {name} is to be {expected[name].dtype} {expected[name].shape}, "
-            f"got {got.dtype} {got.shape}"
+            f"{path}: {name} is to be {expected[name].dtype} {expected[name].shape}, got {got.dtype} {got.shape}"
         )
 
 
