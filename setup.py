@@ -47,9 +47,7 @@ def files(*patterns: str) -> list[str]:
 
 setup(
     ext_modules=[
-        Extension(
-            "spectral_fast._C", sources=files("csrc/*.cpp"), depends=["CMakeLists.txt", *files("csrc/*.h")]
-        )
+        Extension("spectral_fast._C", sources=files("csrc/*.cpp"), depends=["CMakeLists.txt", *files("csrc/*.h")])
     ],
     cmdclass={"build_ext": CMakeBuild},
 )

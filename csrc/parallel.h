@@ -9,13 +9,14 @@
 
 namespace spectral_fast {
 
-// Calls work() on `threads` threads at once (the caller's own among them), where work draws the next task
-// from `next` until none is left. An exception in a task reaches the caller after all threads have stopped.
-template <typename Worker>
-void parallel_for(std::int64_t count, int threads, Worker make_worker) {
+// Runs task(0) .. task(count - 1) on `threads` threads, the caller's own among them. make_task() gives each
+// thread a task of its own, with its workspace. An exception reaches the caller once all threads have
+// stopped.
+template <typename MakeTask>
+void parallel_for(std::int64_t count, int threads, MakeTask make_task) {
   std::atomic<std::int64_t> next{0};
   auto drain = [&] {
-    auto task = make_worker();
+    auto task = make_task();
     for (std::int64_t i = next++; i < count; i = next++) task(i);
   };
   std::vector<std::future<void>> helpers;  // a future of std::async joins its thread when destroyed

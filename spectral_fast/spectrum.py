@@ -39,16 +39,12 @@ class Spectrum:
     @property
     def u(self) -> Tensor:
         """Left singular vectors (m, r) as columns, float32, or float64 if B is. Computed on every access."""
-        return _tall(
-            self.factored.basis_b, self.factored.t_b, torch.promote_types(self.dtypes[0], torch.float32)
-        )
+        return _tall(self.factored.basis_b, self.factored.t_b, torch.promote_types(self.dtypes[0], torch.float32))
 
     @property
     def vh(self) -> Tensor:
         """Right singular vectors (r, n) as rows, float32, or float64 if A is. Computed on every access."""
-        return _flat(
-            self.factored.t_a.mT, self.factored.basis_a, torch.promote_types(self.dtypes[1], torch.float32)
-        )
+        return _flat(self.factored.t_a.mT, self.factored.basis_a, torch.promote_types(self.dtypes[1], torch.float32))
 
     def rebuild(self, s_new: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of U diag(s_new) Vᵀ: B' = U diag(√s_new) and A' = diag(√s_new) Vᵀ.
@@ -74,9 +70,7 @@ class Spectrum:
         return b, a
 
 
-def lowrank_svd(
-    bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str] | None = None
-) -> list[Spectrum]:
+def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str] | None = None) -> list[Spectrum]:
     """Spectra of all modules of an adapter at once.
 
     Args:

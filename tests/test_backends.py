@@ -54,9 +54,7 @@ def test_a_backend_decides_by_the_arguments() -> None:
 
 def test_when_all_refuse_the_error_gives_each_reason() -> None:
     register("op", Backend("gpu", lambda: "no GPU", abs), Backend("cpu", refuses, abs))
-    with pytest.raises(
-        RuntimeError, match=r"no backend for op: gpu refuses: no GPU; cpu refuses: it is Sunday"
-    ):
+    with pytest.raises(RuntimeError, match=r"no backend for op: gpu refuses: no GPU; cpu refuses: it is Sunday"):
         pick("op")
     assert chosen_backends() == {}
 
@@ -70,9 +68,7 @@ def test_a_forced_backend_is_taken_before_better_ones(monkeypatch: pytest.Monkey
 def test_a_forced_backend_that_refuses_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     register("op", Backend("cpu", refuses, abs), Backend("reference", accepts, abs))
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")
-    with pytest.raises(
-        RuntimeError, match="cpu refuses: it is Sunday; SPECTRAL_FAST_BACKEND=cpu allows no other"
-    ):
+    with pytest.raises(RuntimeError, match="cpu refuses: it is Sunday; SPECTRAL_FAST_BACKEND=cpu allows no other"):
         pick("op")
     assert chosen_backends() == {}
 
@@ -86,9 +82,7 @@ def test_an_op_without_the_forced_backend_chooses_as_always(monkeypatch: pytest.
 def test_forcing_an_unknown_backend_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     register("op", Backend("cpu", accepts, abs))
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "gpuu")
-    with pytest.raises(
-        ValueError, match="SPECTRAL_FAST_BACKEND='gpuu' is no backend; known: cpu, gpu, reference"
-    ):
+    with pytest.raises(ValueError, match="SPECTRAL_FAST_BACKEND='gpuu' is no backend; known: cpu, gpu, reference"):
         pick("op")
 
 

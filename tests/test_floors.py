@@ -31,10 +31,11 @@ FLOORS = {
     "embedded": 6,
     "evaluation": 6,
     "report": 6,
-    "__main__": 7,
-    "cli": 7,
+    "demo": 7,
+    "__main__": 8,
+    "cli": 8,
     "environment": 7,
-    "": 8,
+    "": 9,
 }
 
 

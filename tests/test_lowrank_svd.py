@@ -80,9 +80,7 @@ def check_contract(b: Tensor, a: Tensor, f: Factored, eps: float = EPS) -> None:
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize(("m", "r", "n"), SHAPES)
-def test_the_contract_holds_for_every_condition(
-    backend: str, m: int, r: int, n: int, condition: float
-) -> None:
+def test_the_contract_holds_for_every_condition(backend: str, m: int, r: int, n: int, condition: float) -> None:
     b, a = factors(m, r, n, condition)
     [result] = lowrank_svd([b], [a])
     check_contract(b, a, result)
@@ -212,17 +210,13 @@ def test_factors_that_do_not_fit_are_refused_by_name() -> None:
     b, a = factors(30, 4, 20)
     with pytest.raises(ValueError, match=r"got 2, 1 and 1"):
         lowrank_svd([b, b], [a], ["x"])
-    with pytest.raises(
-        ValueError, match=r"x: B \(m, r\) and A \(r, n\) share r; got B \(30, 4\) and A \(3, 20\)"
-    ):
+    with pytest.raises(ValueError, match=r"x: B \(m, r\) and A \(r, n\) share r; got B \(30, 4\) and A \(3, 20\)"):
         lowrank_svd([b], [a[:3]], ["x"])
     with pytest.raises(ValueError, match=r"module 0: B must be a matrix, got shape \(30, 4, 1\)"):
         lowrank_svd([b[..., None]], [a])
     with pytest.raises(ValueError, match="module 0: B is on cpu and A on meta"):
         lowrank_svd([b], [a.to("meta")])
-    with pytest.raises(
-        TypeError, match=r"module 0: A must be a tensor of torch.bfloat16, .*; got torch.int64"
-    ):
+    with pytest.raises(TypeError, match=r"module 0: A must be a tensor of torch.bfloat16, .*; got torch.int64"):
         lowrank_svd([b], [a.long()])
     with pytest.raises(TypeError, match=r"module 0: B must be a tensor .*; got list"):
         lowrank_svd([b.tolist()], [a])

@@ -132,9 +132,7 @@ def test_directions_that_carry_nothing_stay_silent_unless_asked() -> None:
     louder = spectrum.s.clone()
     louder[7] = spectrum.s[0]  # u and vh are orthonormal there too, so that this is a well-defined edit
     values = torch.linalg.svdvals(product(*spectrum.rebuild(louder)))[:8]
-    assert torch.allclose(
-        values, louder.sort(descending=True).values, rtol=0, atol=8 * 8 * EPS * float(louder[0])
-    )
+    assert torch.allclose(values, louder.sort(descending=True).values, rtol=0, atol=8 * 8 * EPS * float(louder[0]))
 
 
 def test_the_zero_adapter_of_a_fresh_lora_can_be_edited() -> None:

@@ -31,9 +31,7 @@ def refuses(bs: Sequence[Tensor] = (), as_: Sequence[Tensor] = ()) -> str | None
 def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> list[Factored]:
     """The SVD of each b @ a; B and A themselves are the bases wherever their condition allows it."""
     # Gram matrices of float64 factors would be accurate to float32 only: those take the QR.
-    narrow = [
-        i for i, (b, a) in enumerate(zip(bs, as_, strict=True)) if torch.float64 not in (b.dtype, a.dtype)
-    ]
+    narrow = [i for i, (b, a) in enumerate(zip(bs, as_, strict=True)) if torch.float64 not in (b.dtype, a.dtype)]
     t_bs, ss, t_as, losses = _gram_svd([bs[i] for i in narrow], [as_[i] for i in narrow])
     results: dict[int, Factored] = {}
     for i, t_b, s, t_a, loss in zip(narrow, t_bs, ss, t_as, losses.tolist(), strict=True):
@@ -42,9 +40,7 @@ def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> list[Factored]:
     return [results.get(i) or reference.factor(b, a) for i, (b, a) in enumerate(zip(bs, as_, strict=True))]
 
 
-def gram_svd(
-    bs: Sequence[Tensor], as_: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+def gram_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
     """T_B, s, T_A of every module with U = B T_B and V = Aᵀ T_A, and the orthogonality that each lost.
 
     Returns:
@@ -99,9 +95,7 @@ def _solve(grams: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return transforms, s, losses
 
 
-def _fake(
-    bs: Sequence[Tensor], _: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+def _fake(bs: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64)
 

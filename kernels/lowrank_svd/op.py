@@ -20,9 +20,7 @@ register(
 )
 
 
-def lowrank_svd(
-    bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str] | None = None
-) -> list[Factored]:
+def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str] | None = None) -> list[Factored]:
     """Compact SVDs B A = U diag(s) Vᵀ of all modules of an adapter at once; the factors are detached.
 
     Args:
@@ -48,9 +46,7 @@ def lowrank_svd(
         _check_factor(b, "B", name)
         _check_factor(a, "A", name)
         if b.shape[1] != a.shape[0]:
-            raise ValueError(
-                f"{name}: B (m, r) and A (r, n) share r; got B {tuple(b.shape)} and A {tuple(a.shape)}"
-            )
+            raise ValueError(f"{name}: B (m, r) and A (r, n) share r; got B {tuple(b.shape)} and A {tuple(a.shape)}")
         if b.device != a.device:
             raise ValueError(f"{name}: B is on {b.device} and A on {a.device}; move one to the other")
         _check_finite(b, "B", name)
@@ -71,6 +67,4 @@ def _check_factor(x: Tensor, factor: str, name: str) -> None:
 def _check_finite(x: Tensor, factor: str, name: str) -> None:
     # One pass without a temporary: a NaN makes both extremes NaN, an infinity is one of them.
     if x.numel() and not torch.stack(torch.aminmax(x.detach())).isfinite().all():
-        raise ValueError(
-            f"{name}: {factor} holds a NaN or an infinity; the adapter's file or its training is broken"
-        )
+        raise ValueError(f"{name}: {factor} holds a NaN or an infinity; the adapter's file or its training is broken")
