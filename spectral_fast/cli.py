@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,6 +100,8 @@ def _add_calibration_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_edit(commands: Any) -> argparse.ArgumentParser:
+    from spectral_fast.evaluation.profiles import EvaluationOptions
+
     parser = _command(
         commands,
         "edit",
@@ -121,7 +124,7 @@ def _add_edit(commands: Any) -> argparse.ArgumentParser:
     _add_calibration_flags(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval_gsm8k", action="store_true", help="evaluate the adapter before and after on GSM8K")
-    _add_eval_flags(group)
+    add_flags(group, EvaluationOptions, prefix="eval_")
     return parser
 
 
@@ -251,6 +254,93 @@ def _probe(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return {"out_dir": str(args.out_dir), "modules": len(modules), **record}, text
 
 
+def _evaluate_edit(args: argparse.Namespace, source: Path) -> tuple[dict[str, Any], str]:
+    """Results of `edit --eval_gsm8k`, in the edited adapter's folder, and the table."""
+    from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.evaluation.adapters import evaluate_adapters
+    from spectral_fast.evaluation.evaluate import write_metrics
+    from spectral_fast.evaluation.profiles import EvaluationOptions
+
+    results = evaluate_adapters(
+        args.base_model,
+        {"baseline": source, "edited": args.out_dir},
+        args.out_dir,
+        take(ModelOptions, vars(args)),
+        take(EvaluationOptions, vars(args), prefix="eval_"),
+        seed=getattr(args, "seed", 0),
+        progress=_counter,
+    )
+    meta = {"base_model_id": args.base_model, "lora_path": args.lora_path, "mode": args.mode}
+    metrics = write_metrics(results["baseline"], results["edited"], args.out_dir, meta)
+    return metrics, metrics["comparison"]["verdict"]
+
+
+def _add_eval(commands: Any) -> argparse.ArgumentParser:
+    from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
+
+    parser = _command(
+        commands,
+        "eval",
+        _eval,
+        "evaluate an adapter on GSM8K, or on any questions and answers, by exact match",
+        "spectral-fast eval --base_model meta-llama/Llama-2-7b-hf --lora_dir ./edited --eval_profile paper_math",
+    )
+    parser.add_argument("--lora_dir", required=True, help="adapter: a folder or a Hugging Face name")
+    parser.add_argument("--out_dir", type=Path, help="folder for the results (default: the adapter's)")
+    parser.add_argument("--out_json", type=Path, help="write the result to this file, too")
+    parser.add_argument("--eval_profile", choices=list(PROFILES), help="named settings; they win over the flags")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling, if any (default: 0)")
+    add_flags(parser.add_argument_group("task"), EvaluationOptions)
+    _add_model_flags(parser, base_model_required=True)
+    return parser
+
+
+def _eval(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.adapter import resolve
+    from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.evaluation.adapters import evaluate_adapters
+    from spectral_fast.evaluation.profiles import EvaluationOptions
+
+    if args.eval_profile is not None:
+        ignored = [name for name in ("fewshot", "temperature", "max_tokens") if name in vars(args)]
+        _warn(f"--{name} is ignored: profile {args.eval_profile} sets it" for name in ignored)
+    folder = resolve(args.lora_dir, getattr(args, "cache_dir", None))
+    [result] = evaluate_adapters(
+        args.base_model,
+        {None: folder},
+        args.out_dir or folder,
+        take(ModelOptions, vars(args)),
+        take(EvaluationOptions, vars(args)),
+        profile=args.eval_profile,
+        seed=args.seed,
+        progress=_counter,
+    ).values()
+    if args.out_json is not None:
+        args.out_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = f"accuracy {result['acc']:.4f} ± {result['standard_error']:.4f} ({result['correct']} of {result['total']})"
+    return result, f"{text}\npredictions: {result['predictions_path']}"
+
+
+def _add_demo(commands: Any) -> argparse.ArgumentParser:
+    parser = _command(
+        commands,
+        "demo",
+        _demo,
+        "probe, edit and evaluate the adapter inside the package, and write a report",
+        "spectral-fast demo --out_dir demo-output",
+    )
+    parser.add_argument("--out_dir", type=Path, default=Path("demo-output"), help="(default: demo-output)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in out_dir")
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.demo import as_text, run_demo
+
+    result = run_demo(args.out_dir, overwrite=args.overwrite, bar=_bar, counter=_counter)
+    return result, as_text(result)
+
+
 def _add_info(commands: Any) -> argparse.ArgumentParser:
     return _command(
         commands, "info", _info, "show versions, devices, and the backend of every op here", "spectral-fast info --json"
@@ -272,6 +362,14 @@ def _bar(description: str) -> Callable[[Sequence[T]], Iterable[T]]:
         return bar
 
     return wrap
+
+
+@contextmanager
+def _counter(description: str, total: int) -> Iterator[Callable[[int], object]]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=description, file=sys.stderr, leave=False, disable=not sys.stderr.isatty()) as bar:
+        yield bar.update
 
 
 def _warn(warnings: Iterable[str]) -> None:

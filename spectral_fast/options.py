@@ -57,8 +57,10 @@ def check(instance: Any, where: str = "") -> None:
             raise ValueError(f"{name} must be in [{meta['low']:g}, {meta['high']:g}]; got {value}")
 
 
-def add_flags(parser: argparse._ActionsContainer, *classes: type) -> None:
+def add_flags(parser: argparse._ActionsContainer, *classes: type, prefix: str = "") -> None:
     """Add a flag per field of the dataclasses; a field that several share becomes one flag.
+
+    The flag is the field's name, after `prefix` unless it begins with it anyway.
 
     A flag that is not given is absent from the namespace, so that what the user said can be told from a default.
     A boolean field that is true by default becomes `--no_NAME`.
@@ -68,7 +70,8 @@ def add_flags(parser: argparse._ActionsContainer, *classes: type) -> None:
         hints = typing.get_type_hints(cls)
         for f in fields(cls):
             owners.setdefault(f.name, (f, hints[f.name]))
-    for name, (f, hint) in owners.items():
+    for field_name, (f, hint) in owners.items():
+        name = _prefixed(field_name, prefix)
         text = f.metadata.get("help", "").replace("%", "%%")
         if hint is bool:
             flag, action = (f"--no_{name}", "store_false") if f.default is True else (f"--{name}", "store_true")
@@ -91,11 +94,15 @@ def add_flags(parser: argparse._ActionsContainer, *classes: type) -> None:
         )
 
 
-def take(cls: type[T], given: Mapping[str, Any]) -> T:
+def take(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
     """An instance of the dataclass from the flags that were given; defaults for the rest."""
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    values = {name: given[name] for name in names if name in given}
+    flags = {f.name: _prefixed(f.name, prefix) for f in fields(cls)}  # type: ignore[arg-type]
+    values = {name: given[flag] for name, flag in flags.items() if flag in given}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _prefixed(name: str, prefix: str) -> str:
+    return name if name.startswith(prefix) else prefix + name
 
 
 def _is_optional(hint: Any) -> bool:

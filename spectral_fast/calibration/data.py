@@ -50,14 +50,18 @@ def encode_question_answer(tokenizer: Any, question: str, answer: str) -> Exampl
     return Example(tuple(tokenizer(full, add_special_tokens=False)["input_ids"]), len(prompt_ids))
 
 
-def encode_messages(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
-    """A chat through the tokenizer's template; the last message, which must be the assistant's, is the label.
+def encode_messages(tokenizer: Any, messages: Any) -> Example:
+    """A chat through the tokenizer's template; its last message, which must be the assistant's, is the label.
 
     Raises:
-        ValueError: if the last message is not the assistant's, if the tokenizer has no chat template, or if the
-            template does not render a conversation as a continuation of its own prompt.
+        ValueError: if this is no list of messages or the last one is not the assistant's, if the tokenizer has no
+            chat template, or if the template does not render a conversation as a continuation of its own prompt.
     """
-    if not messages or messages[-1].get("role") != "assistant":
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
+    ):
+        raise ValueError(f'a chat is a list of {{"role": ..., "content": ...}}; got {str(messages)[:60]!r}')
+    if not messages or messages[-1]["role"] != "assistant":
         raise ValueError('a calibration chat must end with a message of role "assistant"')
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; use question and answer columns instead")

@@ -1,0 +1,92 @@
+"""Evaluate adapters on one base model, one after another, on the same problems with the same decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from spectral_fast.adapter import Adapter
+from spectral_fast.calibration.model import ModelOptions, check_fit, load_model, load_tokenizer
+from spectral_fast.evaluation.evaluate import evaluate_gsm8k
+from spectral_fast.evaluation.generation import TransformersEngine
+from spectral_fast.evaluation.gsm8k import load_problems
+from spectral_fast.evaluation.profiles import EvaluationOptions
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object] | None]]
+
+
+def evaluate_adapters(
+    base_model: str,
+    adapters: Mapping[str | None, Path],
+    out_dir: Path,
+    model_options: ModelOptions,
+    options: EvaluationOptions,
+    *,
+    profile: str | None = None,
+    seed: int = 0,
+    progress: Progress = lambda *_: nullcontext(),
+) -> dict[str | None, dict[str, Any]]:
+    """Exact match on GSM8K-style problems for each adapter, by transformers' models.
+
+    Args:
+        base_model: folder or hub name.
+        adapters: variant -> adapter folder; the variant becomes part of the file names, None of a single one is none.
+        out_dir: folder for predictions and settings, see `evaluate_gsm8k`.
+        model_options: device, dtype and source of the base model.
+        options: problems and decoding.
+        profile: name of a profile whose few-shot examples and decoding replace those of `options`.
+        seed: of the sampling, if any.
+        progress: called with the variant and the number of problems; a context manager that gives a function to be
+            told how many more are done.
+
+    Returns:
+        variant -> result of `evaluate_gsm8k`.
+
+    Raises:
+        FileNotFoundError, RuntimeError, ValueError: as `load_problems`, `load_model` and `generate`.
+    """
+    settings = options.profile(profile)
+    problems, shots = load_problems(
+        options.eval_data, settings.split, settings.num_fewshot, options.max_samples, options.fewshot_data
+    )
+    tokenizer = load_tokenizer(base_model, model_options)
+    results = {}
+    for variant, folder, model in _each_on(load_model(base_model, model_options), base_model, adapters):
+        with progress(variant or "evaluate", len(problems)) as advance:
+            engine = TransformersEngine(model, tokenizer, options.batch_size, options.max_model_len, advance)
+            meta = {
+                "base_model_id": base_model,
+                "lora_dir": str(folder),
+                "max_model_len": options.max_model_len,
+                "eval_data": options.eval_data,
+            }
+            results[variant] = evaluate_gsm8k(
+                engine,
+                problems,
+                shots,
+                settings,
+                out_dir,
+                answer_parser=options.answer_parser,  # type: ignore[arg-type]
+                stop=options.stop,
+                seed=seed,
+                variant=variant,
+                meta=meta,
+            )
+    return results
+
+
+def _each_on(
+    model: Any, base_model: str, adapters: Mapping[str | None, Path]
+) -> Iterator[tuple[str | None, Path, Any]]:
+    """(variant, folder, model with that adapter alone active); an adapter leaves memory before the next comes."""
+    from peft import PeftModel
+
+    device = model.device
+    for variant, folder in adapters.items():
+        adapter = Adapter.open(folder)
+        check_fit(model, adapter.modules.values(), base_model, folder)
+        with_adapter = PeftModel.from_pretrained(model, str(folder)).to(device).eval()
+        yield variant, folder, with_adapter
+        model = with_adapter.unload()

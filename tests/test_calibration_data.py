@@ -1,0 +1,103 @@
+"""Rows of text to token ids and labels: which tokens are labels, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectral_fast import embedded
+from spectral_fast.calibration.data import Example, encode_messages, encode_question_answer, nominal_batches
+from spectral_fast.calibration.model import ModelOptions, load_tokenizer
+from spectral_fast.calibration.probe import CalibrationOptions, load_examples
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return load_tokenizer(str(embedded.base_model_dir()), ModelOptions())
+
+
+def test_the_answer_with_one_space_and_the_end_token_are_the_labels(tokenizer: Any) -> None:
+    example = encode_question_answer(tokenizer, "How many?", "1+1 = 2\n#### 2")
+    assert tokenizer.decode(example.ids[: example.prompt_length]) == "Question: How many?\nAnswer:"
+    assert tokenizer.decode(example.ids[example.prompt_length : -1]) == " 1+1 = 2\n#### 2"
+    assert example.ids[-1] == tokenizer.eos_token_id
+    assert example.n_labels == len(" 1+1 = 2\n#### 2") + 1
+
+
+def test_the_last_message_of_a_chat_is_the_label(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE
+    messages = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "5"},
+        {"role": "user", "content": "no"},
+        {"role": "assistant", "content": "4"},
+    ]
+    example = encode_messages(tokenizer, messages)
+    prompt = tokenizer.decode(example.ids[: example.prompt_length])
+    assert prompt == "<user>2+2?\n<assistant>5\n<user>no\n<assistant>"
+    assert tokenizer.decode(example.ids[example.prompt_length :]) == "4\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "message"),
+    [
+        ([{"role": "user", "content": "2"}], TEMPLATE, 'role "assistant"'),
+        ([], TEMPLATE, 'role "assistant"'),
+        ([{"role": "assistant", "content": "2"}], None, "no chat template"),
+        (
+            [{"role": "user", "content": "2"}, {"role": "assistant", "content": "2"}],
+            "{{ messages | length }}",
+            "differently from its own prompt",
+        ),
+    ],
+)
+def test_chats_without_clear_labels_are_refused(
+    tokenizer: Any, messages: Any, template: str | None, message: str
+) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        encode_messages(tokenizer, messages)
+
+
+def test_batches_are_padded_on_the_right_and_masked_by_length() -> None:
+    [batch] = nominal_batches([Example((7, 0, 9), 1), Example((5, 6, 7, 0, 0), 3)], 2, pad_id=0)
+    assert batch.input_ids.tolist() == [[7, 0, 9, 0, 0], [5, 6, 7, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch.labels.tolist() == [[-100, 0, 9, -100, -100], [-100, -100, -100, 0, 0]]
+
+
+def test_the_first_samples_are_taken_in_order_and_the_last_batch_may_be_smaller(tokenizer: Any) -> None:
+    options = CalibrationOptions(calib_data=str(embedded.calibration_file()), calib_samples=5)
+    examples = load_examples(tokenizer, options)
+    rows = [json.loads(line) for line in embedded.calibration_file().read_text().splitlines()[:5]]
+    assert examples == [encode_question_answer(tokenizer, row["question"], row["answer"]) for row in rows]
+    assert [len(batch.labels) for batch in nominal_batches(examples, 2)] == [2, 2, 1]
+
+
+def test_chat_rows_from_a_file_name_the_row_that_is_wrong(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = TEMPLATE
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("".join(json.dumps({"messages": m}) + "\n" for m in (good, good[:1])))
+    options = CalibrationOptions(calib_data=str(file), messages_column="messages")
+    with pytest.raises(ValueError, match="row 1"):
+        load_examples(tokenizer, options)
+
+
+def test_parquet_is_read_like_json_lines(tokenizer: Any, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [json.loads(line) for line in embedded.calibration_file().read_text().splitlines()[:3]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    options = CalibrationOptions(calib_data=str(tmp_path / "rows.parquet"))
+    jsonl = CalibrationOptions(calib_data=str(embedded.calibration_file()), calib_samples=3)
+    assert load_examples(tokenizer, options) == load_examples(tokenizer, jsonl)

@@ -1,0 +1,244 @@
+"""The commands as a user types them, on the embedded model: results, refusals, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spectral_fast import embedded
+from spectral_fast.cli import main
+
+BASE = ["--base_model", str(embedded.base_model_dir())]
+LORA = ["--lora_path", str(embedded.adapter_dir())]
+DATA = ["--calib_data", str(embedded.calibration_file()), "--calib_samples", "4"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in argv])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probe") / "probed"
+    assert main(["probe", *BASE, *LORA, *DATA, "--out_dir", str(folder), "--json"]) == 0
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    loaded: dict[str, torch.Tensor] = load_file(folder / "adapter_model.safetensors")
+    return loaded
+
+
+def test_edit_in_one_go_equals_probe_then_edit(
+    probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, _ = run(capsys, "edit", *BASE, *LORA, *DATA, "--out_dir", tmp_path / "one", "--json")
+    assert status == 0
+    assert json.loads(out)["modules"] == 8
+    assert run(capsys, "edit", *LORA, "--sensitivity", probed, "--out_dir", tmp_path / "two")[0] == 0
+    one, two, source = tensors(tmp_path / "one"), tensors(tmp_path / "two"), tensors(embedded.adapter_dir())
+    assert all(torch.equal(one[key], two[key]) for key in source)
+    changed = {key for key in source if not torch.equal(one[key], source[key])}
+    assert changed == {key for key in source if "o_proj" in key or "down_proj" in key}
+
+
+def test_the_meta_file_holds_every_flag_of_the_run(
+    probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--mode", "smooth_abs", "--amp_factor", "1.5", "--no_smooth_align_mid", "--layer_min", "1", "--seed", "7"]
+    assert run(capsys, "edit", *LORA, "--sensitivity", probed, "--out_dir", tmp_path / "out", *flags)[0] == 0
+    content = json.loads((tmp_path / "out" / "spectral_edit_meta.json").read_text())
+    meta = content["meta"]
+    wanted = {
+        "base_model": BASE[1],
+        "lora_path": LORA[1],
+        "target_modules": ["down_proj", "o_proj"],
+        "layer_min": 1,
+        "layer_max": 10**9,
+        "calib_samples": 4,
+        "calib_batch_size": 2,
+        "mode": "smooth_abs",
+        "core_frac": 0.2,
+        "amp_factor": 1.5,
+        "smooth_align_mid": False,
+        "grad_norm": "mean_abs",
+        "preserve_energy": "l1",
+        "seed": 7,
+    }
+    assert {key: meta[key] for key in wanted} == wanted
+    assert meta["probe"]["calib_data_sha256"]
+    assert len(content["sigma_stats"]) == 6
+
+
+def test_random_index_needs_neither_base_model_nor_calibration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in ("1", "1", "2"):
+        out = tmp_path / f"control{len(list(tmp_path.iterdir()))}"
+        assert run(capsys, "edit", *LORA, "--mode", "random_index", "--seed", seed, "--out_dir", out)[0] == 0
+    first, again, other = (tensors(tmp_path / f"control{i}") for i in range(3))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--mode", "abs_select", "--z_high", "2"], "--z_high is a flag of mode z_score"),
+        (["--mode", "gd", "--amp_factor", "2"], "mode gd takes --"),
+        (["--mode", "nonsense"], "invalid choice: 'nonsense'"),
+        (["--mode", "abs_select"], "needs --base_model to measure sensitivities, or --sensitivity"),
+        (["--mode", "random_index", "--core_fraction", "2"], "unrecognized arguments: --core_fraction"),
+        (["--mode", "random_index", "--eval_gsm8k"], "--eval_gsm8k needs --base_model"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run(capsys, "edit", *LORA, "--out_dir", tmp_path / "out", *argv)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def break_config(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{")
+
+
+def put_nan(folder: Path) -> None:
+    weights = tensors(folder)
+    key = next(key for key in weights if "layers.2.self_attn.o_proj.lora_B" in key)
+    weights[key][0, 0] = float("nan")
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def transpose(folder: Path) -> None:
+    weights = tensors(folder)
+    key = next(key for key in weights if "o_proj.lora_A" in key)
+    weights[key] = weights[key].mT.contiguous()
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_config, "is not JSON"),
+        (put_nan, "layers.2.self_attn.o_proj"),
+        (cut_off, "adapter_model.safetensors"),
+        (transpose, "adapter_config.json says r=32 but"),
+        (remove_weights, "has neither adapter_model.safetensors nor adapter_model.bin"),
+        (shutil.rmtree, "neither a local folder"),
+    ],
+)
+def test_a_broken_adapter_is_refused_without_a_traceback_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any, message: str
+) -> None:
+    shutil.copytree(embedded.adapter_dir(), tmp_path / "adapter")
+    damage(tmp_path / "adapter")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    argv = ["--lora_path", tmp_path / "adapter", "--mode", "random_index", "--out_dir", tmp_path / "out"]
+    status, out, err = run(capsys, "edit", *argv)
+    assert status == 1
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--calib_data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--question_column", "problem"], "no problem"),
+        (["--calib_samples", "0"], "calib_samples must be in [1, inf]; got 0"),
+        (["--target_modules", "gate_proj"], "the adapter has"),
+        (["--layer_min", "9"], "the adapter has"),
+        (["--base_model", "no/such/model/anywhere"], "cannot load base model"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["--messages_column", "answer"], "row 0"),
+    ],
+)
+def test_what_probe_cannot_do_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    status, out, err = run(capsys, "probe", *BASE, *LORA, *DATA, "--out_dir", tmp_path / "out", *argv)
+    assert (status, out) == (1, "")
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_another_base_model_is_refused_by_the_module_that_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tiny_models import tiny_llama
+
+    tiny_llama(vocab_size=100).save_pretrained(tmp_path / "other")
+    for file in embedded.base_model_dir().glob("token*"):
+        shutil.copy(file, tmp_path / "other")
+    argv = [*LORA, *DATA, "--base_model", tmp_path / "other", "--out_dir", tmp_path / "out"]
+    status, _, err = run(capsys, "probe", *argv)
+    assert status == 1
+    assert "was made for another base model: its model.layers.0" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_replaced_only_on_demand_and_the_source_never(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(embedded.adapter_dir(), source)
+    edit = ["edit", "--lora_path", source, "--mode", "random_index", "--out_dir"]
+    assert run(capsys, *edit, tmp_path / "out")[0] == 0
+    status, _, err = run(capsys, *edit, tmp_path / "out")
+    assert status == 1
+    assert "--overwrite" in err
+    assert run(capsys, *edit, tmp_path / "out", "--overwrite", "--seed", 3)[0] == 0
+    for inside in (source, source / "deeper", tmp_path):
+        assert run(capsys, *edit, inside, "--overwrite")[0] == 1
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == {
+        path.name: path.read_bytes() for path in embedded.adapter_dir().iterdir()
+    }
+
+
+def test_a_sensitivity_of_another_adapter_is_refused_by_its_hash(
+    probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "edit", *LORA, "--mode", "random_index", "--out_dir", tmp_path / "other")[0] == 0
+    argv = ["--lora_path", tmp_path / "other", "--sensitivity", probed, "--out_dir", tmp_path / "out"]
+    status, _, err = run(capsys, "edit", *argv)
+    assert status == 1
+    assert "measured on another adapter" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_gsm8k_itself_can_be_probed_on(gsm8k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--calib_data", gsm8k / "train.jsonl", "--calib_samples", 3, "--out_dir", tmp_path / "out", "--json"]
+    status, out, _ = run(capsys, "probe", *BASE, *LORA, *argv)
+    assert status == 0
+    assert json.loads(out)["samples_used"] == 3
+
+
+def test_info_names_every_op_with_its_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "info", "--json")
+    assert status == 0
+    assert json.loads(out)["ops"]["lowrank_svd"]["reference"] == "available"
+    assert "lowrank_svd" in run(capsys, "info")[1]
