@@ -1,0 +1,96 @@
+"""The report of an edit: one HTML file with pictures and tables, or the pictures alone.
+
+The pictures use matplotlib's figures, never pyplot, and leave the program's matplotlib settings as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import style
+
+from spectral_fast.edit import EditedModule
+from spectral_fast.report.drawing import STYLE, Drawn, Picture
+from spectral_fast.report.heat_maps import sensitivity_by_direction, sensitivity_by_layer
+from spectral_fast.report.names import places
+from spectral_fast.report.page import EvaluationRow, page
+from spectral_fast.report.spectra import spectra
+
+__all__ = ["EvaluationRow", "Picture", "pictures", "save_pictures", "write_report"]
+
+
+def write_report(
+    path: Path,
+    title: str,
+    edited: Mapping[str, EditedModule],
+    *,
+    evaluation: Sequence[EvaluationRow] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a report of an edit as one HTML file that needs no other: pictures, evaluation, facts, modules.
+
+    The file appears when it is complete; one that was there is then replaced.
+
+    Args:
+        path: the file; missing folders are made.
+        title: heading, e.g. the adapter's name and the mode.
+        edited: module name -> what `edit_adapter` did to it.
+        evaluation: how the adapters did, the original first.
+        facts: what else a reader wants to know (mode, hyperparameters, calibration), in this order.
+
+    Raises:
+        ValueError: if `edited` is empty.
+    """
+    text = page(title, edited, pictures(edited), evaluation or (), facts or {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path may hold bytes that are no text
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_pictures(directory: Path, edited: Mapping[str, EditedModule]) -> list[Path]:
+    """Write the report's pictures: `spectra.png`, `sensitivity_by_layer.png`, `sensitivity_by_direction.png`.
+
+    Args:
+        directory: folder for them, made if missing.
+        edited: module name -> what `edit_adapter` did to it.
+
+    Returns:
+        The files written: only the first if the edit used no sensitivities.
+
+    Raises:
+        ValueError: if `edited` is empty.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    files = []
+    for picture in pictures(edited):
+        files.append(directory / f"{picture.name}.png")
+        files[-1].write_bytes(picture.png)
+    return files
+
+
+def pictures(edited: Mapping[str, EditedModule]) -> list[Picture]:
+    """The spectra and, if every module has its g, two maps of |g|. Modules of rank 0 are not in them.
+
+    Raises:
+        ValueError: if `edited` is empty.
+    """
+    if not edited:
+        raise ValueError("a report needs at least one edited module; got none")
+    found = places(edited)
+    modules = [Drawn.of(module, found[name]) for name, module in edited.items() if module.s.numel()]
+    kinds = list(dict.fromkeys(m.place.kind for m in modules))
+    modules.sort(key=lambda m: (kinds.index(m.place.kind), -1 if m.place.layer is None else m.place.layer))
+    if not modules:
+        return []
+    with style.context(["default", STYLE]):
+        made = [spectra(modules)]
+        if all(m.g.size for m in modules):
+            made += [sensitivity_by_layer(modules), sensitivity_by_direction(modules)]
+    return made
