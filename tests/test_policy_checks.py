@@ -65,7 +65,8 @@ def test_overflow_names_the_module_and_the_hyperparameter(policy: Policy, g: lis
     ("mode", "values", "message"),
     [
         ("abs_select", {"core_frac": 1.5}, r"abs_select: core_frac must be in \[0, 1\]; got 1.5"),
-        ("abs_select", {"noise_frac": -0.1}, "noise_frac"),
+        ("abs_select", {"noise_frac": 1.1}, "noise_frac"),
+        ("abs_select", {"sup_factor": -0.1}, "sup_factor"),
         ("smooth_abs", {"smooth_center_q": 2.0}, "smooth_center_q"),
         ("smooth_abs", {"smooth_temperature": 0.0}, "smooth_temperature must be > 0"),
         ("z_score", {"z_tau": -1.0}, "z_tau must be > 0"),

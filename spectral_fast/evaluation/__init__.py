@@ -1,0 +1,1 @@
+"""Evaluation: tasks are pure (prompts, scoring), engines turn prompts into text, comparison is paired."""

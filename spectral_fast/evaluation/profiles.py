@@ -1,0 +1,65 @@
+"""Profiles: how a task is evaluated, under a name so that two results can be compared."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from spectral_fast.evaluation.gsm8k import PARSERS
+from spectral_fast.options import check, option
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A way to evaluate a task; `profile` is its name, None for settings given one by one."""
+
+    profile: str | None = None
+    task: str = "gsm8k"
+    split: str = "test"
+    num_fewshot: int = 5
+    n_generations: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_tokens: int = 512
+    metric: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        if self.num_fewshot < 0:
+            raise ValueError(f"the number of few-shot examples must be 0 or more; got {self.num_fewshot}")
+
+    @property
+    def strategy(self) -> str:
+        """How tokens are chosen, in a word."""
+        return "greedy" if self.temperature == 0 else "sampling"
+
+    def summary(self) -> dict[str, Any]:
+        """All settings, for the record of a result."""
+        return asdict(self)
+
+
+PROFILES: dict[str, Profile] = {name: Profile(profile=name) for name in ("paper_math", "greedy_math")}
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to evaluate on, and how to decode."""
+
+    eval_data: str = option("gsm8k", "gsm8k (by datasets), a .jsonl or .parquet file, or a folder with train and test")
+    fewshot: int = option(5, "worked examples before each problem, the first of the train split", low=0)
+    fewshot_data: str | None = option(None, "where the worked examples are, if not in eval_data")
+    max_samples: int = option(-1, "problems, from the first on; -1 for all", low=-1)
+    temperature: float = option(0.0, "0 decodes greedily", low=0.0)
+    max_tokens: int = option(512, "most tokens of an answer", low=1)
+    max_model_len: int = option(4096, "most tokens of prompt and answer together", low=1)
+    answer_parser: str = option("strict_last", "which number of a text is its answer", choices=PARSERS)
+    stop: tuple[str, ...] = option((), "strings that end an answer")
+    batch_size: int = option(32, "problems that run together", low=1)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def profile(self, name: str | None) -> Profile:
+        """The named profile, whose decoding wins over these options, or one made of these options."""
+        if name is not None:
+            return PROFILES[name]
+        return replace(Profile(), num_fewshot=self.fewshot, temperature=self.temperature, max_tokens=self.max_tokens)
