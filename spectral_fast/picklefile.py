@@ -38,18 +38,14 @@ class PickleFile:
     def _load(self) -> dict[str, Any]:
         refuse_lfs_pointer(self.path)
         try:
-            state = torch.load(
-                self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
-            )
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path))
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{self.path} needs more than weights_only allows, or is damaged; a pickle is code, so no "
                 f"more is loaded from it. If you trust its source, save it as safetensors yourself. {error}"
             ) from error
         except (RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"{self.path} is not a file written by torch.save, or is truncated: {error}"
-            ) from error
+            raise ValueError(f"{self.path} is not a file written by torch.save, or is truncated: {error}") from error
         if not isinstance(state, dict):
             raise ValueError(f"{self.path} should hold a dict of tensors, got a {type(state).__name__}")
         return state

@@ -699,15 +699,20 @@ def test_overwrite_replaces_an_adapter_and_nothing_else(tmp_path: Path) -> None:
     out = handmade(tmp_path / "out", config={"note": "old"})
     with pytest.raises(FileExistsError, match="--overwrite"):
         adapter.write(out, [])
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        adapter.check_out_dir(out)
+    adapter.check_out_dir(out, overwrite=True)
     adapter.write(out, [], overwrite=True)
     assert files(out) == files(tmp_path / "a")
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.tex").touch()
-    with pytest.raises(FileExistsError, match=r"it has no adapter_config\.json"):
-        adapter.write(tmp_path / "precious", [], overwrite=True)
-    for inside in (tmp_path, tmp_path / "a", tmp_path / "a" / "edited"):
-        with pytest.raises(ValueError, match="must not contain each other"):
-            adapter.write(inside, [], overwrite=True)
+    for act in (adapter.check_out_dir, lambda out_dir, overwrite: adapter.write(out_dir, [], overwrite=overwrite)):
+        with pytest.raises(FileExistsError, match=r"it has no adapter_config\.json"):
+            act(tmp_path / "precious", overwrite=True)
+        for inside in (tmp_path, tmp_path / "a", tmp_path / "a" / "edited"):
+            with pytest.raises(ValueError, match="must not contain each other"):
+                act(inside, overwrite=True)
+    assert (tmp_path / "precious" / "thesis.tex").exists()
 
 
 def test_the_fingerprint_follows_the_weights_and_the_config_only(tmp_path: Path) -> None:

@@ -54,9 +54,7 @@ def test_missing_parents_are_made(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "out" / "x").exists()
 
 
-def test_a_relative_path_is_taken_from_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_path_is_taken_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with replace_directory("out") as new:
         (new / "x").touch()
@@ -82,9 +80,7 @@ def test_overwrite_replaces_everything_that_was_there(out: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failing_block_leaves_everything_as_it_was(
-    out: Path, error: type[BaseException], overwrite: bool
-) -> None:
+def test_a_failing_block_leaves_everything_as_it_was(out: Path, error: type[BaseException], overwrite: bool) -> None:
     before = fill(out, "old") if overwrite else None
     with pytest.raises(error), replace_directory(out, overwrite=overwrite) as new:  # noqa: PT012
         fill(new, "new")
@@ -127,9 +123,7 @@ def test_out_dir_and_source_must_be_apart(tmp_path: Path) -> None:
         source / ".." / "source",
     ):
         refused(path, ValueError, "must not contain each other", source=source, overwrite=True)
-    refused(
-        tmp_path / "link" / "source", ValueError, "must not contain each other", source=source, overwrite=True
-    )
+    refused(tmp_path / "link" / "source", ValueError, "must not contain each other", source=source, overwrite=True)
     refused(source, ValueError, "must not contain", source=tmp_path / "link" / "source", overwrite=True)
     assert tree(tmp_path) == before
     with replace_directory(tmp_path / "a" / "source-2", source=source):
@@ -166,9 +160,7 @@ def test_a_parent_without_permission_is_named(tmp_path: Path) -> None:
     refused(tmp_path / "locked" / "out", PermissionError, "locked")
 
 
-def test_without_exchange_overwrite_is_refused_before_any_work(
-    out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_exchange_overwrite_is_refused_before_any_work(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(a: Path, b: Path) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(a), None, str(b))
 

@@ -58,9 +58,7 @@ def file(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return path
 
 
-def test_every_dtype_that_the_library_writes_is_read_bit_for_bit(
-    file: Path, tensors: dict[str, torch.Tensor]
-) -> None:
+def test_every_dtype_that_the_library_writes_is_read_bit_for_bit(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     opened = SafetensorsFile(file)
     with safe_open(file, "pt") as reference:
         assert set(opened.tensors) == set(reference.keys())
@@ -107,9 +105,7 @@ def test_a_rewrite_changes_the_replaced_tensors_and_no_other_byte(file: Path, tm
     expected = bytearray(file.read_bytes())
     for name, tensor in replaced.items():
         start = source.layout.offsets[name]
-        expected[start : start + source.tensors[name].nbytes] = bytes(
-            tensor.reshape(-1).view(torch.uint8).tolist()
-        )
+        expected[start : start + source.tensors[name].nbytes] = bytes(tensor.reshape(-1).view(torch.uint8).tolist())
     assert (tmp_path / "new").read_bytes() == bytes(expected)
 
 
@@ -262,9 +258,7 @@ def test_a_file_system_without_fallocate_still_works(
     assert (tmp_path / "copy").read_bytes() == file.read_bytes()
 
 
-def test_short_writes_and_reads_are_continued(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_writes_and_reads_are_continued(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:13], offset))
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:11]], offset))
