@@ -25,8 +25,7 @@ void expect_shape(const char* name, const Array<T>& array, std::initializer_list
                               py::str(array.attr("shape")).cast<std::string>());
 }
 
-void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<std::int32_t>& status,
-                int threads) {
+void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<std::int32_t>& status, int threads) {
   if (m.ndim() != 3) throw std::invalid_argument("m must have three axes, got " + std::to_string(m.ndim()));
   if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
   const auto count = m.shape(0), r = m.shape(1);
@@ -46,7 +45,7 @@ void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Arr
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of spectral_fast; arrays are C-contiguous and are written in place.";
   // noconvert: a converted copy of an output would take the result with it.
-  module.def("jacobi_svd", &jacobi_svd, py::arg("m").noconvert(), py::arg("wt").noconvert(),
-             py::arg("s").noconvert(), py::arg("status").noconvert(), py::arg("threads"),
+  module.def("jacobi_svd", &jacobi_svd, py::arg("m").noconvert(), py::arg("wt").noconvert(), py::arg("s").noconvert(),
+             py::arg("status").noconvert(), py::arg("threads"),
              "Singular values and left vectors of each matrix of a batch m (count, r, r).");
 }

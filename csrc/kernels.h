@@ -12,7 +12,7 @@ enum class SvdStatus : std::int32_t { converged = 0, not_converged = 1, not_fini
 // One matrix per thread, so the result has the same bits for any number of threads. status[i] is the outcome
 // for matrix i as an SvdStatus; a matrix with a NaN or an infinity leaves its outputs untouched.
 // Drmac and Veselic, "New fast and accurate Jacobi SVD algorithm I", SIAM J. Matrix Anal. Appl. 29 (2008).
-void jacobi_svd(const double* m, double* wt, double* s, std::int32_t* status, std::int64_t count,
-                std::int64_t r, int threads);
+void jacobi_svd(const double* m, double* wt, double* s, std::int32_t* status, std::int64_t count, std::int64_t r,
+                int threads);
 
 }  // namespace spectral_fast
