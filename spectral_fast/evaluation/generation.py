@@ -217,7 +217,8 @@ class _Loop:
     def _stopped(self, last: Tensor, tokens: Tensor) -> Tensor:
         """Which texts, of tokens (rows, length) after their prompt's last one, have come to a stop string."""
         texts = _decode(self.tokenizer, last.tolist(), tokens.tolist())
-        return torch.tensor([any(s in text for s in self.stop) for text in texts], device=tokens.device)
+        found = [any(s in text for s in self.stop) for text in texts]
+        return torch.tensor(found, dtype=torch.bool, device=tokens.device)
 
     def _report(self, n: int) -> None:
         if self.progress is not None and n:
@@ -233,10 +234,11 @@ def _common_prefix(rows: Sequence[list[int]]) -> list[int]:
 
 def _decode(tokenizer: Any, last: Sequence[int], tokens: Sequence[list[int]]) -> list[str]:
     """Tokens to text as they continue the prompt: after its last token, so that a leading space survives."""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before = tokenizer.batch_decode([[end] for end in last], **options)
-    both = tokenizer.batch_decode([[end, *new] for end, new in zip(last, tokens, strict=True)], **options)
-    return [text[len(start) :] for start, text in zip(before, both, strict=True)]
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return [text([end, *new])[len(text([end])) :] for end, new in zip(last, tokens, strict=True)]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> Tensor:
