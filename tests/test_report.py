@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from spectral_fast import report
 from spectral_fast.edit import EditedModule
 from spectral_fast.policies import POLICIES
 from spectral_fast.report import EvaluationRow, pictures, save_pictures, write_report
-from spectral_fast.report.drawing import Drawn
+from spectral_fast.report.drawing import CORE, INK, NOISE, OTHER, Drawn, Picture
 from spectral_fast.report.heat_maps import sensitivity_by_direction
 from spectral_fast.report.names import Place, places
 from spectral_fast.report.page import page
@@ -210,6 +210,7 @@ def test_every_mode_can_be_drawn(mode: str) -> None:
         pytest.param(edits(ONE, amp_factor=1e6, preserve_energy="none"), id="huge_gain"),
         pytest.param(edits([f"{PREFIX}.{i}.experts.{j}.up_proj" for i in range(3) for j in range(40)]), id="experts"),
         pytest.param(edits(ONE, ranks=(256,)), id="wide"),
+        pytest.param(edits(layers(6), mode="gd"), id="all_core_or_noise"),
     ],
 )
 def test_odd_edits_are_drawn_without_a_warning(edited: dict[str, EditedModule]) -> None:
@@ -267,18 +268,53 @@ def test_the_caption_tells_whether_core_directions_are_the_largest() -> None:
     assert "Of the 2 core directions, 0% are" in caption(1 / s)
 
 
-def test_pictures_show_the_edit() -> None:
-    [before] = edits(ONE).values()
-    assert before.g is not None
-    edit = before.edit
-    others = [
-        EditedModule(before.s, before.g, replace(edit, core=edit.noise, noise=edit.core)),
-        EditedModule(before.s, before.g, replace(edit, s_new=before.s)),
-        EditedModule(before.s, 2 * before.g, edit),
-    ]
-    drawn = [[p.png for p in pictures({ONE[0]: module})] for module in (before, *others)]
-    same = [[a == b for a, b in zip(drawn[0], other, strict=True)] for other in drawn[1:]]
-    assert same == [[False, True, False], [False, True, False], [True, False, True]]
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Collects the figures that are drawn, in place of their pictures."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Picture, "of", lambda figure, *_: drawn.append(figure))
+    return drawn
+
+
+def test_the_spectra_show_each_value_before_and_after_by_role(figures: list[Figure]) -> None:
+    [module] = edits(ONE, ranks=(20,)).values()
+    edit = module.edit
+    pictures({ONE[0]: module})
+    [panel] = figures[0].axes
+    shown = {line.get_color(): line.get_xydata().tolist() for line in panel.lines}
+    k = torch.arange(1, 21)
+    roles = {INK: k > 0, CORE: edit.core, NOISE: edit.noise, OTHER: ~(edit.core | edit.noise)}
+    for colour, role in roles.items():
+        values = module.s if colour == INK else edit.s_new
+        assert shown[colour] == torch.stack([k, values], dim=1)[role].tolist()
+
+
+def test_the_map_by_layer_shows_mean_sensitivities(figures: list[Figure]) -> None:
+    edited = edits([*layers(2), "lm_head"])
+    pictures(edited)
+    [[image]] = [ax.images for ax in figures[1].axes if ax.images]
+    means = [m.g.abs().mean().item() for m in edited.values() if m.g is not None]
+    nan = float("nan")
+    expected = [[nan, means[0], means[2]], [nan, means[1], means[3]], [means[4], nan, nan]]
+    torch.testing.assert_close(
+        torch.tensor(image.get_array().filled(nan)), torch.tensor(expected, dtype=torch.float64), equal_nan=True
+    )
+
+
+def test_the_map_by_direction_shows_shares_gains_and_roles(figures: list[Figure]) -> None:
+    edited = edits(layers(2), ranks=(4,), noise_frac=0.5)
+    pictures(edited)
+    modules = [edited[name] for kind in KINDS for name in edited if name.endswith(kind)]
+    shares, gains = (ax.images[0].get_array().filled() for ax in figures[2].axes if ax.images)
+    g = torch.stack([m.g.abs() / m.g.abs().max() for m in modules if m.g is not None], dim=1)
+    torch.testing.assert_close(torch.tensor(shares), g.clamp_min(0.01))
+    torch.testing.assert_close(
+        torch.tensor(gains), torch.stack([m.edit.s_new / m.s for m in modules], dim=1), atol=0.0, rtol=1e-12
+    )
+    mean_bars, role_bars = ([bar.get_width() for bar in ax.patches] for ax in figures[2].axes if len(ax.patches) == 8)
+    core, noise = (torch.stack([getattr(m.edit, role) for m in modules]).double().mean(0) for role in ("core", "noise"))
+    assert mean_bars[4:] == pytest.approx(g.mean(dim=1).tolist())
+    assert role_bars == pytest.approx(torch.cat([-noise, core]).tolist())
 
 
 def test_saved_pictures_are_those_of_the_report(tmp_path: Path) -> None:
