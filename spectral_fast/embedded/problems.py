@@ -21,18 +21,12 @@ import operator
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypedDict
 
 __all__ = ["ONE_STEP", "TWO_STEP", "Problem", "stream"]
 
-LARGEST = 99  # of every number in a story except a banknote
+_LARGEST = 99  # of every number in a story except a banknote
 
-
-class Problem(TypedDict):
-    """One word problem: the two fields of a GSM8K row."""
-
-    question: str
-    answer: str
+Problem = dict[str, str]  # the two fields of a GSM8K row: question, answer
 
 
 @dataclass(frozen=True)
@@ -49,20 +43,21 @@ class Part:
     sign: str = ""
     left: str = "value"
     right: str = "n"
-    numbers: tuple[int, ...] = tuple(range(2, 41))
+    numbers: tuple[int, ...] = tuple(range(2, 21))
 
 
-_ONCE = tuple(range(2, 13))
+_FACTORS = tuple(range(2, 13))
 _NOW = "How many {things} does {name} have now?"
 _OTHER = "How many {things} does {other} have?"
 _PAYS = "How much does {he} pay?"
 _CHANGE = "How much change does {he} get?"
 
 _STARTS = {
-    "have": Part(("{name} has {n} {things}.", "{name} picks {n} {things}.", "{name} owns {n} {things}.")),
-    "price": Part(
-        ("{name} buys a {item} for ${n}.", "{name} orders a {item} for ${n}."), numbers=tuple(range(3, 61))
+    "have": Part(
+        ("{name} has {n} {things}.", "{name} picks {n} {things}.", "{name} owns {n} {things}."),
+        numbers=tuple(range(2, 41)),
     ),
+    "price": Part(("{name} buys a {item} for ${n}.", "{name} orders a {item} for ${n}."), numbers=tuple(range(2, 41))),
     "boxes": Part(
         (
             "{name} has {start} {boxes} with {n} {things} in each.",
@@ -71,14 +66,14 @@ _STARTS = {
         "How many {things} does {name} have?",
         "{name} has {calculation} {things}.",
         "*",
-        numbers=_ONCE,
+        numbers=_FACTORS,
     ),
     "cost": Part(
         ("{name} buys {start} {things} for ${n} each.", "{name} orders {start} {things} at ${n} each."),
         _PAYS,
         "{name} pays {calculation} dollars.",
         "*",
-        numbers=_ONCE,
+        numbers=_FACTORS,
     ),
 }
 _NEXT = {
@@ -103,27 +98,23 @@ _NEXT = {
         "How many {things} does each friend get?",
         "Each friend gets {calculation} {things}.",
         "/",
-        numbers=_ONCE,
+        numbers=_FACTORS,
     ),
     "pack": Part(
         ("{He} packs them in bags of {n}.", "{He} puts {n} {things} in each bag."),
         "How many bags does {he} fill?",
         "{name} fills {calculation} bags.",
         "/",
-        numbers=_ONCE,
+        numbers=_FACTORS,
     ),
-    "more": Part(
-        ("{other} has {n} more {things} than {name}.",), _OTHER, "{other} has {calculation} {things}.", "+"
-    ),
-    "fewer": Part(
-        ("{other} has {n} fewer {things} than {name}.",), _OTHER, "{other} has {calculation} {things}.", "-"
-    ),
+    "more": Part(("{other} has {n} more {things} than {name}.",), _OTHER, "{other} has {calculation} {things}.", "+"),
+    "fewer": Part(("{other} has {n} fewer {things} than {name}.",), _OTHER, "{other} has {calculation} {things}.", "-"),
     "times": Part(
         ("{other} has {n} times as many {things} as {name}.",),
         _OTHER,
         "{other} has {calculation} {things}.",
         "*",
-        numbers=_ONCE,
+        numbers=_FACTORS,
     ),
     "and": Part(
         ("{other} has {n} {things}.",),
@@ -139,9 +130,7 @@ _NEXT = {
         left="start",
         right="value",
     ),
-    "also": Part(
-        ("{He} also buys a {item} for ${n}.",), _PAYS, "{name} pays {calculation} dollars in all.", "+"
-    ),
+    "also": Part(("{He} also buys a {item} for ${n}.",), _PAYS, "{name} pays {calculation} dollars in all.", "+"),
     "change": Part(
         ("{He} pays with ${n}.", "{He} hands over ${n}."),
         _CHANGE,
@@ -175,8 +164,7 @@ _HE = (
     "Adam Ben Carl David Eric Frank George Henry Ivan Jack Kevin Leo Mark Noah Oscar Paul Ryan Sam Tom Victor"
 ).split()
 _SHE = (
-    "Anna Beth Clara Diana Emma Fiona Grace Helen Iris Julia "
-    "Kate Laura Mia Nina Olivia Rosa Sara Tina Vera Wendy"
+    "Anna Beth Clara Diana Emma Fiona Grace Helen Iris Julia Kate Laura Mia Nina Olivia Rosa Sara Tina Vera Wendy"
 ).split()
 _THINGS = (
     "apples balls beads books buttons candles cards carrots coins cookies cups eggs flowers grapes keys "
@@ -220,7 +208,7 @@ def _draw(rng: random.Random, story: tuple[str, ...]) -> tuple[bool, Problem] | 
     words = {"name": name, "other": other, "he": he, "He": he.capitalize(), "him": him}
     words |= {"things": rng.choice(_THINGS), "boxes": rng.choice(_BOXES), "item": rng.choice(_ITEMS)}
 
-    start = value = rng.choice(_ONCE) if _PARTS[story[0]].sign else 0
+    start = value = rng.choice(_FACTORS) if _PARTS[story[0]].sign else 0
     sentences, lines, calculations = [], [], []
     for kind in story:
         part = _PARTS[kind]
@@ -229,7 +217,7 @@ def _draw(rng: random.Random, story: tuple[str, ...]) -> tuple[bool, Problem] | 
             operands = {"start": start, "value": value, "n": n}
             left, right = operands[part.left], operands[part.right]
             value = _SIGNS[part.sign](left, right)
-            if not 1 <= value <= LARGEST or (part.sign == "/" and value * right != left):
+            if not 1 <= value <= _LARGEST or (part.sign == "/" and value * right != left):
                 return None
             calculation = f"{left}{part.sign}{right}"
             calculations.append(calculation)
@@ -243,4 +231,4 @@ def _draw(rng: random.Random, story: tuple[str, ...]) -> tuple[bool, Problem] | 
     key = " ".join((*story, *calculations))
     held_out = hashlib.sha256(key.encode()).digest()[0] < 32
     question = " ".join(sentence for sentence in sentences if sentence)
-    return held_out, Problem(question=question, answer="\n".join([*lines, f"#### {value}"]))
+    return held_out, {"question": question, "answer": "\n".join([*lines, f"#### {value}"])}
