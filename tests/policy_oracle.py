@@ -29,9 +29,7 @@ def quantile(x: Array, q: float) -> float:
 
 
 def normalise(g: Array, how: str) -> Array:
-    norm = {"none": 1.0, "mean_abs": max(np.abs(g).mean(), 1e-8), "l2": max(np.sqrt((g * g).sum()), 1e-8)}[
-        how
-    ]
+    norm = {"none": 1.0, "mean_abs": max(np.abs(g).mean(), 1e-8), "l2": max(np.sqrt((g * g).sum()), 1e-8)}[how]
     return g / norm
 
 
@@ -80,9 +78,7 @@ def oracle_gate(mode: str, g: Array, p: dict) -> Array:
     scale = max(1.4826 * lower_median(np.abs(x - median)), 1e-8)
     if scale < p["robust_fallback_sigma"]:
         return np.ones(r)
-    return two_gates(
-        (x - median) / scale, p["robust_z_low"], p["robust_z_high"], max(p["robust_z_tau"], 1e-8), p
-    )
+    return two_gates((x - median) / scale, p["robust_z_low"], p["robust_z_high"], max(p["robust_z_tau"], 1e-8), p)
 
 
 def oracle_descent(s: Array, g: Array, p: dict) -> Array:
@@ -106,10 +102,7 @@ def oracle(mode: str, s: Array, g: Array, p: dict) -> Array:
 
 def spectra() -> dict[str, tuple[Array, Array]]:
     rng = np.random.default_rng(0)
-    cases = {
-        f"random {r}": (np.sort(rng.exponential(size=r))[::-1], rng.normal(size=r))
-        for r in (3, 8, 16, 17, 64)
-    }
+    cases = {f"random {r}": (np.sort(rng.exponential(size=r))[::-1], rng.normal(size=r)) for r in (3, 8, 16, 17, 64)}
     s, g = cases["random 16"]
     tied = np.repeat(rng.normal(size=4), 4)[rng.permutation(16)]
     return cases | {

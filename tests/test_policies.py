@@ -42,6 +42,8 @@ def settings(mode: str, n: int, seed: int) -> list[dict]:
 
     single = [{f.name: choice} for f in own if f.metadata["choices"] for choice in f.metadata["choices"]]
     single += [{f.name: not f.default} for f in own if isinstance(f.default, bool)]
+    if mode == "smooth_abs":  # where the gate at the centre comes close to its limits
+        single += [{"mid_factor": mid} for mid in (0.8, 0.8 + 1e-6, 0.82, 1.23, 1.25 - 1e-6, 1.25)]
     return [{}, *single, *({f.name: draw(f) for f in own} for _ in range(n))]
 
 
@@ -139,9 +141,7 @@ def test_counts_of_core_and_noise(r: int, values: dict, counts: tuple[int, int])
 
 
 def test_ties_go_by_index() -> None:
-    edit = apply(
-        AbsSelect(core_frac=0.5, noise_frac=0.25), np.ones(8), np.array([1.0, -1, 1, -1, 1, -1, 1, -1])
-    )
+    edit = apply(AbsSelect(core_frac=0.5, noise_frac=0.25), np.ones(8), np.array([1.0, -1, 1, -1, 1, -1, 1, -1]))
     assert edit.core.nonzero().flatten().tolist() == [0, 1, 2, 3]
     assert edit.noise.nonzero().flatten().tolist() == [6, 7]
 
@@ -165,9 +165,7 @@ def test_descent_lowers_where_the_gradient_is_positive() -> None:
         grad_norm="none",
         pos_power=2.0,
     )
-    np.testing.assert_allclose(
-        apply(asymmetric, np.array([20.0, 1.0]), np.array([3.0, -1.0])).s_new, [2.0, 1.2]
-    )
+    np.testing.assert_allclose(apply(asymmetric, np.array([20.0, 1.0]), np.array([3.0, -1.0])).s_new, [2.0, 1.2])
 
 
 def test_clip_comes_before_energy() -> None:
@@ -349,6 +347,31 @@ def test_z_statistics_by_hand(mode: str, prefix: str) -> None:
         assert (stats["median"], stats["mad"], stats["sigma_robust"]) == (3.0, 1.0, 1.4826)
         assert (stats["k_core_eff"], stats["k_noise_eff"]) == (1, 1)
     assert (stats["frac_core"], stats["frac_noise"]) == (1 / 6, 1 / 6)
+
+
+def test_smooth_statistics_by_hand() -> None:
+    g = np.array([1.0, 2.0, 3.0, 4.0, 10.0])  # quantiles at 0.25 and 0.75 are 2 and 4
+    common = {"noise_frac": 0.25, "core_frac": 0.25, "grad_norm": "none", "preserve_energy": "none"}
+    edit = apply(SmoothAbs(smooth_center_q=0.25, smooth_align_mid=False, **common), np.ones(5), g)
+    expected = {
+        "q_lo": 0.25,
+        "q_hi": 0.75,
+        "center_q": 0.25,
+        "lo": 2.0,
+        "hi": 4.0,
+        "center": 2.0,
+        "mu": 2.0,
+        "tau": 0.7,
+    }
+    assert {key: edit.stats[key] for key in expected} == expected
+    assert edit.stats["degenerate"] is False
+    masks = [False, False, False, False, True], [True, False, False, False, False]  # the quantiles are in neither
+    assert (edit.core.tolist(), edit.noise.tolist()) == masks
+    assert (edit.stats["gate_min"], edit.stats["gate_max"]) == (edit.s_new.min().item(), edit.s_new.max().item())
+    edit = apply(POLICIES["double_smooth"](smooth_temperature=0.5, **common), np.ones(5), g)
+    assert [edit.stats[key] for key in ("threshold_noise", "threshold_core", "tau")] == [2.0, 4.0, 4.5]
+    assert (edit.core.tolist(), edit.noise.tolist()) == masks
+    assert apply(SmoothAbs(), np.ones(3), np.ones(3)).stats["degenerate"] is True
 
 
 def test_without_g_its_statistics_are_null() -> None:

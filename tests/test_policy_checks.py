@@ -68,6 +68,8 @@ def test_overflow_names_the_module_and_the_hyperparameter(policy: Policy, g: lis
         ("abs_select", {"noise_frac": 1.1}, "noise_frac"),
         ("abs_select", {"sup_factor": -0.1}, "sup_factor"),
         ("smooth_abs", {"smooth_center_q": 2.0}, "smooth_center_q"),
+        ("smooth_abs", {"smooth_center_q": 1.05}, "smooth_center_q"),
+        ("double_smooth", {"smooth_temperature": 0.0}, "smooth_temperature must be > 0"),
         ("smooth_abs", {"smooth_temperature": 0.0}, "smooth_temperature must be > 0"),
         ("z_score", {"z_tau": -1.0}, "z_tau must be > 0"),
         ("z_score", {"z_high": math.nan}, "z_high must be finite; got nan"),
