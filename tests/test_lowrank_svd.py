@@ -19,13 +19,16 @@ RATIO = 30
 CONDITIONS = (1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e8)
 SHAPES = [(61, 1, 97), (97, 2, 61), (64, 8, 128), (101, 16, 103), (67, 31, 257), (16, 16, 16), (131, 64, 70)]
 
+# In continuous integration a build that lost its native module must fail.
+needs_native = pytest.mark.skipif(
+    native_missing() is not None and os.environ.get("CI") != "true", reason=str(native_missing())
+)
 
-@pytest.fixture(params=["cpu", "reference"])
+
+@pytest.fixture(params=[pytest.param("cpu", marks=needs_native), "reference"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each backend by force, so that a test of one cannot pass by way of another."""
     name: str = request.param
-    if name == "cpu" and native_missing() and os.environ.get("CI") != "true":
-        pytest.skip(str(native_missing()))
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, name)
     return name
 
@@ -222,6 +225,7 @@ def test_factors_that_do_not_fit_are_refused_by_name() -> None:
         lowrank_svd([b.tolist()], [a])
 
 
+@needs_native
 def test_the_cpu_backend_keeps_the_factors_as_bases_up_to_condition_one_thousand(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -234,18 +238,37 @@ def test_the_cpu_backend_keeps_the_factors_as_bases_up_to_condition_one_thousand
         assert result.basis_a.data_ptr() == a.data_ptr()
 
 
+@needs_native
 def test_the_estimated_loss_covers_the_true_one() -> None:
     """The choice between Gram matrices and QR rests on it; the truth is measured in float64."""
-    for condition in CONDITIONS[:-1]:
-        for m, r, n in SHAPES:
+    for condition in CONDITIONS:
+        for m, r, n in [*SHAPES, (5000, 4, 3000)]:
             b, a = factors(m, r, n, condition)
             (t_b,), _, (t_a,), loss = cpu.gram_svd([b], [a])
-            if not torch.isfinite(loss).all():
-                continue  # no Cholesky factor: the module takes the QR anyway
             u, v = b.double() @ t_b, a.double().mT @ t_a
             eye = torch.eye(r, dtype=torch.float64)
-            true = max((x.mT @ x - eye).norm() for x in (u, v))
-            assert true <= RATIO * float(loss)
+            true = max((x.mT @ x - eye).norm().nan_to_num(nan=math.inf) for x in (u, v))
+            # It is a sum of likely sizes, not a bound; what it decides has a margin of RATIO.
+            assert true <= 2 * float(loss)
+
+
+@needs_native
+def test_a_core_whose_svd_did_not_converge_takes_the_qr(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectral_fast import _C
+
+    solve = _C.jacobi_svd
+
+    def second_did_not_converge(m, wt, s, status, threads):  # type: ignore[no-untyped-def]
+        solve(m, wt, s, status, threads)
+        status[1] = 1
+
+    monkeypatch.setattr(_C, "jacobi_svd", second_did_not_converge)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")
+    b, a = factors(60, 8, 75)
+    good, bad = lowrank_svd([b, b], [a, a])
+    assert good.basis_b.dtype == torch.float32
+    assert bad.basis_b.dtype == torch.float64
+    check_contract(b, a, bad)
 
 
 def test_the_cpu_backend_refuses_factors_elsewhere_and_a_machine_without_the_native_module(
@@ -265,16 +288,15 @@ def test_the_cpu_backend_refuses_factors_elsewhere_and_a_machine_without_the_nat
     assert chosen_backends()["lowrank_svd"] == "reference"
 
 
+@needs_native
 def test_on_this_machine_the_cpu_backend_is_the_first_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    if native_missing() and os.environ.get("CI") != "true":
-        pytest.skip(str(native_missing()))
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     lowrank_svd(*([x] for x in factors(30, 4, 20)))
     assert chosen_backends()["lowrank_svd"] == "cpu"
     assert [backend.name for backend in registered()["lowrank_svd"]] == ["cpu", "reference"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@needs_native
 def test_the_op_passes_opcheck() -> None:
     shapes = [(20, 4, 30), (25, 4, 15), (9, 2, 11)]
     pairs = [factors(*shape) for shape in shapes]

@@ -48,6 +48,7 @@ def kinds(r: int) -> dict[str, Matrix]:
         "condition 1e8": (q * np.logspace(0, -8, r)) @ p,
         "equal singular values": 3 * q,
         "triangular": np.triu(plain),
+        "negligible rows": np.where(np.arange(r) == 0, 1.0, 1e-140)[:, None] * plain,
         "huge": plain * 1e300,
         "tiny": plain * 1e-300,
         "subnormal": plain * 1e-310,

@@ -17,6 +17,7 @@ CONDITIONS = (1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e8)
 
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each backend by force, so that a test of one cannot pass by way of another."""
     if request.param == "cpu" and native_missing() and os.environ.get("CI") != "true":
         pytest.skip(str(native_missing()))
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, request.param)

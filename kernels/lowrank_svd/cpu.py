@@ -45,7 +45,7 @@ def gram_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> tuple[list[Tensor],
 
     Returns:
         t_b (r, r), s (r,), t_a (r, r) for each module, and losses (modules,), all float64. A loss is an
-        estimate of max(‖UᵀU − I‖_F, ‖VᵀV − I‖_F), infinite where no Cholesky factor exists.
+        estimate of max(‖UᵀU − I‖_F, ‖VᵀV − I‖_F), infinite where a step failed.
     """
     by_rank: defaultdict[int, list[int]] = defaultdict(list)
     for i, b in enumerate(bs):
@@ -75,9 +75,7 @@ def _solve(grams: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from spectral_fast import _C
 
     rank = grams.shape[-1]
-    triangles, info = torch.linalg.cholesky_ex(grams, upper=True)
-    failed = (info != 0).any(0)
-    triangles[:, failed] = torch.eye(rank, dtype=torch.float64)
+    triangles, _ = torch.linalg.cholesky_ex(grams, upper=True)  # a factor that does not exist shows in the loss
     core = (triangles[0] @ triangles[1].mT).contiguous()
     wt, s = torch.empty_like(core), core.new_empty(core.shape[:2])
     status = torch.empty(len(core), dtype=torch.int32)
@@ -85,13 +83,14 @@ def _solve(grams: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # R_A⁻¹ Z is R_Bᵀ W diag(1/s), so the core's right vectors are not needed.
     t_b = torch.linalg.solve_triangular(triangles[0], wt.mT, upper=True)
     transforms = torch.stack([t_b, (wt @ triangles[0]).mT / s[:, None]])
-    # What these steps lost shows in Tᵀ G T. What the Gram matrices had lost before does not: with d² its
-    # diagonal, G errs by about (√length + r) roundoffs of d_i d_j, and T carries that into UᵀU.
+    # What these steps lost shows in Tᵀ G T, which is I only if the triangles are Cholesky factors and W is
+    # orthogonal. What the Gram matrices had lost before does not show: with d² its diagonal, G errs by about
+    # (√length + r) roundoffs of d_i d_j, and T carries that into UᵀU.
     seen = transforms.mT @ grams @ transforms - torch.eye(rank, dtype=torch.float64)
     carried = (grams.diagonal(dim1=-2, dim2=-1)[..., None] * transforms.square()).sum((-2, -1))
     unseen = (lengths.double().sqrt() + rank) * torch.finfo(torch.float64).eps / 2 * carried
-    losses = (seen.square().sum((-2, -1)).sqrt() + unseen).amax(0)
-    losses[failed | (status != 0)] = math.inf
+    losses = (seen.square().sum((-2, -1)).sqrt() + unseen).amax(0).nan_to_num(nan=math.inf)
+    losses[status != 0] = math.inf
     return transforms, s, losses
 
 
