@@ -253,6 +253,12 @@ def test_the_estimated_loss_covers_the_true_one() -> None:
 
 
 @needs_native
+def test_the_loss_is_infinite_where_no_cholesky_factor_exists() -> None:
+    b, a, _ = degenerate()["B = 0"]
+    assert cpu.gram_svd([b], [a])[3].tolist() == [math.inf]
+
+
+@needs_native
 def test_a_core_whose_svd_did_not_converge_takes_the_qr(monkeypatch: pytest.MonkeyPatch) -> None:
     from spectral_fast import _C
 
