@@ -74,13 +74,16 @@ def add_flags(parser: argparse._ActionsContainer, *classes: type, prefix: str = 
         name = _prefixed(field_name, prefix)
         text = f.metadata.get("help", "").replace("%", "%%")
         if hint is bool:
-            flag, action = (f"--no_{name}", "store_false") if f.default is True else (f"--{name}", "store_true")
+            if f.default:
+                flag, action, text = f"--no_{name}", "store_false", f"do not {text}"
+            else:
+                flag, action = f"--{name}", "store_true"
             parser.add_argument(flag, dest=name, action=action, default=argparse.SUPPRESS, help=text)
             continue
         many = typing.get_origin(hint) in (tuple, list)
         scalar = typing.get_args(hint)[0] if many or _is_optional(hint) else hint
         shown = " ".join(map(str, f.default)) if many and f.default is not MISSING else f.default
-        if f.default is not MISSING and f.default is not None:
+        if shown not in (MISSING, None, ""):
             text += f" (default: {shown})"
         parser.add_argument(
             f"--{name}",
