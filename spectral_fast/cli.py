@@ -190,7 +190,8 @@ def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.report is not None:
         from spectral_fast.report import write_report
 
-        write_report(args.report, f"{args.lora_path}, {args.mode}", edited)
+        facts = {"adapter": args.lora_path, "mode": args.mode, **asdict(policy)}
+        write_report(args.report, f"{Path(args.lora_path).name}, {args.mode}", edited, facts=facts)
         result["report"] = str(args.report)
         text += f"\nreport: {args.report}"
     if args.eval_gsm8k:

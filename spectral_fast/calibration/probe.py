@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from spectral_fast.adapter import Adapter, LoraModule
@@ -12,10 +11,12 @@ from spectral_fast.backends import chosen_backends
 from spectral_fast.calibration.calibrate import Progress, calibrate
 from spectral_fast.calibration.data import Example, encode_messages, encode_question_answer
 from spectral_fast.calibration.model import ModelOptions, load_model, load_tokenizer
-from spectral_fast.calibration.rows import read_rows
+from spectral_fast.calibration.rows import GSM8K, data_file, read_rows
 from spectral_fast.options import check, option
 from spectral_fast.provenance import sha256_file, versions
 from spectral_fast.sensitivity import Sensitivity
+
+SPLIT = "train"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def load_examples(tokenizer: Any, options: CalibrationOptions) -> list[Example]:
     columns: Sequence[str] = [options.messages_column or options.question_column]
     if options.messages_column is None:
         columns = [*columns, options.answer_column]
-    rows = read_rows(options.calib_data, columns, split="train", limit=options.calib_samples)
+    rows = read_rows(options.calib_data, columns, split=SPLIT, limit=options.calib_samples)
     examples = []
     for index, row in enumerate(rows):
         try:
@@ -89,14 +90,13 @@ def probe(
         batch_size=data.calib_batch_size,
         progress=progress,
     )
-    calib_file = Path(data.calib_data)
     record = {
         "adapter_sha256": adapter.fingerprint(),
         "lora_path": str(adapter.path),
         "base_model": base_model,
         "base_model_revision": getattr(model.config, "_commit_hash", None),
         **asdict(data),
-        "calib_data_sha256": sha256_file(calib_file) if calib_file.is_file() else None,
+        "calib_data_sha256": None if data.calib_data == GSM8K else sha256_file(data_file(data.calib_data, SPLIT)),
         "samples_used": len(examples),
         "tokens": sum(len(example.ids) for example in examples),
         "labels": sum(example.n_labels for example in examples),

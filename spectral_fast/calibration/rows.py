@@ -35,7 +35,7 @@ def read_rows(source: str, columns: Sequence[str], split: str, limit: int | None
         raise ValueError(f"the number of rows to read must be at least 1; got {limit}")
     if source == GSM8K:
         return _take(_gsm8k(split), columns, limit, f"{GSM8K} {split} row")
-    path = _file(source, split)
+    path = data_file(source, split)
     if path.suffix == ".parquet":
         rows = _take(_parquet(path, columns), columns, limit, f"{path} row")
     else:
@@ -45,7 +45,12 @@ def read_rows(source: str, columns: Sequence[str], split: str, limit: int | None
     return rows
 
 
-def _file(source: str, split: str) -> Path:
+def data_file(source: str, split: str) -> Path:
+    """The file that a source other than the hub names: itself, or that of the split in a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_rows` for a file that is missing or of another kind.
+    """
     path = Path(source)
     if path.is_dir():
         found = [path / f"{split}{suffix}" for suffix in _SUFFIXES if (path / f"{split}{suffix}").is_file()]
@@ -114,7 +119,3 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, Row]]:
             yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches))
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a Parquet file: {error}") from error
-
-
-def _names(missing: Sequence[str]) -> str:
-    return " and no ".join(missing)

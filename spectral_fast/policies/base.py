@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -54,7 +55,7 @@ class Outcome(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class Policy(ABC):
     """A rule from (s, g) to s', with its hyperparameters. Each mode is a subclass that gives `_rule`.
 
     Raises:
@@ -142,8 +143,8 @@ class Policy:
         shared = {f.name: getattr(self, f.name) for f in fields(RandomIndex) if hasattr(self, f.name)}
         return RandomIndex(**shared | {"seed": seed})
 
-    def _rule(self, module: Module) -> Outcome:
-        raise NotImplementedError
+    @abstractmethod
+    def _rule(self, module: Module) -> Outcome: ...
 
     def _normalised(self, g: Tensor) -> Tensor:
         """G / max(mean|g|, 1e-8), g / max(||g||_2, 1e-8) or g."""
