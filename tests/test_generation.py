@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,6 +138,28 @@ def test_progress_counts_every_prompt_once(tokenizer: Any) -> None:
             )  # fmt: skip
             assert sum(counts) == 13
             assert min(counts) > 0
+
+
+def test_a_row_that_ended_ends_once_though_it_stays_in_the_batch(tokenizer: Any) -> None:
+    spoken = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ab<eos>cd<eos>", *["wxyz12"] * 4)]
+
+    class Scripted:
+        """Says its lines whatever it is asked; one of five rows that ends is too few to shrink the batch."""
+
+        training, device = False, torch.device("cpu")
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=None))
+        generation_config = SimpleNamespace(eos_token_id=EOS)
+        step = 0
+
+        def __call__(self, **_: Any) -> Any:
+            tokens = torch.tensor([line[self.step] for line in spoken])
+            self.step += 1
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(tokens, 100).float()[:, None])
+
+    counts: list[int] = []
+    texts = generate(Scripted(), tokenizer, list("pqrst"), max_new_tokens=6, progress=counts.append)
+    assert texts == ["ab", *["wxyz12"] * 4]
+    assert counts == [1, 4]
 
 
 def test_nothing_gives_nothing(tokenizer: Any) -> None:

@@ -124,6 +124,7 @@ def test_gold_answers_as_each_parser_compares_them() -> None:
     assert [gold_answer(p["answer"], "strict_first") for p in PROBLEMS] == ["4", "1200", "-7"]
     assert [gold_answer(p["answer"], "harness") for p in PROBLEMS] == ["4", "1200", "-7"]
     assert gold_answer("no number", "strict_last") is None
+    assert gold_answer("#### 1\n#### 2", "harness") == gold_answer("#### 1\n#### 2", "strict_last") == "2"
     assert gold_answer("One blank line.\n\nThen #### $2,000.50", "harness") == "2000.50"
 
 
