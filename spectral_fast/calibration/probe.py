@@ -38,7 +38,7 @@ def load_examples(tokenizer: Any, options: CalibrationOptions) -> list[Example]:
     """Read and tokenise the calibration samples.
 
     Raises:
-        FileNotFoundError: if the data cannot be had.
+        FileNotFoundError, RuntimeError: if the file is missing, or the hub cannot be reached.
         ValueError: for a row without the wanted columns or that cannot be tokenised, naming the row.
     """
     columns: Sequence[str] = [options.messages_column or options.question_column]
