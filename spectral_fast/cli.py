@@ -6,30 +6,19 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from spectral_fast._version import __version__
-from spectral_fast.options import add_flags, check, option, take
+from spectral_fast.adapter.selection import SelectionOptions
+from spectral_fast.options import add_flags, flag_name, take
 from spectral_fast.policies import POLICIES, Policy
+from spectral_fast.progress import bar, counter
 
 T = TypeVar("T")
 SHARED_POLICY_FLAGS = {"seed"}  # accepted with every mode: the seed of the run as a whole
-
-
-@dataclass(frozen=True)
-class SelectionOptions:
-    """Which of an adapter's modules to work on."""
-
-    target_modules: tuple[str, ...] = option(("down_proj", "o_proj"), "last name components, or all-linear")
-    layer_min: int = option(0, "first layer, inclusive", low=0)
-    layer_max: int = option(10**9, "last layer, inclusive", low=0)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,17 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         result, text = args.run(args)
+        print(json.dumps(result, indent=2) if args.json else text, flush=True)
+    except BrokenPipeError:  # the reader went away; the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
         args.parser.error(str(error))
     except KeyboardInterrupt:
-        print(f"spectral-fast {args.command}: interrupted; out_dir is as it was before", file=sys.stderr)
+        print(
+            f"spectral-fast {args.command}: interrupted; what is written is complete, and the rest was not begun",
+            file=sys.stderr,
+        )
         return 130
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if os.environ.get("SPECTRAL_FAST_DEBUG"):
             raise
         print(f"spectral-fast {args.command}: error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(result, indent=2) if args.json else text)
     return 0
 
 
@@ -134,17 +128,19 @@ def _policy(args: argparse.Namespace) -> Policy:
     every = {f.name for policy in POLICIES.values() for f in fields(policy)}
     alien = sorted((set(vars(args)) & every) - own - SHARED_POLICY_FLAGS)
     if alien:
+        flags = {f.name: flag_name(f) for policy in POLICIES.values() for f in fields(policy)}
         owners = [mode for mode, policy in POLICIES.items() if alien[0] in {f.name for f in fields(policy)}]
         raise UsageError(
-            f"--{alien[0]} is a flag of mode {', '.join(owners)}; mode {args.mode} takes "
-            + ", ".join(f"--{name}" for name in sorted(own))
+            f"{flags[alien[0]]} is a flag of mode {', '.join(owners)}; mode {args.mode} takes "
+            + ", ".join(flags[name] for name in sorted(own))
         )
     return take(chosen, vars(args))
 
 
 def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.adapter import Adapter, resolve
+    from spectral_fast.adapter import resolve
     from spectral_fast.edit import edit_adapter
+    from spectral_fast.evaluation.profiles import EvaluationOptions
     from spectral_fast.sensitivity import Sensitivity
 
     policy = _policy(args)
@@ -153,19 +149,19 @@ def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise UsageError(f"mode {args.mode} needs --base_model to measure sensitivities, or --sensitivity from `probe`")
     if args.eval_gsm8k and args.base_model is None:
         raise UsageError("--eval_gsm8k needs --base_model")
-    adapter = Adapter.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
-    adapter.check_out_dir(args.out_dir, overwrite=args.overwrite)
     selection = take(SelectionOptions, vars(args))
-    modules = adapter.select(**asdict(selection))
-    _warn(adapter.warnings)
+    adapter, modules = selection.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
+    adapter.check_out_dir(args.out_dir, overwrite=args.overwrite)
+    _check_edit_paths(args, adapter.path)
+    _warn([*adapter.warnings, *_unused(args, policy, needs_probe)])
+    if args.eval_gsm8k:  # its mistakes are better known before the edit
+        take(EvaluationOptions, vars(args), prefix="eval_").load()
     sensitivity = None
     if needs_probe:
         sensitivity = _run_probe(args, adapter, modules)
     elif policy.needs_sensitivity:
         sensitivity = Sensitivity.load(args.sensitivity)
     meta = {**asdict(selection), "seed": getattr(args, "seed", 0)}
-    if args.base_model is not None:
-        meta["base_model"] = args.base_model
     edited = edit_adapter(
         adapter,
         policy,
@@ -174,7 +170,7 @@ def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         sensitivity=sensitivity,
         meta={**meta, "lora_path": args.lora_path},
         overwrite=args.overwrite,
-        progress=_bar("edit"),
+        progress=bar("edit"),
     )
     values = sum(len(module.s) for module in edited.values())
     result: dict[str, Any] = {
@@ -200,6 +196,34 @@ def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, text
 
 
+def _check_edit_paths(args: argparse.Namespace, source: Path) -> None:
+    """Refuse to lose what the run reads, or what stands where the report shall be."""
+    out_dir = args.out_dir.resolve()
+    for flag in ("sensitivity", "base_model", "calib_data", "eval_data"):
+        value = getattr(args, flag, None)
+        if value is not None and Path(value).exists() and out_dir in (p := Path(value).resolve(), *p.parents):
+            raise UsageError(f"--{flag} {value} is inside --out_dir {args.out_dir}, which is replaced")
+    if args.report is not None:
+        report = args.report.resolve()
+        if source.resolve() in report.parents or out_dir in report.parents:
+            raise UsageError(f"--report {args.report} is inside an adapter's folder; put it elsewhere")
+        if report.is_dir() or (report.exists() and not args.overwrite):
+            raise UsageError(f"--report {args.report} exists; choose another name, or --overwrite a file")
+
+
+def _unused(args: argparse.Namespace, policy: Policy, needs_probe: bool) -> list[str]:
+    """Warnings about flags that were given and have no effect."""
+    from spectral_fast.calibration.probe import CalibrationOptions
+
+    unused = [] if needs_probe else [f.name for f in fields(CalibrationOptions)]
+    unused += [] if needs_probe or args.eval_gsm8k else ["base_model", "dtype", "device"]
+    unused += [] if policy.needs_sensitivity else ["sensitivity"]
+    given = [name for name in unused if vars(args).get(name) is not None]
+    if not args.eval_gsm8k:
+        given += [name for name in vars(args) if name.startswith("eval_") and name != "eval_gsm8k"]
+    return [f"--{name} has no effect here" for name in given]
+
+
 def _run_probe(args: argparse.Namespace, adapter: Any, modules: Any) -> Any:
     from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.calibration.probe import CalibrationOptions, probe
@@ -211,7 +235,7 @@ def _run_probe(args: argparse.Namespace, adapter: Any, modules: Any) -> Any:
         args.base_model,
         take(CalibrationOptions, given),
         take(ModelOptions, given),
-        progress=_bar("calibrate"),
+        progress=bar("calibrate"),
     )
 
 
@@ -233,15 +257,14 @@ def _add_probe(commands: Any) -> argparse.ArgumentParser:
 
 
 def _probe(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.adapter import Adapter, resolve
+    from spectral_fast.adapter import resolve
     from spectral_fast.atomic import check_out_dir, replace_directory
     from spectral_fast.sensitivity import RECORD
 
-    adapter = Adapter.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
+    selection = take(SelectionOptions, vars(args))
+    adapter, modules = selection.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
     target = {"source": adapter.path, "overwrite": args.overwrite, "marker": RECORD}
     check_out_dir(args.out_dir, **target)
-    selection = take(SelectionOptions, vars(args))
-    modules = adapter.select(**asdict(selection))
     _warn(adapter.warnings)
     sensitivity = _run_probe(args, adapter, modules)
     with replace_directory(args.out_dir, **target) as directory:
@@ -269,11 +292,12 @@ def _evaluate_edit(args: argparse.Namespace, source: Path) -> tuple[dict[str, An
         take(ModelOptions, vars(args)),
         take(EvaluationOptions, vars(args), prefix="eval_"),
         seed=getattr(args, "seed", 0),
-        progress=_counter,
+        progress=counter,
     )
     meta = {"base_model_id": args.base_model, "lora_path": args.lora_path, "mode": args.mode}
     metrics = write_metrics(results["baseline"], results["edited"], args.out_dir, meta)
-    return metrics, metrics["comparison"]["verdict"]
+    lines = [f"{name:<9} {r['acc']:.4f} ± {r['standard_error']:.4f}" for name, r in results.items()]
+    return metrics, "\n".join([*lines, metrics["comparison"]["verdict"]])
 
 
 def _add_eval(commands: Any) -> argparse.ArgumentParser:
@@ -314,9 +338,10 @@ def _eval(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         take(EvaluationOptions, vars(args)),
         profile=args.eval_profile,
         seed=args.seed,
-        progress=_counter,
+        progress=counter,
     ).values()
     if args.out_json is not None:
+        args.out_json.parent.mkdir(parents=True, exist_ok=True)
         args.out_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     text = f"accuracy {result['acc']:.4f} ± {result['standard_error']:.4f} ({result['correct']} of {result['total']})"
     return result, f"{text}\npredictions: {result['predictions_path']}"
@@ -332,13 +357,14 @@ def _add_demo(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out_dir", type=Path, default=Path("demo-output"), help="(default: demo-output)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in out_dir")
+    parser.add_argument("--max_samples", type=int, default=-1, help="held-out problems to solve (default: all 512)")
     return parser
 
 
 def _demo(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.demo import as_text, run_demo
 
-    result = run_demo(args.out_dir, overwrite=args.overwrite, bar=_bar, counter=_counter)
+    result = run_demo(args.out_dir, overwrite=args.overwrite, max_samples=args.max_samples, bar=bar, counter=counter)
     return result, as_text(result)
 
 
@@ -353,24 +379,6 @@ def _info(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     facts = describe()
     return facts, as_text(facts)
-
-
-def _bar(description: str) -> Callable[[Sequence[T]], Iterable[T]]:
-    def wrap(items: Sequence[T]) -> Iterable[T]:
-        from tqdm import tqdm
-
-        bar: Iterable[T] = tqdm(items, desc=description, file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
-        return bar
-
-    return wrap
-
-
-@contextmanager
-def _counter(description: str, total: int) -> Iterator[Callable[[int], object]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=description, file=sys.stderr, leave=False, disable=not sys.stderr.isatty()) as bar:
-        yield bar.update
 
 
 def _warn(warnings: Iterable[str]) -> None:

@@ -18,19 +18,21 @@ from spectral_fast.evaluation.comparison import compare
 from spectral_fast.evaluation.evaluate import read_correct
 from spectral_fast.evaluation.profiles import EvaluationOptions
 from spectral_fast.policies import AbsSelect
+from spectral_fast.sensitivity import RECORD
 
-REPORT = "report.html"
+REPORT, PROBED = "report.html", "probed"
 CONTROL_SEEDS = (1, 2)
 
 
 def run_demo(
-    out_dir: Path, *, overwrite: bool, bar: Callable[[str], Callable[..., Any]], counter: Progress
+    out_dir: Path, *, overwrite: bool, max_samples: int, bar: Callable[[str], Callable[..., Any]], counter: Progress
 ) -> dict[str, Any]:
     """Run the main job in `out_dir`: probed/, edited/, control_1/ …, evaluation/, pictures/ and report.html.
 
     Args:
         out_dir: folder for everything; report.html comes last.
         overwrite: replace what an earlier demo left there.
+        max_samples: held-out problems to solve; -1 for all 512.
         bar: description -> wrapper of a list that shows progress.
         counter: progress of the evaluations.
 
@@ -41,14 +43,14 @@ def run_demo(
     from spectral_fast.report import EvaluationRow, save_pictures, write_report
 
     began = time.perf_counter()
-    check_out_dir(out_dir, overwrite=overwrite, marker=REPORT)
+    check_out_dir(out_dir, overwrite=overwrite, marker=PROBED)  # the first that a demo leaves
     base_model = str(embedded.base_model_dir())
     adapter = Adapter.open(embedded.adapter_dir())
     modules = adapter.select()
     data = CalibrationOptions(calib_data=str(embedded.calibration_file()))
     sensitivity = probe(adapter, modules, base_model, data, progress=bar("calibrate"))
     policy = AbsSelect()
-    with replace_directory(out_dir / "probed", overwrite=overwrite) as folder:
+    with replace_directory(out_dir / PROBED, overwrite=overwrite, marker=RECORD) as folder:
         sensitivity.save(folder)
     edited = edit_adapter(
         adapter, policy, out_dir / "edited", modules=modules, sensitivity=sensitivity, overwrite=overwrite
@@ -63,7 +65,9 @@ def run_demo(
         {name.replace(" ", "_"): folder for name, folder in folders.items()},
         out_dir / "evaluation",
         ModelOptions(),
-        EvaluationOptions(eval_data=str(embedded.heldout_file()), fewshot=0, max_tokens=128, batch_size=64),
+        EvaluationOptions(
+            eval_data=str(embedded.heldout_file()), fewshot=0, max_samples=max_samples, max_tokens=128, batch_size=64
+        ),
         progress=counter,
     )
     correct = [read_correct(result["predictions_path"]) for result in results.values()]

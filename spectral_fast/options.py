@@ -74,11 +74,8 @@ def add_flags(parser: argparse._ActionsContainer, *classes: type, prefix: str = 
         name = _prefixed(field_name, prefix)
         text = f.metadata.get("help", "").replace("%", "%%")
         if hint is bool:
-            if f.default:
-                flag, action, text = f"--no_{name}", "store_false", f"do not {text}"
-            else:
-                flag, action = f"--{name}", "store_true"
-            parser.add_argument(flag, dest=name, action=action, default=argparse.SUPPRESS, help=text)
+            action, text = ("store_false", f"do not {text}") if f.default else ("store_true", text)
+            parser.add_argument(flag_name(f, prefix), dest=name, action=action, default=argparse.SUPPRESS, help=text)
             continue
         many = typing.get_origin(hint) in (tuple, list)
         scalar = typing.get_args(hint)[0] if many or _is_optional(hint) else hint
@@ -86,7 +83,7 @@ def add_flags(parser: argparse._ActionsContainer, *classes: type, prefix: str = 
         if shown not in (MISSING, None, ""):
             text += f" (default: {shown})"
         parser.add_argument(
-            f"--{name}",
+            flag_name(f, prefix),
             type=scalar,
             nargs="+" if many else None,
             choices=f.metadata.get("choices"),
@@ -95,6 +92,11 @@ def add_flags(parser: argparse._ActionsContainer, *classes: type, prefix: str = 
             metavar=None if f.metadata.get("choices") else scalar.__name__.upper(),
             help=text,
         )
+
+
+def flag_name(f: Field[Any], prefix: str = "") -> str:
+    """The flag of a field, as the user types it."""
+    return f"--no_{f.name}" if f.default is True else f"--{_prefixed(f.name, prefix)}"
 
 
 def take(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:

@@ -46,17 +46,19 @@ class Sensitivity:
         tensors = {f"{name}.sigma": module.s.contiguous() for name, module in self.modules.items()}
         tensors |= {f"{name}.g": module.g.contiguous() for name, module in self.modules.items()}
         save_file(tensors, directory / TENSORS)
+        (directory / TENSORS).chmod(0o644)  # safetensors leaves 0600
         record = {"format": FORMAT, "modules": list(self.modules), **self.record}
         (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, directory: Path) -> Sensitivity:
+    def load(cls, directory: Path | str) -> Sensitivity:
         """Read what `save` wrote.
 
         Raises:
             FileNotFoundError: if one of the two files is missing.
             ValueError: if they are damaged, of another format, or do not belong together.
         """
+        directory = Path(directory)
         for file in (TENSORS, RECORD):
             if not (directory / file).is_file():
                 raise FileNotFoundError(
@@ -70,6 +72,8 @@ class Sensitivity:
         if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
             raise ValueError(f"{directory / RECORD} is not a sensitivity record of format {FORMAT}; probe again")
         names = record.pop("modules", [])
+        if not isinstance(names, list) or not isinstance(record.get("adapter_sha256", ""), str):
+            raise ValueError(f"{directory / RECORD} is damaged (modules or adapter_sha256); probe again")
         wanted = {f"{name}.{kind}" for name in names for kind in ("sigma", "g")}
         if wanted != set(tensors):
             odd = min(wanted ^ set(tensors))

@@ -242,3 +242,52 @@ def test_info_names_every_op_with_its_backends(capsys: pytest.CaptureFixture[str
     assert status == 0
     assert json.loads(out)["ops"]["lowrank_svd"]["reference"] == "available"
     assert "lowrank_svd" in run(capsys, "info")[1]
+
+
+def test_what_a_run_reads_is_not_lost_by_overwriting(
+    probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(embedded.adapter_dir(), out)
+    shutil.copytree(probed, out / "probed")
+    with pytest.raises(SystemExit):
+        run(capsys, "edit", *LORA, "--sensitivity", out / "probed", "--out_dir", out, "--overwrite")
+    assert "is inside --out_dir" in capsys.readouterr().err
+    assert (out / "probed" / "sensitivity.json").is_file()
+
+
+def test_a_report_replaces_nothing_without_being_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, letter = tmp_path / "source", tmp_path / "letter.txt"
+    shutil.copytree(embedded.adapter_dir(), source)
+    letter.write_text("dear")
+    for report in (source / "adapter_config.json", letter, tmp_path):
+        with pytest.raises(SystemExit):
+            argv = ["--lora_path", source, "--mode", "random_index", "--out_dir", tmp_path / "out"]
+            run(capsys, "edit", *argv, "--report", report)
+    assert letter.read_text() == "dear"
+    assert not (tmp_path / "out").exists()
+    argv = ["--lora_path", source, "--mode", "random_index", "--out_dir", tmp_path / "out"]
+    assert run(capsys, "edit", *argv, "--report", tmp_path / "new.html")[0] == 0
+    assert "random_index" in (tmp_path / "new.html").read_text()
+
+
+def test_flags_without_effect_are_said_and_not_recorded(
+    probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--base_model", "some/other", "--calib_samples", 64, "--eval_fewshot", 0, "--out_dir", tmp_path / "out"]
+    status, _, err = run(capsys, "edit", *LORA, "--sensitivity", probed, *argv)
+    assert status == 0
+    for flag in ("--base_model", "--calib_samples", "--eval_fewshot"):
+        assert f"{flag} has no effect here" in err
+    meta = json.loads((tmp_path / "out" / "spectral_edit_meta.json").read_text())["meta"]
+    assert (meta["base_model"], meta["calib_samples"]) == (BASE[1], 4)
+
+
+def test_a_second_weight_file_is_not_left_beside_the_edited_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(embedded.adapter_dir(), tmp_path / "source")
+    torch.save(tensors(tmp_path / "source"), tmp_path / "source" / "adapter_model.bin")
+    argv = ["--lora_path", tmp_path / "source", "--mode", "random_index", "--out_dir", tmp_path / "out"]
+    assert run(capsys, "edit", *argv)[0] == 0
+    assert not (tmp_path / "out" / "adapter_model.bin").exists()

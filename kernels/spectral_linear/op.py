@@ -46,8 +46,10 @@ class _SpectralLinear(torch.autograd.Function):
         p = x.reshape(-1, vh.shape[1]) @ vh.mT
         ctx.save_for_backward(p, u, s, vh)
         ctx.scaling = scaling
-        branch = torch.addmm(y.reshape(-1, u.shape[0]).to(p.dtype), p * (scaling * s).to(p.dtype), u.mT)
-        return branch.view(y.shape).to(y.dtype)
+        weighted = p * (scaling * s).to(p.dtype)
+        if y.dtype == p.dtype:
+            return torch.addmm(y.reshape(-1, u.shape[0]), weighted, u.mT).view(y.shape)
+        return y + (weighted @ u.mT).view(y.shape).to(y.dtype)
 
     @staticmethod
     @once_differentiable

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path, PurePath
@@ -24,7 +25,8 @@ from spectral_fast.provenance import sha256_file
 from spectral_fast.tensorfile import SafetensorsFile
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_NOT_CONTENT = {".git", ".cache"}  # they describe the state of the source folder, and would lie about a copy
+# These describe the source, and would lie about an edited copy: its repository, and its evaluation.
+_NOT_CONTENT = (".git", ".cache", "eval_config*.json", "gsm8k_predictions*.jsonl", "metrics_gsm8k.json")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -120,7 +122,9 @@ class Adapter:
             )
         for name in target_modules:
             if name in wanted - set(components):
-                self.warnings.append(f"target_modules: the adapter has no {name}; it has {', '.join(components)}")
+                warning = f"target_modules: the adapter has no {name}; it has {', '.join(components)}"
+                if warning not in self.warnings:
+                    self.warnings.append(warning)
         return chosen
 
     def _carried_in_short(self) -> str:
@@ -155,6 +159,8 @@ class Adapter:
     ) -> None:
         """Write a copy of the adapter with edited factors, everything else byte for byte, in one atomic step.
 
+        Left out are .git, .cache, a second weight file in the other format, and evaluations of the source.
+
         Args:
             out_dir: the new folder; it appears complete, or not at all.
             edited: (module, b (m, r), a (r, n)) in the stored dtype, any device, any order; taken one by one.
@@ -172,7 +178,7 @@ class Adapter:
             if PurePath(extra).name != extra or extra in {name, ".."}:
                 raise ValueError(f"extra_files: {extra!r} must be the name of a file beside {name}")
         with replace_directory(out_dir, overwrite=overwrite, source=self.path, marker=CONFIG) as folder:
-            _copy_folder(self.path, folder, _NOT_CONTENT | {name} | set(extra_files))
+            _copy_folder(self.path, folder, (*_NOT_CONTENT, *WEIGHTS, *extra_files))
             self.weights.rewrite(folder / name, self._factors(edited))
             shutil.copymode(self.weights.path, folder / name)
             for extra, content in extra_files.items():
@@ -256,7 +262,7 @@ def _is_finite(tensor: Tensor) -> bool:
 def _copy_folder(source: Path, target: Path, skip: Iterable[str] = ()) -> None:
     """Copy files, modes and times; links (as in a Hugging Face snapshot) become what they point to."""
     for entry in sorted(source.iterdir()):
-        if entry.name in skip:
+        if any(fnmatch(entry.name, pattern) for pattern in skip):
             continue
         if entry.is_dir():
             if entry.resolve() in (source.resolve(), *source.resolve().parents):

@@ -240,6 +240,11 @@ def _compiled(pattern: str, option: str) -> re.Pattern[str]:
         raise ValueError(f"{CONFIG}: {pattern!r} in {option} is no regular expression: {error}") from error
 
 
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT rewrites the base weights when it loads this adapter."""
+    return str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE)
+
+
 def _warnings(found: Inventory, config: Mapping[str, Any]) -> Iterable[str]:
     if config.get("use_dora"):
         yield "DoRA: magnitudes are kept, so an edit of singular values changes only directions of weights"
@@ -250,6 +255,6 @@ def _warnings(found: Inventory, config: Mapping[str, Any]) -> Iterable[str]:
         if len(scalings) > 1:
             low, high = scalings[0], scalings[-1]
             yield f"modules are scaled by {low:g} to {high:g}: loaders without patterns scale all alike"
-    init = str(config.get("init_lora_weights")).lower()
-    if init.startswith(_CHANGES_BASE):
+    if changes_base(config):
+        init = config["init_lora_weights"]
         yield f"init_lora_weights={init}: PEFT changes the base weights on loading, other loaders do not"

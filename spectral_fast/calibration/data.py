@@ -22,7 +22,7 @@ class Example:
     @property
     def n_labels(self) -> int:
         """Labels that have a token before them to be predicted from."""
-        return len(self.ids) - max(self.prompt_length, 1)
+        return max(0, len(self.ids) - max(self.prompt_length, 1))
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,13 @@ def encode_messages(tokenizer: Any, messages: Any) -> Example:
         raise ValueError('a calibration chat must end with a message of role "assistant"')
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; use question and answer columns instead")
-    prompt = tokenizer.apply_chat_template(list(messages[:-1]), tokenize=False, add_generation_prompt=True)
-    full = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    from jinja2 import TemplateError
+
+    try:
+        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        full = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses this conversation: {error}") from error
     if not full.startswith(prompt):
         raise ValueError("the chat template renders the conversation differently from its own prompt: no clear labels")
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]

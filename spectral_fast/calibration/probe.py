@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 from spectral_fast.adapter import Adapter, LoraModule
@@ -92,11 +93,13 @@ def probe(
     )
     record = {
         "adapter_sha256": adapter.fingerprint(),
+        "adapter_files_sha256": adapter.hashes,
         "lora_path": str(adapter.path),
         "base_model": base_model,
         "base_model_revision": getattr(model.config, "_commit_hash", None),
         **asdict(data),
         "calib_data_sha256": None if data.calib_data == GSM8K else sha256_file(data_file(data.calib_data, SPLIT)),
+        "calib_tokens_sha256": sha256(repr(examples).encode()).hexdigest(),
         "samples_used": len(examples),
         "tokens": sum(len(example.ids) for example in examples),
         "labels": sum(example.n_labels for example in examples),

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from spectral_fast.adapter import Adapter
+from spectral_fast.adapter import Adapter, changes_base
 from spectral_fast.calibration.model import ModelOptions, check_fit, load_model, load_tokenizer
 from spectral_fast.evaluation.evaluate import evaluate_gsm8k
 from spectral_fast.evaluation.generation import TransformersEngine
-from spectral_fast.evaluation.gsm8k import load_problems
 from spectral_fast.evaluation.profiles import EvaluationOptions
+from spectral_fast.provenance import versions
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object] | None]]
 
@@ -48,12 +48,10 @@ def evaluate_adapters(
         FileNotFoundError, RuntimeError, ValueError: as `load_problems`, `load_model` and `generate`.
     """
     settings = options.profile(profile)
-    problems, shots = load_problems(
-        options.eval_data, settings.split, settings.num_fewshot, options.max_samples, options.fewshot_data
-    )
+    problems, shots = options.load(profile)
     tokenizer = load_tokenizer(base_model, model_options)
     results = {}
-    for variant, folder, model in _each_on(load_model(base_model, model_options), base_model, adapters):
+    for variant, folder, model in _each_on(base_model, model_options, adapters):
         with progress(variant or "evaluate", len(problems)) as advance:
             engine = TransformersEngine(model, tokenizer, options.batch_size, options.max_model_len, advance)
             meta = {
@@ -61,6 +59,12 @@ def evaluate_adapters(
                 "lora_dir": str(folder),
                 "max_model_len": options.max_model_len,
                 "eval_data": options.eval_data,
+                "profile": profile,
+                "batch_size": options.batch_size,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": str(model.device),
+                "adapter_files_sha256": Adapter.open(folder).hashes,
+                "versions": versions(),
             }
             results[variant] = evaluate_gsm8k(
                 engine,
@@ -78,15 +82,17 @@ def evaluate_adapters(
 
 
 def _each_on(
-    model: Any, base_model: str, adapters: Mapping[str | None, Path]
+    base_model: str, options: ModelOptions, adapters: Mapping[str | None, Path]
 ) -> Iterator[tuple[str | None, Path, Any]]:
     """(variant, folder, model with that adapter alone active); an adapter leaves memory before the next comes."""
     from peft import PeftModel
 
-    device = model.device
+    model = None
     for variant, folder in adapters.items():
         adapter = Adapter.open(folder)
+        model = model or load_model(base_model, options)
+        device = model.device
         check_fit(model, adapter.modules.values(), base_model, folder)
         with_adapter = PeftModel.from_pretrained(model, str(folder)).to(device).eval()
         yield variant, folder, with_adapter
-        model = with_adapter.unload()
+        model = None if changes_base(adapter.config) else with_adapter.unload()

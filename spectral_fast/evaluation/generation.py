@@ -85,7 +85,7 @@ def generate(
 
     Args:
         model: causal language model with full or sliding-window attention, in evaluation mode.
-        tokenizer: its tokenizer; prompts get no special tokens, texts lose theirs.
+        tokenizer: its tokenizer; prompts get its special tokens (a BOS, say), texts lose theirs.
         prompts: the prompts, of at least one token each.
         max_new_tokens: most tokens per continuation.
         batch_size: prompts that run together, longest first.
@@ -106,7 +106,7 @@ def generate(
     _check(model, max_new_tokens, batch_size, temperature, top_p, stop)
     if not prompts:
         return []
-    ids: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
     _check_lengths(model, ids, max_new_tokens, max_model_len)
     draws = None
     if temperature > 0:

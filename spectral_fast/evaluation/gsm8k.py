@@ -1,4 +1,4 @@
-"""GSM8K as a pure task: prompts from problems, answers from texts. No model and no file is touched here.
+"""GSM8K as a pure task: prompts from problems, answers from texts. No model is touched here.
 
 Two evaluators are followed. "strict_last" (and, differing in one word, "strict_first") is that of
 lora-spectral-edit 0.1.0 at commit a88cf48: integers after `####`, else the last integer of the text.

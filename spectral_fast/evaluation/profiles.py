@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from spectral_fast.evaluation.gsm8k import PARSERS
+from spectral_fast.evaluation.gsm8k import PARSERS, load_problems
 from spectral_fast.options import check, option
 
 
@@ -57,6 +57,11 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def load(self, profile: str | None = None) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        """Problems and worked examples, see `load_problems`."""
+        settings = self.profile(profile)
+        return load_problems(self.eval_data, settings.split, settings.num_fewshot, self.max_samples, self.fewshot_data)
 
     def profile(self, name: str | None) -> Profile:
         """The named profile, whose decoding wins over these options, or one made of these options."""

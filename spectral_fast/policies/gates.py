@@ -90,8 +90,8 @@ class ZScore(Gains):
 
     def _rule(self, module: Module) -> Outcome:
         x = self._normalised(module.g.abs())
-        mean, std = x.mean(), x.std(correction=0)
-        z = (x - mean) / std.clamp_min(TINY)
+        mean, std = x.mean(), x.std(correction=0).clamp_min(TINY)
+        z = (x - mean) / std
         flat = bool(std < self.z_fallback_std) or bool(z.abs().max() < 1e-3)
         stats = {"mu": mean.item(), "std": std.item()}
         return _z_gated(self, module.s, z, flat, self.z_low, self.z_high, self.z_tau, stats)

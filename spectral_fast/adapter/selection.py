@@ -1,0 +1,35 @@
+"""The settings that say which modules of an adapter to work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spectral_fast.adapter.folder import Adapter
+from spectral_fast.adapter.naming import LoraModule
+from spectral_fast.options import check, option
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """Which of an adapter's modules to work on."""
+
+    target_modules: tuple[str, ...] = option(("down_proj", "o_proj"), "last name components, or all-linear")
+    layer_min: int = option(0, "first layer, inclusive", low=0)
+    layer_max: int = option(10**9, "last layer, inclusive", low=0)
+    adapter_name: str | None = option(None, "which adapter, if the weight file's keys name several")
+    include_conv: bool = option(False, "edit LoRA on convolutions, too (they cannot be probed)")
+    include_embedding: bool = option(False, "edit LoRA on embeddings, too (they cannot be probed)")
+
+    def open(self, path: Path) -> tuple[Adapter, list[LoraModule]]:
+        """The adapter and the modules that these options select."""
+        adapter = Adapter.open(
+            path,
+            adapter_name=self.adapter_name,
+            include_conv=self.include_conv,
+            include_embedding=self.include_embedding,
+        )
+        return adapter, adapter.select(self.target_modules, self.layer_min, self.layer_max)
+
+    def __post_init__(self) -> None:
+        check(self)
