@@ -260,13 +260,12 @@ def test_a_report_replaces_nothing_without_being_told(tmp_path: Path, capsys: py
     source, letter = tmp_path / "source", tmp_path / "letter.txt"
     shutil.copytree(embedded.adapter_dir(), source)
     letter.write_text("dear")
+    argv = ["--lora_path", source, "--mode", "random_index", "--out_dir", tmp_path / "out"]
     for report in (source / "adapter_config.json", letter, tmp_path):
         with pytest.raises(SystemExit):
-            argv = ["--lora_path", source, "--mode", "random_index", "--out_dir", tmp_path / "out"]
             run(capsys, "edit", *argv, "--report", report)
     assert letter.read_text() == "dear"
     assert not (tmp_path / "out").exists()
-    argv = ["--lora_path", source, "--mode", "random_index", "--out_dir", tmp_path / "out"]
     assert run(capsys, "edit", *argv, "--report", tmp_path / "new.html")[0] == 0
     assert "random_index" in (tmp_path / "new.html").read_text()
 
