@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from spectral_fast._version import __version__
 from spectral_fast.adapter.selection import SelectionOptions
@@ -17,7 +17,6 @@ from spectral_fast.options import add_flags, flag_name, take
 from spectral_fast.policies import POLICIES, Policy
 from spectral_fast.progress import bar, counter
 
-T = TypeVar("T")
 SHARED_POLICY_FLAGS = {"seed"}  # accepted with every mode: the seed of the run as a whole
 
 
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.parser.error(str(error))
     except KeyboardInterrupt:
         print(
-            f"spectral-fast {args.command}: interrupted; what is written is complete, and the rest was not begun",
+            f"spectral-fast {args.command}: interrupted; no file or folder is left half-written",
             file=sys.stderr,
         )
         return 130
@@ -79,6 +78,13 @@ def _command(commands: Any, name: str, run: Callable[..., Any], help: str, examp
     return parser
 
 
+def _add_adapter_flags(parser: argparse.ArgumentParser, out_dir: str) -> None:
+    parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
+    parser.add_argument("--out_dir", required=True, type=Path, help=out_dir)
+    parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds something")
+    add_flags(parser.add_argument_group("modules"), SelectionOptions)
+
+
 def _add_model_flags(parser: argparse.ArgumentParser, *, base_model_required: bool) -> None:
     from spectral_fast.calibration.model import ModelOptions
 
@@ -103,12 +109,9 @@ def _add_edit(commands: Any) -> argparse.ArgumentParser:
         "reweight an adapter's singular values by their sensitivity and write the edited copy",
         "spectral-fast edit --base_model meta-llama/Llama-2-7b-hf --lora_path ORG/ADAPTER --out_dir ./edited",
     )
-    parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
-    parser.add_argument("--out_dir", required=True, type=Path, help="folder to write; must be new, or empty")
-    parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds something")
+    _add_adapter_flags(parser, "folder to write; must be new, or empty")
     parser.add_argument("--sensitivity", type=Path, help="folder that `probe` wrote; then no base model is needed")
     parser.add_argument("--report", type=Path, help="write an HTML report with pictures to this file")
-    add_flags(parser.add_argument_group("modules"), SelectionOptions)
     group = parser.add_argument_group("policy (each mode takes only its own flags)")
     group.add_argument(
         "--mode", "--edit_mode", default="abs_select", choices=list(POLICIES), help="(default: abs_select)"
@@ -152,7 +155,8 @@ def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     selection = take(SelectionOptions, vars(args))
     adapter, modules = selection.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
     adapter.check_out_dir(args.out_dir, overwrite=args.overwrite)
-    _check_edit_paths(args, adapter.path)
+    _check_inputs_kept(args)
+    _check_report(args, adapter.path)
     _warn([*adapter.warnings, *_unused(args, policy, needs_probe)])
     if args.eval_gsm8k:  # its mistakes are better known before the edit
         take(EvaluationOptions, vars(args), prefix="eval_").load()
@@ -196,19 +200,24 @@ def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, text
 
 
-def _check_edit_paths(args: argparse.Namespace, source: Path) -> None:
-    """Refuse to lose what the run reads, or what stands where the report shall be."""
+def _check_inputs_kept(args: argparse.Namespace) -> None:
+    """Refuse to replace a folder that holds what the run reads."""
     out_dir = args.out_dir.resolve()
-    for flag in ("sensitivity", "base_model", "calib_data", "eval_data"):
+    for flag in ("sensitivity", "base_model", "calib_data", "eval_data", "eval_fewshot_data"):
         value = getattr(args, flag, None)
         if value is not None and Path(value).exists() and out_dir in (p := Path(value).resolve(), *p.parents):
             raise UsageError(f"--{flag} {value} is inside --out_dir {args.out_dir}, which is replaced")
-    if args.report is not None:
-        report = args.report.resolve()
-        if source.resolve() in report.parents or out_dir in report.parents:
-            raise UsageError(f"--report {args.report} is inside an adapter's folder; put it elsewhere")
-        if report.is_dir() or (report.exists() and not args.overwrite):
-            raise UsageError(f"--report {args.report} exists; choose another name, or --overwrite a file")
+
+
+def _check_report(args: argparse.Namespace, source: Path) -> None:
+    """Refuse to lose what stands where the report shall be."""
+    if args.report is None:
+        return
+    report = args.report.resolve()
+    if source.resolve() in report.parents or args.out_dir.resolve() in report.parents:
+        raise UsageError(f"--report {args.report} is inside an adapter's folder; put it elsewhere")
+    if report.is_dir() or (report.exists() and not args.overwrite):
+        raise UsageError(f"--report {args.report} exists; choose another name, or --overwrite a file")
 
 
 def _unused(args: argparse.Namespace, policy: Policy, needs_probe: bool) -> list[str]:
@@ -247,10 +256,7 @@ def _add_probe(commands: Any) -> argparse.ArgumentParser:
         "measure the sensitivity of an adapter's singular values, for many edits later",
         "spectral-fast probe --base_model meta-llama/Llama-2-7b-hf --lora_path ORG/ADAPTER --out_dir ./probed",
     )
-    parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
-    parser.add_argument("--out_dir", required=True, type=Path, help="folder for sensitivity.safetensors and .json")
-    parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds something")
-    add_flags(parser.add_argument_group("modules"), SelectionOptions)
+    _add_adapter_flags(parser, "folder for sensitivity.safetensors and .json")
     _add_model_flags(parser, base_model_required=True)
     _add_calibration_flags(parser)
     return parser
@@ -265,6 +271,7 @@ def _probe(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     adapter, modules = selection.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
     target = {"source": adapter.path, "overwrite": args.overwrite, "marker": RECORD}
     check_out_dir(args.out_dir, **target)
+    _check_inputs_kept(args)
     _warn(adapter.warnings)
     sensitivity = _run_probe(args, adapter, modules)
     with replace_directory(args.out_dir, **target) as directory:

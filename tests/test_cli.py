@@ -254,6 +254,11 @@ def test_what_a_run_reads_is_not_lost_by_overwriting(
         run(capsys, "edit", *LORA, "--sensitivity", out / "probed", "--out_dir", out, "--overwrite")
     assert "is inside --out_dir" in capsys.readouterr().err
     assert (out / "probed" / "sensitivity.json").is_file()
+    shutil.copy(embedded.calibration_file(), out / "probed" / "mine.jsonl")
+    mine = ["--calib_data", str(out / "probed" / "mine.jsonl"), "--calib_samples", "2", "--overwrite"]
+    with pytest.raises(SystemExit):
+        run(capsys, "probe", *BASE, *LORA, *mine, "--out_dir", out / "probed")
+    assert (out / "probed" / "mine.jsonl").is_file()
 
 
 def test_a_report_replaces_nothing_without_being_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

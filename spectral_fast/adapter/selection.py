@@ -21,6 +21,9 @@ class SelectionOptions:
     include_conv: bool = option(False, "edit LoRA on convolutions, too (they cannot be probed)")
     include_embedding: bool = option(False, "edit LoRA on embeddings, too (they cannot be probed)")
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def open(self, path: Path) -> tuple[Adapter, list[LoraModule]]:
         """The adapter and the modules that these options select."""
         adapter = Adapter.open(
@@ -30,6 +33,3 @@ class SelectionOptions:
             include_embedding=self.include_embedding,
         )
         return adapter, adapter.select(self.target_modules, self.layer_min, self.layer_max)
-
-    def __post_init__(self) -> None:
-        check(self)

@@ -51,19 +51,19 @@ def evaluate_adapters(
     problems, shots = options.load(profile)
     tokenizer = load_tokenizer(base_model, model_options)
     results = {}
-    for variant, folder, model in _each_on(base_model, model_options, adapters):
+    for variant, adapter, model in _each_on(base_model, model_options, adapters):
         with progress(variant or "evaluate", len(problems)) as advance:
             engine = TransformersEngine(model, tokenizer, options.batch_size, options.max_model_len, advance)
             meta = {
                 "base_model_id": base_model,
-                "lora_dir": str(folder),
+                "lora_dir": str(adapter.path),
                 "max_model_len": options.max_model_len,
                 "eval_data": options.eval_data,
                 "profile": profile,
                 "batch_size": options.batch_size,
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "device": str(model.device),
-                "adapter_files_sha256": Adapter.open(folder).hashes,
+                "adapter_files_sha256": adapter.hashes,
                 "versions": versions(),
             }
             results[variant] = evaluate_gsm8k(
@@ -83,8 +83,8 @@ def evaluate_adapters(
 
 def _each_on(
     base_model: str, options: ModelOptions, adapters: Mapping[str | None, Path]
-) -> Iterator[tuple[str | None, Path, Any]]:
-    """(variant, folder, model with that adapter alone active); an adapter leaves memory before the next comes."""
+) -> Iterator[tuple[str | None, Adapter, Any]]:
+    """(variant, adapter, model with that adapter alone active); an adapter leaves memory before the next comes."""
     from peft import PeftModel
 
     model = None
@@ -94,5 +94,5 @@ def _each_on(
         device = model.device
         check_fit(model, adapter.modules.values(), base_model, folder)
         with_adapter = PeftModel.from_pretrained(model, str(folder)).to(device).eval()
-        yield variant, folder, with_adapter
+        yield variant, adapter, with_adapter
         model = None if changes_base(adapter.config) else with_adapter.unload()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from spectral_fast.evaluation.gsm8k import PARSERS, load_problems
@@ -67,4 +67,4 @@ class EvaluationOptions:
         """The named profile, whose decoding wins over these options, or one made of these options."""
         if name is not None:
             return PROFILES[name]
-        return replace(Profile(), num_fewshot=self.fewshot, temperature=self.temperature, max_tokens=self.max_tokens)
+        return Profile(num_fewshot=self.fewshot, temperature=self.temperature, max_tokens=self.max_tokens)
