@@ -13,9 +13,10 @@ from torch import Tensor
 
 from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.backends import chosen_backends
+from spectral_fast.pipeline import in_order
 from spectral_fast.policies import Edit, Policy
 from spectral_fast.provenance import versions
-from spectral_fast.sensitivity import ModuleSensitivity, Sensitivity
+from spectral_fast.sensitivity import Sensitivity
 from spectral_fast.spectrum import lowrank_svd
 
 META = "spectral_edit_meta.json"
@@ -68,40 +69,50 @@ def edit_adapter(
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995.
     """
     chosen = list(adapter.modules.values()) if modules is None else list(modules)
-    if policy.needs_sensitivity:
-        _check_sensitivity(adapter, chosen, sensitivity)
+    threads = torch.get_num_threads()
+    slots = [adapter.memory_for(chosen) for _ in range(2 * threads + 1)]
     edited: dict[str, EditedModule] = {}
+    with adapter.fingerprint_meanwhile() as fingerprint:
+        measured = None
+        if policy.needs_sensitivity:
+            measured = _Measured(adapter, sensitivity, fingerprint)
+            measured.check_covers(chosen)
 
-    def rebuilt() -> Iterator[tuple[LoraModule, Tensor, Tensor]]:
-        for module in progress(chosen):
-            b, a = adapter.read(module)
+        def edit(module: LoraModule, memory: Tensor) -> tuple[LoraModule, EditedModule, Tensor, Tensor]:
+            b, a = adapter.read(module, memory)
             [spectrum] = lowrank_svd([b], [a], [module.name])
-            g = None
-            if policy.needs_sensitivity and sensitivity is not None:
-                g = _matching_g(module, spectrum.s, sensitivity.modules[module.name])
-            edit = policy.apply(spectrum.s, g, module.name)
-            edited[module.name] = EditedModule(spectrum.s, g, edit)
-            yield module, *spectrum.rebuild(edit.s_new)
+            g = None if measured is None else measured.g(module, spectrum.s)
+            result = EditedModule(spectrum.s, g, policy.apply(spectrum.s, g, module.name))
+            b, a = spectrum.rebuild(result.edit.s_new)
+            return module, result, b, a
 
-    def record() -> bytes:
-        probed = dict(sensitivity.record) if policy.needs_sensitivity and sensitivity is not None else {}
-        content = {
-            "meta": {
-                **_flat(probed),
-                "lora_path": str(adapter.path),
-                "adapter_sha256": adapter.fingerprint(),
-                "mode": policy.mode,
-                **asdict(policy),
-                **(meta or {}),
-                "versions": versions(),
-                "backends": chosen_backends(),
-                "probe": probed or None,
-            },
-            "sigma_stats": {name: module.edit.stats for name, module in edited.items()},
-        }
-        return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+        def noted(results: Iterable[tuple[LoraModule, EditedModule, Tensor, Tensor]]) -> Iterator[Any]:
+            for module, result, b, a in results:
+                edited[module.name] = result
+                yield module, b, a
 
-    adapter.write(out_dir, rebuilt(), extra_files={META: record}, overwrite=overwrite)
+        def record() -> bytes:
+            if measured is not None:
+                measured.check_adapter()
+            probed = dict(measured.sensitivity.record) if measured is not None else {}
+            content = {
+                "meta": {
+                    **_flat(probed),
+                    "lora_path": str(adapter.path),
+                    "adapter_sha256": fingerprint(),
+                    "mode": policy.mode,
+                    **asdict(policy),
+                    **(meta or {}),
+                    "versions": versions(),
+                    "backends": chosen_backends(),
+                    "probe": probed or None,
+                },
+                "sigma_stats": {name: module.edit.stats for name, module in edited.items()},
+            }
+            return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+        with in_order(edit, progress(chosen), slots, threads) as results:
+            adapter.write(out_dir, noted(results), extra_files={META: record}, overwrite=overwrite)
     return edited
 
 
@@ -110,28 +121,44 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record.get(key) for key in ("base_model", "calib_data", "calib_samples", "calib_batch_size")}
 
 
-def _check_sensitivity(adapter: Adapter, modules: Iterable[LoraModule], sensitivity: Sensitivity | None) -> None:
-    if sensitivity is None:
-        raise ValueError("this mode needs sensitivities: probe the adapter first, or give a base model to probe with")
-    measured_on = sensitivity.record.get("adapter_sha256")
-    if measured_on is not None and measured_on != adapter.fingerprint():
-        raise ValueError(
-            f"the sensitivities were measured on another adapter (sha256 {measured_on[:12]}…, {adapter.path} has "
-            f"{adapter.fingerprint()[:12]}…); probe this adapter"
-        )
-    missing = [module.name for module in modules if module.name not in sensitivity.modules]
-    if missing:
-        raise ValueError(
-            f"the sensitivities lack {len(missing)} of the selected modules, e.g. {missing[0]}; "
-            "probe with the same --target_modules, --layer_min and --layer_max"
-        )
+class _Measured:
+    """The sensitivities, checked against the adapter as it is read.
 
+    That they are another adapter's is known only when this one is hashed. It explains every other misfit, so
+    whichever is found first, that is what is raised.
+    """
 
-def _matching_g(module: LoraModule, s: Tensor, measured: ModuleSensitivity) -> Tensor:
-    """g, after a check that its directions are those of s: same singular values within the SVD's error bound."""
-    bound = 30 * module.r * torch.finfo(torch.float32).eps
-    if measured.s.shape != s.shape or ((measured.s - s).abs() > bound * s.amax()).any():
-        raise ValueError(
-            f"{module.name}: the singular values in the sensitivity file are not this module's; probe again"
-        )
-    return measured.g
+    def __init__(self, adapter: Adapter, sensitivity: Sensitivity | None, fingerprint: Callable[[], str]) -> None:
+        if sensitivity is None:
+            raise ValueError(
+                "this mode needs sensitivities: probe the adapter first, or give a base model to probe with"
+            )
+        self.path, self.sensitivity, self._fingerprint = adapter.path, sensitivity, fingerprint
+
+    def check_adapter(self) -> None:
+        measured_on = self.sensitivity.record.get("adapter_sha256")
+        if measured_on is not None and measured_on != self._fingerprint():
+            raise ValueError(
+                f"the sensitivities were measured on another adapter (sha256 {measured_on[:12]}…, {self.path} has "
+                f"{self._fingerprint()[:12]}…); probe this adapter"
+            )
+
+    def check_covers(self, modules: Iterable[LoraModule]) -> None:
+        missing = [module.name for module in modules if module.name not in self.sensitivity.modules]
+        if missing:
+            self.check_adapter()
+            raise ValueError(
+                f"the sensitivities lack {len(missing)} of the selected modules, e.g. {missing[0]}; "
+                "probe with the same --target_modules, --layer_min and --layer_max"
+            )
+
+    def g(self, module: LoraModule, s: Tensor) -> Tensor:
+        """g, after a check that its directions are those of s: same singular values within the SVD's error bound."""
+        measured = self.sensitivity.modules[module.name]
+        bound = 30 * module.r * torch.finfo(torch.float32).eps
+        if measured.s.shape != s.shape or ((measured.s - s).abs() > bound * s.amax()).any():
+            self.check_adapter()
+            raise ValueError(
+                f"{module.name}: the singular values in the sensitivity file are not this module's; probe again"
+            )
+        return measured.g

@@ -50,10 +50,9 @@ class PickleFile:
             raise ValueError(f"{self.path} should hold a dict of tensors, got a {type(state).__name__}")
         return state
 
-    def read(self, name: str) -> Tensor:
-        """The tensor of that name, in its stored dtype and shape, in memory of its own."""
-        tensor: Tensor = self._state[name]
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    def read(self, name: str, memory: Tensor | None = None) -> Tensor:
+        """The tensor of that name, in its stored dtype and shape, in `memory` or memory of its own."""
+        return self.tensors[name].empty(memory).copy_(self._state[name].detach())
 
     def rewrite(self, path: Path, replaced: Iterable[tuple[str, Tensor]]) -> None:
         """Save this state dict anew at `path`, in the same format and key order, with `replaced` in place."""

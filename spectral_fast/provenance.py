@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from concurrent.futures import CancelledError
 from importlib import metadata
 from pathlib import Path
+from threading import Event
 
 from spectral_fast._version import __version__
 
@@ -23,10 +25,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, streamed, as hex digits."""
+def sha256_file(path: Path, stop: Event | None = None) -> str:
+    """SHA-256 of a file's bytes, streamed, as hex digits.
+
+    Args:
+        path: the file.
+        stop: set by another thread, it ends the work with a `CancelledError`.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if stop is not None and stop.is_set():
+                raise CancelledError(f"the hash of {path} is not wanted any more")
+            digest.update(buffer[:count])
     return digest.hexdigest()

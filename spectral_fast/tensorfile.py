@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from ctypes import CDLL, c_int64
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -44,6 +45,8 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
+_LIBC = CDLL(None)
+_SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>: begin, do not wait
 _LFS = b"version https://git-lfs.github.com/spec/"
 
 
@@ -57,6 +60,12 @@ class TensorInfo(NamedTuple):
     def nbytes(self) -> int:
         """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def empty(self, memory: Tensor | None = None) -> Tensor:
+        """A tensor of this dtype and shape, at the beginning of `memory`, uint8 (bytes,), or in new memory."""
+        if memory is None:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return memory[: self.nbytes].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -109,10 +118,14 @@ class SafetensorsFile:
         self.layout = _read_layout(path)
         self.tensors: Mapping[str, TensorInfo] = self.layout.tensors
 
-    def read(self, name: str) -> Tensor:
-        """The tensor of that name, in its stored dtype and shape, in memory of its own."""
-        info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+    def read(self, name: str, memory: Tensor | None = None) -> Tensor:
+        """The tensor of that name, in its stored dtype and shape, in memory of its own.
+
+        Args:
+            name: its key.
+            memory: bytes to put it into, uint8 (at least as many as it has,); new memory if left out.
+        """
+        tensor = self.tensors[name].empty(memory)
         with self.path.open("rb", buffering=0) as file:
             _read_into(file, memoryview(_as_bytes(tensor)), self.layout.offsets[name])
         return tensor
@@ -147,6 +160,7 @@ def write_safetensors(
         for name, tensor in tensors:
             check_replacement(path, name, tensor, layout.tensors, missing)
             _write(file, _as_bytes(tensor.detach().cpu()), layout.offsets[name])
+            _start_writeback(file, layout.offsets[name], layout.tensors[name].nbytes)
             del missing[name]
         if carry_from is not None:
             _carry(file, layout, carry_from, missing)
@@ -269,6 +283,15 @@ def _read_into(file: FileIO, buffer: memoryview, offset: int) -> None:
         if count == 0:
             raise ValueError(f"{file.name} ends at byte {offset}: it was changed while it was read")
         buffer, offset = buffer[count:], offset + count
+
+
+def _start_writeback(file: FileIO, offset: int, size: int) -> None:
+    """Set the disk to work: it then writes while the next tensors are computed, not all in the final fsync.
+
+    Linux only, and a hint: nothing is said of failure, as the fsync tells of it.
+    """
+    if hasattr(_LIBC, "sync_file_range"):
+        _LIBC.sync_file_range(file.fileno(), c_int64(offset), c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
 def _write(file: FileIO, content: Any, offset: int) -> None:

@@ -19,6 +19,7 @@ FLOORS = {
     "backends": 1,
     "options": 1,
     "picklefile": 1,
+    "pipeline": 1,
     "progress": 1,
     "provenance": 1,
     "tensorfile": 1,

@@ -8,11 +8,14 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path, PurePath
+from threading import Event
 from typing import Any
 
 import torch
@@ -131,19 +134,50 @@ class Adapter:
         reasons = Counter(self.carried.values())
         return "".join(f"; {count} carried unedited: {reason}" for reason, count in reasons.items())
 
-    def read(self, module: LoraModule) -> tuple[Tensor, Tensor]:
-        """The factors b (m, r) and a (r, n) of a module, in the stored dtype, on the CPU."""
-        b, a = self.weights.read(module.b_key), self.weights.read(module.a_key)
+    def read(self, module: LoraModule, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The factors b (m, r) and a (r, n) of a module, in the stored dtype, on the CPU.
+
+        Args:
+            module: one of `modules`.
+            memory: where to put them, from `memory_for`; new memory if left out.
+        """
+        b = self.weights.read(module.b_key, memory)
+        a = self.weights.read(module.a_key, None if memory is None else memory[_aligned(b.nbytes) :])
         return b.reshape(module.m, module.r), a.reshape(module.r, module.n)
+
+    def memory_for(self, modules: Iterable[LoraModule]) -> Tensor:
+        """Memory that `read` can put any of these modules into, again and again, uint8 (bytes,)."""
+        sizes = (
+            _aligned(self.weights.tensors[module.b_key].nbytes) + self.weights.tensors[module.a_key].nbytes
+            for module in modules
+        )
+        return torch.empty(max(sizes, default=0), dtype=torch.uint8)
 
     @cached_property
     def hashes(self) -> dict[str, str]:
         """File name -> SHA-256 of the two files that make the adapter."""
-        return {file.name: sha256_file(file) for file in (self.path / CONFIG, self.weights.path)}
+        return self._hash_files()
 
     def fingerprint(self) -> str:
         """SHA-256 over the config and the weights: equal exactly if both files are equal, byte for byte."""
-        return sha256("".join(self.hashes.values()).encode()).hexdigest()
+        return _fingerprint(self.hashes)
+
+    @contextmanager
+    def fingerprint_meanwhile(self) -> Iterator[Callable[[], str]]:
+        """Give a function that waits for the `fingerprint`, which a thread takes afresh while the block runs.
+
+        A thread of its own: hashing 1.7 GB takes longer than any other part of an edit. It ends with the block.
+        """
+        stop = Event()
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(lambda: _fingerprint(self._hash_files(stop)))
+            try:
+                yield future.result
+            finally:
+                stop.set()
+
+    def _hash_files(self, stop: Event | None = None) -> dict[str, str]:
+        return {file.name: sha256_file(file, stop) for file in (self.path / CONFIG, self.weights.path)}
 
     def check_out_dir(self, out_dir: Path | str, *, overwrite: bool = False) -> None:
         """Raise now what `write` would raise about `out_dir`, before long work."""
@@ -247,6 +281,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _contents(path: Path) -> str:
     names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     return f"it contains {', '.join(names[:20])}{' …' * (len(names) > 20)}" if names else "it is empty"
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64  # a cache line, as torch aligns its own
+
+
+def _fingerprint(hashes: Mapping[str, str]) -> str:
+    return sha256("".join(hashes.values()).encode()).hexdigest()
 
 
 def _component(module: LoraModule) -> str:
