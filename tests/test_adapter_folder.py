@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,6 +215,20 @@ def test_the_fingerprint_follows_the_weights_and_the_config_only(tmp_path: Path)
     changed = {Adapter.open(tmp_path / name).fingerprint() for name in ("same", "edited")}
     assert len(changed | {adapter.fingerprint()}) == 3
     assert all(len(digest) == 64 for digest in changed)
+
+
+def test_a_fingerprint_taken_meanwhile_is_the_same_and_its_thread_ends(tmp_path: Path) -> None:
+    adapter = Adapter.open(handmade(tmp_path / "a"))
+    with adapter.fingerprint_meanwhile() as fingerprint:
+        assert fingerprint() == adapter.fingerprint()
+    large = tmp_path / "large"
+    large.touch()
+    os.truncate(large, 1 << 40)  # sparse: hashing it would take ten minutes
+    adapter = replace(adapter, weights=SimpleNamespace(path=large))
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt), adapter.fingerprint_meanwhile():
+        raise KeyboardInterrupt
+    assert set(threading.enumerate()) <= before
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +155,43 @@ def other_adapter(s: Sensitivity) -> Sensitivity:
     return Sensitivity(s.modules, {"adapter_sha256": "0" * 64})
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_bytes_do_not_depend_on_the_number_of_threads(adapter: Adapter, tmp_path: Path, threads: int) -> None:
+    before = torch.get_num_threads()
+    written = []
+    try:
+        for count in (2, threads):
+            torch.set_num_threads(count)
+            edit_adapter(adapter, AbsSelect(), tmp_path / str(count), sensitivity=random_sensitivity(adapter))
+            written.append((tmp_path / str(count) / "adapter_model.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(before)
+    assert written[0] == written[1]
+
+
+def broken(*_: Any) -> Any:
+    raise ValueError("no policy can help")
+
+
+def interrupted(*arguments: Any) -> Any:
+    if "layers.0.self_attn.o_proj" in arguments[-1]:
+        signal.raise_signal(signal.SIGINT)  # reaches the main thread, as Ctrl-C does
+    time.sleep(0.1)
+    raise ValueError("the interrupt came first")
+
+
+@pytest.mark.parametrize(("apply", "kind"), [(broken, ValueError), (interrupted, KeyboardInterrupt)])
+def test_an_edit_that_ends_early_leaves_no_file_and_no_thread(
+    adapter: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apply: Any, kind: type[BaseException]
+) -> None:
+    before = set(threading.enumerate())
+    monkeypatch.setattr(RandomIndex, "apply", apply)
+    with pytest.raises(kind):
+        edit_adapter(adapter, RandomIndex(), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert set(threading.enumerate()) <= before
+
+
 def one_missing(s: Sensitivity) -> Sensitivity:
     return Sensitivity(dict(list(s.modules.items())[1:]), s.record)
 
@@ -168,6 +208,8 @@ def shorter(s: Sensitivity) -> Sensitivity:
     ("spoil", "message"),
     [
         (other_adapter, "another adapter"),
+        (lambda s: other_adapter(one_missing(s)), "another adapter"),  # it explains the other misfits
+        (lambda s: other_adapter(other_sigma(s)), "another adapter"),
         (one_missing, "lack 1 of the selected modules"),
         (other_sigma, "not this module's"),
         (shorter, "not this module's"),
