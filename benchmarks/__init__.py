@@ -1,0 +1,12 @@
+"""What spectral_fast costs, beside what people run today and what the machine allows.
+
+``python -m benchmarks`` (``make bench``) prints the tables and writes ``results/<machine>.csv``;
+``pytest benchmarks --benchmark-only`` times single kernels.
+
+    cases.py      workloads, as data             factors.py  their tensors
+    peers.py      implementations compared       gate.py     what must hold before a time counts
+    timing.py     interleaved repeats, pinning   floors.py   measured bandwidth and peak
+    worker.py     one workload in one process    files.py    commands, timed from outside
+    records.py    rows of the CSV                figures.py  the figures to reach
+    run.py        all of it, in order            machine.py  where it ran
+"""

@@ -1,0 +1,169 @@
+"""Workloads, as data: adapters of real models by shape, rank and dtype, and batches of cores. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+Shape = tuple[int, int]
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SURGERY = ("o_proj", "down_proj")  # what the method edits by default
+KAPPAS = (1e1, 1e4)
+ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def spread(count: int) -> list[float]:
+    """Condition numbers from 1e1 to 1e4, evenly in the logarithm, shuffled."""
+    low, high = map(math.log10, KAPPAS)
+    kappas = [10 ** (low + (high - low) * i / max(1, count - 1)) for i in range(count)]
+    random.Random(0).shuffle(kappas)
+    return kappas
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama's linear layers: name -> (out features m, in features n), the same in every layer."""
+
+    name: str
+    layers: int
+    shapes: Mapping[str, Shape]
+
+    @classmethod
+    def llama(cls, name: str, layers: int, hidden: int, key_value: int, mlp: int) -> Model:
+        """Shapes from the widths of the hidden state, of keys and values, and of the MLP."""
+        attention = {"q_proj": (hidden, hidden), "k_proj": (key_value, hidden), "v_proj": (key_value, hidden)}
+        outputs = {"o_proj": (hidden, hidden), "down_proj": (hidden, mlp)}
+        return cls(name, layers, {**attention, **outputs, "gate_proj": (mlp, hidden), "up_proj": (mlp, hidden)})
+
+
+LLAMA2_7B = Model.llama("Llama-2-7B", layers=32, hidden=4096, key_value=4096, mlp=11008)
+LLAMA3_70B = Model.llama("Llama-3-70B", layers=80, hidden=8192, key_value=1024, mlp=28672)
+TINY = Model.llama("tiny", layers=3, hidden=128, key_value=64, mlp=320)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter of one rank and dtype on the target modules of every layer of a model."""
+
+    model: Model
+    targets: tuple[str, ...]
+    rank: int
+    dtype: str
+
+    def __str__(self) -> str:
+        targets = "all linear" if self.targets == ALL_LINEAR else " + ".join(self.targets)
+        return f"{self.model.name} {targets}, {len(self.shapes())} modules, r = {self.rank}, {self.dtype}"
+
+    def shapes(self) -> dict[str, Shape]:
+        """PEFT's module name -> (m, n), in the order of the layers."""
+        parents = {name: "self_attn" if name in ALL_LINEAR[:4] else "mlp" for name in self.targets}
+        return {
+            f"base_model.model.model.layers.{layer}.{parents[name]}.{name}": self.model.shapes[name]
+            for layer in range(self.model.layers)
+            for name in self.targets
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(self.rank * (m + n) for m, n in self.shapes().values()) * ITEMSIZE[self.dtype]
+
+    @property
+    def largest_module(self) -> int:
+        """Bytes of the factors of the largest module."""
+        return max(self.rank * (m + n) for m, n in self.shapes().values()) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Cores:
+    """A batch of r × r matrices in float64."""
+
+    count: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.count} matrices of {self.rank} × {self.rank}, float64"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One workload as a worker runs it.
+
+    Attributes:
+        work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores) or "edit" (file to file).
+        case: what it is done to.
+        peers: names in ``peers.REBUILD`` or ``peers.SVD``.
+        rounds: repeats of each implementation, at most.
+        budget: seconds after which an implementation is not repeated any more; a first run that takes longer, which
+            the gate checks, is its only one.
+    """
+
+    work: str
+    case: Adapter | Cores
+    peers: tuple[str, ...]
+    rounds: int
+    budget: float
+
+    def dumps(self) -> str:
+        """As JSON, for the command line of a worker."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def loads(cls, text: str) -> Task:
+        """The inverse of ``dumps``."""
+        fields = json.loads(text)
+        case, fields["peers"] = fields["case"], tuple(fields["peers"])
+        if "model" in case:
+            case["model"], case["targets"] = Model(**case["model"]), tuple(case["targets"])
+            return cls(**fields | {"case": Adapter(**case)})
+        return cls(**fields | {"case": Cores(**case)})
+
+
+PER_MODULE = ("reference", "torch QR + SVD")
+LOW_RANK = (*PER_MODULE, "torch batched SVD", "SciPy QR + SVD")
+DENSE = ("torch.svd_lowrank", "PEFT svd")
+CORES = ("torch batched SVD", "torch SVD one by one", "SciPy one by one")
+
+
+def _rebuild(
+    model: Model, targets: tuple[str, ...], rank: int, dtype: str, *peers: str, rounds: int = 3, budget: float = 4
+) -> Task:
+    return Task("rebuild", Adapter(model, targets, rank, dtype), peers, rounds, budget)
+
+
+# The two adapters that the figures are about, with all that they are compared with.
+SURGERY_70B = _rebuild(LLAMA3_70B, SURGERY, 64, "bfloat16", *LOW_RANK, DENSE[0], rounds=7, budget=12)
+ALL_70B = _rebuild(LLAMA3_70B, ALL_LINEAR, 16, "bfloat16", *LOW_RANK, rounds=7, budget=12)
+CORES_64 = Task("svd", Cores(560, 64), CORES, rounds=9, budget=8)
+EDIT_70B = Task("edit", Adapter(LLAMA3_70B, ALL_LINEAR, 64, "bfloat16"), (), rounds=7, budget=60)
+
+FULL = (
+    SURGERY_70B,
+    ALL_70B,
+    _rebuild(LLAMA2_7B, SURGERY, 16, "bfloat16", *LOW_RANK, *DENSE),
+    _rebuild(LLAMA2_7B, SURGERY, 64, "bfloat16", *PER_MODULE),
+    _rebuild(LLAMA2_7B, SURGERY, 64, "float32", *PER_MODULE),
+    _rebuild(LLAMA2_7B, SURGERY, 128, "bfloat16", *PER_MODULE),
+    _rebuild(LLAMA2_7B, ALL_LINEAR, 16, "float32", *PER_MODULE),
+    _rebuild(LLAMA2_7B, ALL_LINEAR, 64, "bfloat16", *PER_MODULE),
+    _rebuild(LLAMA3_70B, SURGERY, 16, "bfloat16", *PER_MODULE),
+    _rebuild(LLAMA3_70B, SURGERY, 64, "float32", *PER_MODULE),
+    _rebuild(LLAMA3_70B, SURGERY, 128, "bfloat16", *PER_MODULE),
+    _rebuild(LLAMA3_70B, ALL_LINEAR, 64, "bfloat16", *PER_MODULE),
+    CORES_64,
+    Task("svd", Cores(560, 16), CORES, rounds=9, budget=2),
+    Task("svd", Cores(160, 128), CORES, rounds=5, budget=6),
+    EDIT_70B,
+)
+
+# The same code on sizes that say nothing about speed.
+QUICK = (
+    _rebuild(TINY, SURGERY, 8, "bfloat16", *LOW_RANK, *DENSE, rounds=2, budget=1),
+    _rebuild(TINY, ALL_LINEAR, 4, "float32", *PER_MODULE, rounds=2, budget=1),
+    Task("svd", Cores(6, 16), CORES, rounds=2, budget=1),
+    Task("edit", Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), (), rounds=1, budget=60),
+)

@@ -1,0 +1,85 @@
+"""What must hold before a time counts; every bound is derived from rounding, none is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.factors import Factors
+
+EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+RATIO = 30  # LAPACK's own limit of a test ratio
+PROBES = 8
+
+
+class WrongResult(AssertionError):
+    """An implementation is wrong: its time means nothing."""
+
+
+def amplified(s: Tensor) -> Tensor:
+    """The new values s' = s (0.8 + 0.4 (s / s_max)²): small ones shrink, large ones grow, as in the method.
+
+    Being an odd polynomial it has ΔW' = B (0.8 I + 0.4 A Aᵀ Bᵀ B / s_max²) A, which needs no SVD to check.
+    """
+    return s * (0.8 + 0.4 * (s / s.amax()) ** 2)
+
+
+def probe_error(b: Tensor, a: Tensor, wanted: Callable[[Tensor], Tensor]) -> Tensor:
+    """Estimate of ‖B A − X‖_F without forming either: ‖(B A − X) Ω‖_F / √8 for a Gaussian Ω with 8 columns.
+
+    Args:
+        b: (m, r) float64.
+        a: (r, n) float64.
+        wanted: Ω (n, 8) -> X Ω (m, 8).
+    """
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(a.shape[1], PROBES, generator=generator, dtype=torch.float64)
+    estimate: Tensor = (b @ (a @ probes) - wanted(probes)).norm() / PROBES**0.5
+    return estimate
+
+
+def check_rebuilt(implementation: str, factors: Factors, s: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    """Singular values `found` against `s` (float64), and ``factors.outs`` against the polynomial.
+
+    The error may be 30 r ε ‖B‖‖A‖, the contract of the SVD in float32, times 2, the polynomial's greatest slope,
+    once for the vectors and once for s', which comes from `s` and not from `found`; and 2 u ‖ΔW'‖ from rounding
+    B' and A' to their dtype; all doubled, as the estimate is random.
+    """
+    for i, ((b, a, s_new, (b_new, a_new)), mine, true) in enumerate(zip(factors, found, s, strict=True)):
+        rank, top = b.shape[1], true.amax()
+        wrong_s = float((mine.double() - true).abs().amax() / (RATIO * rank * EPS32 * top))
+        b64, a64 = b.double(), a.double()
+
+        def polynomial(probes: Tensor, b: Tensor = b64, a: Tensor = a64, top: Tensor = top) -> Tensor:
+            y = a @ probes
+            return b @ (0.8 * y + 0.4 / top**2 * (a @ (a.mT @ (b.mT @ (b @ y)))))
+
+        error = probe_error(b_new.double(), a_new.double(), polynomial)
+        contract = 2 * 2 * RATIO * rank * EPS32 * b64.norm() * a64.norm()
+        bound = 2 * (contract + torch.finfo(b_new.dtype).eps * s_new.norm())
+        if not (wrong_s <= 1 and error <= bound):
+            raise WrongResult(
+                f"{implementation}, module {i}: the error of B'A' must be at most {bound:.2e}, got {error:.2e}; that "
+                f"of the singular values is {wrong_s:.2g} of what is allowed"
+            )
+
+
+def check_svd(implementation: str, matrices: Tensor, usv: tuple[Tensor, Tensor, Tensor]) -> None:
+    """LAPACK's test ratios of every matrix in float64: residual, orthogonality of U and V, order of s."""
+    u, s, vh = usv
+    eye = torch.eye(matrices.shape[-1], dtype=torch.float64)
+    unit = matrices.shape[-1] * EPS64
+    residual = (matrices - (u * s[..., None, :]) @ vh).norm(dim=(-2, -1)) / matrices.norm(dim=(-2, -1))
+    ratios = {
+        "residual": residual,
+        "orthogonality of U": (u.mT @ u - eye).norm(dim=(-2, -1)),
+        "orthogonality of V": (vh @ vh.mT - eye).norm(dim=(-2, -1)),
+    }
+    for what, errors in ratios.items():
+        ratio = float(errors.amax() / unit)
+        if not ratio <= RATIO:
+            raise WrongResult(f"{implementation}: {what} must be at most {RATIO} r ε, got {ratio:.3g} r ε")
+    if not ((s[:, 1:] <= s[:, :-1]).all() and (s >= 0).all()):
+        raise WrongResult(f"{implementation}: singular values must be sorted and not negative")

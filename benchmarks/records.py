@@ -1,0 +1,123 @@
+"""What was measured, and the rows of ``results/<machine>.csv``. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.cases import KAPPAS, Adapter, Task
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Repeats of one implementation.
+
+    Attributes:
+        implementation: its name.
+        threads: how many it used.
+        seconds: of each repeat, for the whole case.
+        extrapolated: whether they were measured on one module and multiplied.
+        peak_bytes: peak resident set of a command; None for what is timed inside a process.
+    """
+
+    implementation: str
+    threads: int
+    seconds: list[float]
+    extrapolated: bool = False
+    peak_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        """The median of the repeats."""
+        return median(self.seconds)
+
+
+@dataclass(frozen=True)
+class Table:
+    """All measurements of one task on some cores, made in one run.
+
+    Attributes:
+        task: what was done.
+        cores: how many the process was pinned to.
+        measurements: of each implementation, ours first.
+        software: "isa" and "torch" of the process that worked.
+        nbytes: bytes that must be moved.
+        flops: operations that must be done.
+        floor: seconds that these take at the bandwidth and peak measured in this run.
+    """
+
+    task: Task
+    cores: int
+    measurements: list[Measurement]
+    software: dict[str, str]
+    nbytes: int = 0
+    flops: int = 0
+    floor: float = field(default=0.0)
+
+    def of(self, implementation: str) -> Measurement:
+        """The fastest measurement of that name, over its numbers of threads."""
+        return min((x for x in self.measurements if x.implementation == implementation), key=lambda x: x.median)
+
+    def ratio(self, measurement: Measurement) -> float:
+        """How many times as long as ours it takes."""
+        return measurement.median / self.measurements[0].median
+
+    def rows(self, machine: dict[str, str]) -> Iterator[dict[str, Any]]:
+        """One row of the CSV per measurement."""
+        case = self.task.case
+        for x in self.measurements:
+            yield {
+                "work": self.task.work,
+                "case": str(case),
+                "rank": case.rank,
+                "dtype": case.dtype if isinstance(case, Adapter) else "float64",
+                "kappa_min": f"{KAPPAS[0]:g}",
+                "kappa_max": f"{KAPPAS[1]:g}",
+                "cores": self.cores,
+                "threads": x.threads,
+                "implementation": x.implementation,
+                "median_s": f"{x.median:.5g}",
+                "min_s": f"{min(x.seconds):.5g}",
+                "max_s": f"{max(x.seconds):.5g}",
+                "repeats": len(x.seconds),
+                "ratio_to_ours": f"{self.ratio(x):.4g}",
+                "extrapolated": "yes" if x.extrapolated else "no",
+                "peak_bytes": x.peak_bytes,
+                "bytes": self.nbytes,
+                "flops": self.flops,
+                "floor_s": f"{self.floor:.5g}",
+                **self.software,
+                **machine,
+            }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.task.work}: {self.task.case}, κ {KAPPAS[0]:g} to {KAPPAS[1]:g}, {self.cores} core(s)",
+            f"  {'implementation':<34}{'threads':>8}{'median s':>11}{'min':>10}{'max':>10}{'repeats':>9}{'× ours':>9}",
+        ]
+        for x in self.measurements:
+            note = "  extrapolated from one module" * x.extrapolated
+            if x.peak_bytes:
+                note += f"  peak {x.peak_bytes / 1e6:.0f} MB"
+            lines.append(
+                f"  {x.implementation:<34}{x.threads:>8}{x.median:>11.4f}{min(x.seconds):>10.4f}"
+                f"{max(x.seconds):>10.4f}{len(x.seconds):>9}{self.ratio(x):>9.2f}{note}"
+            )
+        if self.floor:
+            work = f"{self.nbytes / 1e9:.3g} GB, {self.flops / 1e9:.3g} Gflop"
+            ratio = self.floor / self.measurements[0].median
+            lines.append(f"  {'floor (' + work + ')':<42}{self.floor:>11.4f}{ratio:>38.2f}")
+        return "\n".join(lines)
+
+
+def write_csv(path: Path, tables: Iterable[Table], machine: dict[str, str]) -> None:
+    """Every measurement of every table, one per row."""
+    rows = [row for table in tables for row in table.rows(machine)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
