@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,26 @@ def test_a_sensitivity_of_another_adapter_is_refused_by_its_hash(
     assert status == 1
     assert "measured on another adapter" in err
     assert not (tmp_path / "out").exists()
+
+
+IMPORTS = """
+import sys
+import torch
+before = set(sys.modules)
+from spectral_fast.cli import main
+assert main(sys.argv[1:]) == 0
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_an_edit_with_sensitivities_imports_no_library_of_models_or_pictures(probed: Path, tmp_path: Path) -> None:
+    argv = ["edit", *LORA, "--sensitivity", str(probed), "--out_dir", str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, "-c", IMPORTS, *argv], capture_output=True, text=True, check=True)
+    new = result.stdout.splitlines()[-1].split()
+    assert "spectral_fast.edit" in new
+    packages = {name.partition(".")[0] for name in new} - sys.stdlib_module_names
+    assert packages <= {"spectral_fast", "safetensors", "tqdm"}
+    assert "torch._dynamo" not in new  # as slow to import as torch itself
 
 
 def test_gsm8k_itself_can_be_probed_on(gsm8k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
