@@ -1,20 +1,26 @@
 // The only file that knows Python: checks shapes, releases the GIL, hands pointers on.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using spectral_fast::DType, spectral_fast::Factor, spectral_fast::kernels, spectral_fast::Shape;
+
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
+// One task per row; addresses of tensors' memory, sizes and codes. The caller keeps the tensors alive.
+using Table = Array<std::int64_t>;
 
 template <typename T>
 void expect_shape(const char* name, const Array<T>& array, std::initializer_list<py::ssize_t> shape) {
@@ -25,9 +31,107 @@ void expect_shape(const char* name, const Array<T>& array, std::initializer_list
                               py::str(array.attr("shape")).cast<std::string>());
 }
 
-void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<std::int32_t>& status, int threads) {
-  if (m.ndim() != 3) throw std::invalid_argument("m must have three axes, got " + std::to_string(m.ndim()));
+void expect_threads(int threads) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+}
+
+template <typename T>
+T* address(std::int64_t value) {
+  return reinterpret_cast<T*>(static_cast<std::uintptr_t>(value));
+}
+
+Factor factor(std::int64_t data, std::int64_t dtype, Shape shape, std::int64_t length, std::int64_t r) {
+  if (dtype < 0 || dtype > 3 || length < 0 || r < 0)
+    throw std::invalid_argument("a factor needs a dtype from 0 to 3 and sizes from 0");
+  return {address<const void>(data), static_cast<DType>(dtype), shape, static_cast<std::size_t>(length),
+          static_cast<std::size_t>(r)};
+}
+
+void lowrank_svd(const Table& modules, Array<double>& out, Array<double>& quality, Array<std::int32_t>& status,
+                 int threads) {
+  expect_threads(threads);
+  const auto count = modules.ndim() == 2 ? modules.shape(0) : 0;
+  expect_shape("modules", modules, {count, 7});
+  expect_shape("quality", quality, {count, 2});
+  expect_shape("status", status, {count});
+  const auto row = modules.unchecked<2>();
+  std::vector<spectral_fast::SvdTask> tasks;
+  std::vector<double> cost;
+  double* next = out.mutable_data();
+  for (py::ssize_t i = 0; i < count; ++i) {
+    const auto m = row(i, 2), n = row(i, 3), r = row(i, 4);
+    spectral_fast::SvdTask task{};
+    task.b = factor(row(i, 0), row(i, 5), Shape::tall, m, r);
+    task.a = factor(row(i, 1), row(i, 6), Shape::flat, n, r);
+    task.s = next;
+    task.t_b = task.s + r;
+    task.t_a = task.t_b + r * r;
+    next = task.t_a + r * r;
+    tasks.push_back(task);
+    cost.push_back(static_cast<double>(r) * static_cast<double>(r) * static_cast<double>(m + n + 100 * r));
+  }
+  expect_shape("out", out, {next - out.mutable_data()});
+  double* qualities = quality.mutable_data();
+  std::int32_t* outcome = status.mutable_data();
+  const auto& chosen = kernels();
+  py::gil_scoped_release release;
+  spectral_fast::parallel_for(cost, threads, [&](std::size_t i) {
+    chosen.lowrank_svd(tasks[i]);
+    qualities[2 * i] = tasks[i].loss;
+    qualities[2 * i + 1] = tasks[i].amplification;
+    outcome[i] = static_cast<std::int32_t>(tasks[i].status);
+  });
+}
+
+void recompose(const Table& factors, Array<bool>& finite, int threads) {
+  expect_threads(threads);
+  const auto count = factors.ndim() == 2 ? factors.shape(0) : 0;
+  expect_shape("factors", factors, {count, 10});
+  expect_shape("finite", finite, {count});
+  const auto row = factors.unchecked<2>();
+  std::vector<spectral_fast::RecomposeTask> tasks;
+  std::vector<double> cost;
+  for (py::ssize_t i = 0; i < count; ++i) {
+    spectral_fast::RecomposeTask task{};
+    task.basis = factor(row(i, 0), row(i, 1), row(i, 2) == 0 ? Shape::tall : Shape::flat, row(i, 3), row(i, 4));
+    task.transform = address<const double>(row(i, 5));
+    task.rank = static_cast<std::size_t>(row(i, 6));
+    task.out = address<void>(row(i, 7));
+    task.out_dtype = static_cast<DType>(row(i, 8));
+    task.wide = row(i, 9) != 0;
+    tasks.push_back(task);
+    cost.push_back(static_cast<double>(task.basis.length) * static_cast<double>(task.basis.r * task.rank));
+  }
+  bool* all_finite = finite.mutable_data();
+  const auto& chosen = kernels();
+  py::gil_scoped_release release;
+  spectral_fast::parallel_for(cost, threads, [&](std::size_t i) {
+    chosen.recompose(tasks[i]);
+    all_finite[i] = tasks[i].finite;
+  });
+}
+
+void segment_products(std::int64_t p, std::int64_t q, std::int64_t dtype, const Array<std::int64_t>& starts,
+                      Array<float>& out, int threads) {
+  expect_threads(threads);
+  if (starts.ndim() != 1 || starts.shape(0) < 1) throw std::invalid_argument("starts must be a vector, segments + 1");
+  const auto segments = starts.shape(0) - 1;
+  const auto r = out.ndim() == 2 ? out.shape(1) : 0;
+  expect_shape("out", out, {segments, r});
+  const auto code = factor(p, dtype, Shape::tall, 0, r).dtype;
+  const spectral_fast::SensitivityTask task{address<const void>(p),      address<const void>(q), code,
+                                            static_cast<std::size_t>(r), starts.data(),          out.mutable_data()};
+  std::vector<double> cost;
+  for (py::ssize_t i = 0; i < segments; ++i)
+    cost.push_back(static_cast<double>(starts.at(i + 1) - starts.at(i)) * static_cast<double>(r));
+  const auto& chosen = kernels();
+  py::gil_scoped_release release;
+  spectral_fast::parallel_for(cost, threads, [&](std::size_t i) { chosen.segment_products(task, i); });
+}
+
+void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<std::int32_t>& status, int threads) {
+  expect_threads(threads);
+  if (m.ndim() != 3) throw std::invalid_argument("m must have three axes, got " + std::to_string(m.ndim()));
   const auto count = m.shape(0), r = m.shape(1);
   expect_shape("m", m, {count, r, r});
   expect_shape("wt", wt, {count, r, r});
@@ -36,8 +140,27 @@ void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Arr
   const double* in = m.data();
   double *vectors = wt.mutable_data(), *values = s.mutable_data();
   std::int32_t* outcome = status.mutable_data();
+  const std::vector<double> cost(static_cast<std::size_t>(count), 50.0 * static_cast<double>(r * r * r));
+  const auto& chosen = kernels();
   py::gil_scoped_release release;
-  spectral_fast::jacobi_svd(in, vectors, values, outcome, count, r, threads);
+  spectral_fast::parallel_for(cost, threads, [&](std::size_t i) {
+    outcome[i] = static_cast<std::int32_t>(
+        chosen.jacobi_svd(in + i * r * r, vectors + i * r * r, values + i * r, static_cast<std::size_t>(r)));
+  });
+}
+
+py::dict isa() {
+  std::vector<std::string> built, supported;
+  for (std::size_t i = 0; i < spectral_fast::kImplementationCount; ++i) {
+    const auto& candidate = *spectral_fast::kImplementations[i];
+    built.emplace_back(candidate.isa);
+    if (candidate.supported()) supported.emplace_back(candidate.isa);
+  }
+  py::dict result;
+  result["chosen"] = kernels().isa;
+  result["supported"] = supported;
+  result["built"] = built;
+  return result;
 }
 
 }  // namespace
@@ -45,7 +168,18 @@ void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Arr
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native kernels of spectral_fast; arrays are C-contiguous and are written in place.";
   // noconvert: a converted copy of an output would take the result with it.
+  module.def(
+      "lowrank_svd", &lowrank_svd, py::arg("modules").noconvert(), py::arg("out").noconvert(),
+      py::arg("quality").noconvert(), py::arg("status").noconvert(), py::arg("threads"),
+      "Per row (b, a, m, n, r, dtype of b, of a): s (r), t_b and t_a (r, r), one after the other in out; loss and "
+      "amplification in quality.");
+  module.def("recompose", &recompose, py::arg("factors").noconvert(), py::arg("finite").noconvert(), py::arg("threads"),
+             "Per row (basis, dtype, flat, length, r, transform, rank, out, dtype of out, wide): the product.");
+  module.def("segment_products", &segment_products, py::arg("p"), py::arg("q"), py::arg("dtype"),
+             py::arg("starts").noconvert(), py::arg("out").noconvert(), py::arg("threads"),
+             "out[t] = sum of p[n] * q[n] over starts[t] <= n < starts[t + 1].");
   module.def("jacobi_svd", &jacobi_svd, py::arg("m").noconvert(), py::arg("wt").noconvert(), py::arg("s").noconvert(),
              py::arg("status").noconvert(), py::arg("threads"),
              "Singular values and left vectors of each matrix of a batch m (count, r, r).");
+  module.def("isa", &isa, "The instruction set in use, those of this processor, and those of this build.");
 }

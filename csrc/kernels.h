@@ -1,18 +1,75 @@
 // The native kernels: raw pointers and sizes in, no Python, no Torch, no printing, no abort.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace spectral_fast {
 
-enum class SvdStatus : std::int32_t { converged = 0, not_converged = 1, not_finite = 2 };
+enum class DType : std::int64_t { bfloat16 = 0, float16 = 1, float32 = 2, float64 = 3 };
 
-// Singular values s (r, descending, not negative) and left singular vectors (row k of wt) of each of `count`
-// row-major r x r matrices m; the right ones follow from m's transpose. A row of wt whose s is zero is zero.
-// One matrix per thread, so the result has the same bits for any number of threads. status[i] is the outcome
-// for matrix i as an SvdStatus; a matrix with a NaN or an infinity leaves its outputs untouched.
-// Drmac and Veselic, "New fast and accurate Jacobi SVD algorithm I", SIAM J. Matrix Anal. Appl. 29 (2008).
-void jacobi_svd(const double* m, double* wt, double* s, std::int32_t* status, std::int64_t count, std::int64_t r,
-                int threads);
+// A factor of a low-rank update: B is tall, its `length` rows of `r` values; A is flat, `r` rows of `length` values.
+// Row-major and without gaps either way.
+enum class Shape : std::int64_t { tall = 0, flat = 1 };
+
+struct Factor {
+  const void* data;
+  DType dtype;
+  Shape shape;
+  std::size_t length, r;
+};
+
+enum class SvdStatus : std::int32_t { converged = 0, not_converged = 1, b_not_finite = 2, a_not_finite = 3 };
+
+// One module's B A = U diag(s) V^T with U = B t_b and V = A^T t_a. Outputs: s (r, descending, not negative), t_b and
+// t_a (r x r), row-major.
+struct SvdTask {
+  Factor b, a;
+  double *s, *t_b, *t_a;
+  // An estimate of max(|U^T U - I|_F, |V^T V - I|_F), infinite where a step failed.
+  double loss;
+  // The largest column norm of |B| |t_b| and |A^T| |t_a|, which rounding in B t_b and A^T t_a is proportional to.
+  double amplification;
+  SvdStatus status;
+};
+
+// out = basis x transform for a tall basis (length x r), transform x basis for a flat one; the transform is float64,
+// r x columns or rows x r. `out` may be the basis itself where its type and shape are the same.
+struct RecomposeTask {
+  Factor basis;
+  const double* transform;
+  std::size_t rank;  // columns or rows of the transform
+  void* out;
+  DType out_dtype;
+  bool wide;    // sums in float64 rather than float32
+  bool finite;  // set: every value of out is
+};
+
+// out[t] = sum over the tokens starts[t] <= n < starts[t + 1] of p_n * q_n, elementwise; p, q are tokens x r.
+struct SensitivityTask {
+  const void *p, *q;
+  DType dtype;
+  std::size_t r;
+  const std::int64_t* starts;
+  float* out;
+};
+
+// The bodies, built once per instruction set.
+struct Kernels {
+  const char* isa;
+  bool (*supported)();
+  void (*lowrank_svd)(SvdTask&);
+  void (*recompose)(RecomposeTask&);
+  void (*segment_products)(const SensitivityTask&, std::size_t segment);
+  // Singular values s and left vectors (rows of wt) of one row-major r x r matrix, see jacobi_svd below.
+  SvdStatus (*jacobi_svd)(const double* m, double* wt, double* s, std::size_t r);
+};
+
+extern const Kernels* const kImplementations[];  // best first
+extern const std::size_t kImplementationCount;
+
+// The best one that this processor has, or the one that SPECTRAL_FAST_ISA names; chosen once per process.
+// Throws std::runtime_error if that is unknown, or not supported here.
+const Kernels& kernels();
 
 }  // namespace spectral_fast

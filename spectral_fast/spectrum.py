@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_fast.kernels import lowrank_svd as kernel
+from spectral_fast.kernels.recompose import Product, recompose
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,35 +40,28 @@ class Spectrum:
     @property
     def u(self) -> Tensor:
         """Left singular vectors (m, r) as columns, float32, or float64 if B is. Computed on every access."""
-        return _tall(self.factored.basis_b, self.factored.t_b, torch.promote_types(self.dtypes[0], torch.float32))
+        return self._vectors(self.factored.basis_b, self.factored.t_b, self.dtypes[0], flat=False)
 
     @property
     def vh(self) -> Tensor:
         """Right singular vectors (r, n) as rows, float32, or float64 if A is. Computed on every access."""
-        return _flat(self.factored.t_a.mT, self.factored.basis_a, torch.promote_types(self.dtypes[1], torch.float32))
+        return self._vectors(self.factored.basis_a, self.factored.t_a.mT, self.dtypes[1], flat=True)
 
-    def rebuild(self, s_new: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of U diag(s_new) Vᵀ: B' = U diag(√s_new) and A' = diag(√s_new) Vᵀ.
+    def _new_factors(self) -> tuple[Tensor, Tensor]:
+        f = self.factored
+        b = f.basis_b.new_empty(f.basis_b.shape[0], f.t_b.shape[1], dtype=self.dtypes[0])
+        return b, f.basis_a.new_empty(f.t_a.shape[1], f.basis_a.shape[1], dtype=self.dtypes[1])
 
-        Args:
-            s_new: (r,), finite and not negative, in any order.
+    def _vectors(self, basis: Tensor, transform: Tensor, dtype: torch.dtype, *, flat: bool) -> Tensor:
+        shape = (len(transform), basis.shape[1]) if flat else (len(basis), transform.shape[1])
+        out = basis.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
+        recompose([Product(basis, transform, out, flat, wide=True)])
+        return out
 
-        Returns:
-            B' (m, r) and A' (r, n) in the dtypes of B and A.
-
-        Raises:
-            ValueError: s_new has another shape, or a value that is negative, infinite or NaN.
-
-        Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, the reconstruction step.
-        """
-        if s_new.shape != self.s.shape:
-            raise ValueError(f"s_new must have shape {tuple(self.s.shape)}, got {tuple(s_new.shape)}")
-        if not bool(((s_new >= 0) & s_new.isfinite()).all()):
-            raise ValueError(f"s_new must be finite and not negative, got {s_new.tolist()}")
-        root = s_new.to(self.s).sqrt()
-        b = _tall(self.factored.basis_b, self.factored.t_b * root, self.dtypes[0])
-        a = _flat((self.factored.t_a * root).mT, self.factored.basis_a, self.dtypes[1])
-        return b, a
+    def rebuild(self, s_new: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Factors of U diag(s_new) Vᵀ: B' = U diag(√s_new) and A' = diag(√s_new) Vᵀ; see `rebuild`."""
+        [factors] = rebuild([self], [s_new], None if out is None else [out])
+        return factors
 
 
 def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str] | None = None) -> list[Spectrum]:
@@ -84,30 +78,66 @@ def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str
     Raises:
         TypeError: a factor is no tensor, or of another dtype.
         ValueError: the lists differ in length, two factors do not fit, or one holds a NaN or an infinity.
-        RuntimeError: the backend that ``SPECTRAL_FAST_BACKEND`` forces refuses.
+        RuntimeError: the backend that ``SPECTRAL_FAST_BACKEND`` forces refuses, or ``SPECTRAL_FAST_ISA`` names an
+            instruction set that this processor lacks.
 
-    Source: ``spectral_fast.kernels.lowrank_svd``. Cost: one pass over the factors, 2 (m + n) r² flops.
+    Source: ``spectral_fast.kernels.lowrank_svd``. Cost: one pass over the factors, (m + n) r² flops.
     """
     results = kernel.lowrank_svd(bs, as_, names)
     return [Spectrum(f, (b.dtype, a.dtype)) for f, b, a in zip(results, bs, as_, strict=True)]
 
 
-# Products in float64: an entry of a transform may exceed the result by its basis' condition. Piecewise, as
-# whole float64 copies of the factors cost page faults, at (64, 28672) four times the product's own time.
-PIECE = 2048
+def rebuild(
+    spectra: Sequence[Spectrum],
+    s_new: Sequence[Tensor],
+    out: Sequence[tuple[Tensor, Tensor]] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Factors of U diag(s') Vᵀ of all modules at once: B' = U diag(√s') and A' = diag(√s') Vᵀ.
+
+    Args:
+        spectra: one per module.
+        s_new: s' of each module, (r,), finite and not negative, in any order.
+        out: (B', A') to write to, contiguous, in the dtypes of B and A. They may be the very factors that a spectrum
+            was computed from; it is then of no further use.
+        names: what errors call the modules; "module 0", "module 1", ... if left out.
+
+    Returns:
+        B' (m, r) and A' (r, n) of each module in the dtypes of its B and A: `out`, if given.
+
+    Raises:
+        ValueError: an s' has another shape, or a value that is negative, infinite or NaN; or a value of B' or A' is
+            beyond the range of its dtype: `out` is then overwritten.
+
+    Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, the reconstruction step. Cost: one pass over the
+    factors, 2 (m + n) r² flops.
+    """
+    names = [f"module {i}" for i in range(len(spectra))] if names is None else names
+    if out is None:
+        out = [x._new_factors() for x in spectra]
+    products = []
+    for spectrum, s, (b, a), name in zip(spectra, s_new, out, names, strict=True):
+        if s.shape != spectrum.s.shape:
+            raise ValueError(f"{name}: s_new must have shape {tuple(spectrum.s.shape)}, got {tuple(s.shape)}")
+        if (b.dtype, a.dtype) != spectrum.dtypes:
+            raise ValueError(f"{name}: out must have dtypes {spectrum.dtypes}, got {(b.dtype, a.dtype)}")
+        root = s.to(spectrum.s).sqrt()  # of a negative value: NaN
+        if not root.isfinite().all():
+            raise ValueError(f"{name}: s_new must be finite and not negative, got {s.tolist()}")
+        f = spectrum.factored
+        products.append(Product(f.basis_b, f.t_b * root, b, False, _needs_float64(f.amplification, b.dtype)))
+        products.append(Product(f.basis_a, (f.t_a * root).mT, a, True, _needs_float64(f.amplification, a.dtype)))
+    finite = recompose(products)
+    if not all(finite):
+        worst = finite.index(False)
+        dtype = products[worst].out.dtype
+        raise ValueError(
+            f"{names[worst // 2]}: the rebuilt {'BA'[worst % 2]} has values beyond the range of {dtype} (up to "
+            f"{torch.finfo(dtype).max:.3g}); make the singular values smaller, or store the adapter in a wider dtype"
+        )
+    return list(out)
 
 
-def _tall(basis: Tensor, transform: Tensor, dtype: torch.dtype) -> Tensor:
-    """Basis (m, k) @ transform (k, r)."""
-    out = basis.new_empty(basis.shape[0], transform.shape[1], dtype=dtype)
-    for rows, result in zip(torch.split(basis, PIECE), torch.split(out, PIECE), strict=True):
-        result.copy_(rows.double() @ transform)
-    return out
-
-
-def _flat(transform: Tensor, basis: Tensor, dtype: torch.dtype) -> Tensor:
-    """Transform (r, k) @ basis (k, n)."""
-    out = basis.new_empty(transform.shape[0], basis.shape[1], dtype=dtype)
-    for columns, result in zip(torch.split(basis, PIECE, 1), torch.split(out, PIECE, 1), strict=True):
-        result.copy_(transform @ columns.double())
-    return out
+def _needs_float64(amplification: float, dtype: torch.dtype) -> bool:
+    """Whether sums in float32 would show: their rounding shall be a sixteenth of the result's own."""
+    return amplification * torch.finfo(torch.float32).eps > torch.finfo(dtype).eps / 16

@@ -1,4 +1,4 @@
-"""The Gram route: Gram matrices in float64, Cholesky, and a native r × r SVD with one matrix per thread.
+"""The Gram route: Gram matrices in float64, Cholesky, and the SVD of the r × r core, natively, one module per thread.
 
 Squaring a factor squares its condition number, so each result comes with an estimate of the orthogonality
 that was lost, and a module that lost too much (B = 0, a dead rank, duplicated columns) is done again by QR.
@@ -6,110 +6,76 @@ that was lost, and a module that lost too much (B = 0, a dead rank, duplicated c
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from spectral_fast.backends import define, native_missing
+from spectral_fast.backends import define
+from spectral_fast.kernels import native
 from spectral_fast.kernels.lowrank_svd import reference
-from spectral_fast.kernels.lowrank_svd.reference import Factored
+from spectral_fast.kernels.lowrank_svd.reference import Factored, not_finite
 
 # The loss ‖UᵀU − I‖_F that is accepted, per direction: LAPACK's test ratio of 1, in units of float32, where
 # the contract allows 30.
 ACCEPTED_LOSS = torch.finfo(torch.float32).eps
+# SvdStatus in csrc/kernels.h.
+NOT_FINITE = {2: "B", 3: "A"}
 
 
-def refuses(bs: Sequence[Tensor] = (), as_: Sequence[Tensor] = ()) -> str | None:
+def refuses(bs: Sequence[Tensor] = (), as_: Sequence[Tensor] = (), names: Sequence[str] = ()) -> str | None:  # noqa: ARG001
     """Wants the native module, and factors in host memory."""
-    elsewhere = {str(x.device) for x in (*bs, *as_) if x.device.type != "cpu"}
-    return f"factors are on {', '.join(sorted(elsewhere))}" if elsewhere else native_missing()
+    return native.refuses((*bs, *as_))
 
 
-def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> list[Factored]:
+def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str]) -> list[Factored]:
     """The SVD of each b @ a; B and A themselves are the bases wherever their condition allows it."""
     # Gram matrices of float64 factors would be accurate to float32 only: those take the QR.
     narrow = [i for i, (b, a) in enumerate(zip(bs, as_, strict=True)) if torch.float64 not in (b.dtype, a.dtype)]
-    t_bs, ss, t_as, losses = _gram_svd([bs[i] for i in narrow], [as_[i] for i in narrow])
-    results: dict[int, Factored] = {}
-    for i, t_b, s, t_a, loss in zip(narrow, t_bs, ss, t_as, losses.tolist(), strict=True):
-        if loss <= ACCEPTED_LOSS * s.shape[0]:
-            results[i] = Factored(bs[i], t_b, s, t_a, as_[i])
-    return [results.get(i) or reference.factor(b, a) for i, (b, a) in enumerate(zip(bs, as_, strict=True))]
+    flat, quality, status = _gram_svd([bs[i] for i in narrow], [as_[i] for i in narrow])
+    results: list[Factored | None] = [None] * len(bs)
+    outcomes = zip(narrow, quality.tolist(), status.tolist(), strict=True)
+    position = 0
+    for i, (loss, amplification), outcome in outcomes:
+        if outcome in NOT_FINITE:
+            raise not_finite(names[i], NOT_FINITE[outcome])
+        r = bs[i].shape[1]
+        s, t_b, t_a = flat[position : position + r + 2 * r * r].split([r, r * r, r * r])
+        position += r + 2 * r * r
+        if loss <= ACCEPTED_LOSS * r:
+            results[i] = Factored(bs[i], t_b.view(r, r), s, t_a.view(r, r), as_[i], amplification)
+    return [done or reference.factor(b, a, name) for done, b, a, name in zip(results, bs, as_, names, strict=True)]
 
 
-def gram_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    """T_B, s, T_A of every module with U = B T_B and V = Aᵀ T_A, and the orthogonality that each lost.
+def gram_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """s, T_B and T_A of every module with U = B T_B and V = Aᵀ T_A, and how good they are.
 
     Returns:
-        t_b (r, r), s (r,), t_a (r, r) for each module, and losses (modules,), all float64. A loss is an
-        estimate of max(‖UᵀU − I‖_F, ‖VᵀV − I‖_F), infinite where a step failed.
+        s (r,), T_B (r, r) and T_A (r, r) of each module, one after the other, as one float64 vector; per module
+        (modules, 2) float64 an estimate of max(‖UᵀU − I‖_F, ‖VᵀV − I‖_F), infinite where a step failed, and the
+        largest column norm of |B| |T_B| and |Aᵀ| |T_A|; and a status (modules,) int32.
     """
-    by_rank: defaultdict[int, list[int]] = defaultdict(list)
-    for i, b in enumerate(bs):
-        by_rank[b.shape[1]].append(i)
-    t_bs, ss, t_as = [Tensor()] * len(bs), [Tensor()] * len(bs), [Tensor()] * len(bs)
-    losses = torch.empty(len(bs), dtype=torch.float64)
-    for rank, members in by_rank.items():
-        grams = torch.empty(2, len(members), rank, rank, dtype=torch.float64)
-        for j, i in enumerate(members):
-            _gram(bs[i], grams[0, j])
-            _gram(as_[i].mT, grams[1, j])
-        lengths = torch.tensor([[len(bs[i]) for i in members], [as_[i].shape[1] for i in members]])
-        transforms, s, loss = _solve(grams, lengths)
-        for j, i in enumerate(members):
-            t_bs[i], ss[i], t_as[i] = transforms[0, j].clone(), s[j].clone(), transforms[1, j].clone()
-        losses[members] = loss
-    return t_bs, ss, t_as, losses
-
-
-def _gram(x: Tensor, out: Tensor) -> None:
-    wide = x.double()  # products of two float32 numbers are exact in float64
-    torch.mm(wide.mT, wide, out=out)
-
-
-def _solve(grams: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Transforms (2, c, r, r), s (c, r), losses (c,) from Gram matrices (2, c, r, r) of `lengths` rows."""
     from spectral_fast import _C
 
-    rank = grams.shape[-1]
-    triangles, _ = torch.linalg.cholesky_ex(grams, upper=True)  # a factor that does not exist shows in the loss
-    core = (triangles[0] @ triangles[1].mT).contiguous()
-    wt, s = torch.empty_like(core), core.new_empty(core.shape[:2])
-    status = torch.empty(len(core), dtype=torch.int32)
-    _C.jacobi_svd(core.numpy(), wt.numpy(), s.numpy(), status.numpy(), threads=torch.get_num_threads())
-    # R_A⁻¹ Z is R_Bᵀ W diag(1/s), so the core's right vectors are not needed.
-    t_b = torch.linalg.solve_triangular(triangles[0], wt.mT, upper=True)
-    transforms = torch.stack([t_b, (wt @ triangles[0]).mT / s[:, None]])
-    # What these steps lost shows in Tᵀ G T, which is I only if the triangles are Cholesky factors and W is
-    # orthogonal. What the Gram matrices had lost before does not show: with d² its diagonal, G errs by about
-    # (√length + r) roundoffs of d_i d_j, and T carries that into UᵀU.
-    seen = transforms.mT @ grams @ transforms - torch.eye(rank, dtype=torch.float64)
-    carried = (grams.diagonal(dim1=-2, dim2=-1)[..., None] * transforms.square()).sum((-2, -1))
-    unseen = (lengths.double().sqrt() + rank) * torch.finfo(torch.float64).eps / 2 * carried
-    losses = (seen.square().sum((-2, -1)).sqrt() + unseen).amax(0).nan_to_num(nan=math.inf)
-    losses[status != 0] = math.inf
-    return transforms, s, losses
+    bs, as_ = [b.contiguous() for b in bs], [a.contiguous() for a in as_]
+    rows = [
+        (b.data_ptr(), a.data_ptr(), b.shape[0], a.shape[1], b.shape[1], native.CODES[b.dtype], native.CODES[a.dtype])
+        for b, a in zip(bs, as_, strict=True)
+    ]
+    flat, quality, status = _results([b.shape[1] for b in bs])
+    _C.lowrank_svd(native.table(rows, 7), flat.numpy(), quality.numpy(), status.numpy(), torch.get_num_threads())
+    return flat, quality, status
 
 
-def _fake(bs: Sequence[Tensor], _: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float64)
-
-    ranks = [b.shape[1] for b in bs]
-    return (
-        [empty(r, r) for r in ranks],
-        [empty(r) for r in ranks],
-        [empty(r, r) for r in ranks],
-        empty(len(bs)),
-    )
+def _results(ranks: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    count = len(ranks)
+    flat = torch.empty(sum(r + 2 * r * r for r in ranks), dtype=torch.float64)
+    return flat, torch.empty(count, 2, dtype=torch.float64), torch.empty(count, dtype=torch.int32)
 
 
 _gram_svd = define(
     "gram_svd",
-    "(Tensor[] b, Tensor[] a) -> (Tensor[] t_b, Tensor[] s, Tensor[] t_a, Tensor loss)",
+    "(Tensor[] b, Tensor[] a) -> (Tensor flat, Tensor quality, Tensor status)",
     gram_svd,
-    _fake,
+    lambda bs, _: _results([b.shape[1] for b in bs]),
 )

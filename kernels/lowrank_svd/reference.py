@@ -19,6 +19,8 @@ class Factored(NamedTuple):
         s: (r,) float64, descending, not negative.
         t_a: (k', r) float64.
         basis_a: (k', n), either A itself or an orthonormal basis of its rows.
+        amplification: the largest column norm of |basis_b| |t_b| and |basis_aᵀ| |t_a|, where U and V have 1: what
+            rounding in these products is proportional to.
     """
 
     basis_b: Tensor
@@ -26,10 +28,15 @@ class Factored(NamedTuple):
     s: Tensor
     t_a: Tensor
     basis_a: Tensor
+    amplification: float = 1.0
 
 
-def factor(b: Tensor, a: Tensor) -> Factored:
+def factor(b: Tensor, a: Tensor, name: str) -> Factored:
     """The SVD of one b @ a; where r > min(m, n) the surplus directions have s = 0 and a zero vector."""
+    for x, which in ((b, "B"), (a, "A")):
+        # One pass without a temporary: a NaN makes both extremes NaN, an infinity is one of them.
+        if x.numel() and not torch.stack(torch.aminmax(x)).isfinite().all():
+            raise not_finite(name, which)
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().mT)
     w, s, zh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
@@ -37,6 +44,11 @@ def factor(b: Tensor, a: Tensor) -> Factored:
     return Factored(q_b, pad(w, surplus), pad(s, surplus), pad(zh.mT, surplus), q_a.mT)
 
 
-def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> list[Factored]:
+def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str]) -> list[Factored]:
     """The SVD of each product b @ a."""
-    return [factor(b, a) for b, a in zip(bs, as_, strict=True)]
+    return [factor(b, a, name) for b, a, name in zip(bs, as_, names, strict=True)]
+
+
+def not_finite(name: str, factor: str) -> ValueError:
+    """The error for a module whose factor "A" or "B" cannot be used."""
+    return ValueError(f"{name}: {factor} holds a NaN or an infinity; the adapter's file or its training is broken")

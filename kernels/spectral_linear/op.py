@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spectral_fast.kernels.sensitivity import segment_products
+
 
 def spectral_linear(x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> Tensor:
     """Add a LoRA branch in spectral form to a base layer's output: y + scaling · ((x V) ⊙ s) Uᵀ.
@@ -57,8 +59,7 @@ class _SpectralLinear(torch.autograd.Function):
         p, u, s, vh = ctx.saved_tensors
         scaling: float = ctx.scaling
         q = dy.reshape(-1, u.shape[0]).to(u.dtype) @ u
-        wide = torch.promote_types(p.dtype, torch.float32)
-        g = scaling * (q.to(wide) * p.to(wide)).sum(0)
+        [g] = scaling * segment_products(p, q)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = ((q * (scaling * s).to(q.dtype)) @ vh).view(*dy.shape[:-1], vh.shape[1])

@@ -1,0 +1,18 @@
+#if defined(__x86_64__)
+#include "region.h"
+
+SPECTRAL_FAST_BEGIN_TARGET("avx2,fma")
+namespace spectral_fast::avx2 {
+namespace {
+constexpr std::size_t kVectorBytes = 32;
+#include "kernels-inl.h"
+}  // namespace
+extern const Kernels kKernels{"avx2",
+                              [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+                              lowrank_svd,
+                              recompose,
+                              segment_products_of,
+                              jacobi_svd};
+}  // namespace spectral_fast::avx2
+SPECTRAL_FAST_END_TARGET
+#endif

@@ -1,0 +1,22 @@
+#if defined(__x86_64__)
+#include "region.h"
+
+SPECTRAL_FAST_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+namespace spectral_fast::avx512 {
+namespace {
+constexpr std::size_t kVectorBytes = 64;
+#include "kernels-inl.h"
+}  // namespace
+extern const Kernels kKernels{"avx512",
+                              [] {
+                                return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                                       __builtin_cpu_supports("fma");
+                              },
+                              lowrank_svd,
+                              recompose,
+                              segment_products_of,
+                              jacobi_svd};
+}  // namespace spectral_fast::avx512
+SPECTRAL_FAST_END_TARGET
+#endif

@@ -1,0 +1,30 @@
+// All kernel bodies, in the order in which they build on each other; the table at the end.
+
+#include "convert-inl.h"
+#include "eigen-inl.h"
+#include "gram-inl.h"
+#include "jacobi-inl.h"
+#include "lowrank_svd-inl.h"
+#include "products-inl.h"
+#include "recompose-inl.h"
+#include "sensitivity-inl.h"
+#include "vectors-inl.h"
+
+// A workspace per thread, freed when the thread ends.
+inline void lowrank_svd(SvdTask& task) {
+  thread_local LowrankSvd solve;
+  solve(task);
+}
+
+inline void recompose(RecomposeTask& task) {
+  thread_local RecomposeWorkspace work;
+  if (task.wide)
+    recompose_as<double>(task, work);
+  else
+    recompose_as<float>(task, work);
+}
+
+inline SvdStatus jacobi_svd(const double* m, double* wt, double* s, std::size_t r) {
+  thread_local JacobiSvd solve;
+  return solve(m, wt, s, r);
+}
