@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint format embedded clean
+.PHONY: demo test lint format embedded bench bench-smoke clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -36,6 +36,13 @@ format: $(VENV)/installed-test
 
 embedded: $(VENV)/installed
 	$(BIN)/python -m spectral_fast.embedded.make --out_dir embedded-output
+
+# Tables against peers and floors, results/<machine>.csv; bench-smoke runs the same code on tiny sizes.
+bench: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks
+
+bench-smoke: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks --quick
 
 clean:
 	rm -rf build dist *.egg-info demo-output embedded-output $(VENV)

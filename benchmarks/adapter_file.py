@@ -69,7 +69,7 @@ def check(folder: Path) -> None:
         b, a = (x.double() for x in source.read(source.modules[name]))
         b_new, a_new = (x.double() for x in edited.read(edited.modules[name]))
         dtype, rank = source.modules[name].dtype, b.shape[1]
-        s = reference.factor(b, a).s
+        s = reference.factor(b, a, name).s
         s_new = policy.apply(s, sensitivity.modules[name].g, name).s_new
         contract = RATIO * rank * EPS32
         lengths = torch.stack([b_new.square().sum(0), a_new.square().sum(1)]) / s_new

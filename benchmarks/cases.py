@@ -118,7 +118,8 @@ class Task:
         fields = json.loads(text)
         case, fields["peers"] = fields["case"], tuple(fields["peers"])
         if "model" in case:
-            case["model"], case["targets"] = Model(**case["model"]), tuple(case["targets"])
+            shapes = {name: tuple(shape) for name, shape in case["model"]["shapes"].items()}
+            case["model"], case["targets"] = Model(**case["model"] | {"shapes": shapes}), tuple(case["targets"])
             return cls(**fields | {"case": Adapter(**case)})
         return cls(**fields | {"case": Cores(**case)})
 

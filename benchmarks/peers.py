@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.factors import Factors
 from spectral_fast import _C
 from spectral_fast.kernels.lowrank_svd import reference
-from spectral_fast.spectrum import lowrank_svd
+from spectral_fast.spectrum import lowrank_svd, rebuild
 
 OURS = "spectral_fast"
 
@@ -22,9 +22,7 @@ OURS = "spectral_fast"
 def ours(factors: Factors) -> list[Tensor]:
     """Spectra of all modules in one call, then all factors anew."""
     spectra = lowrank_svd(factors.bs, factors.as_)
-    for spectrum, (_, _, s_new, outs) in zip(spectra, factors, strict=True):
-        for out, result in zip(outs, spectrum.rebuild(s_new), strict=True):
-            out.copy_(result)
+    rebuild(spectra, factors.s_new, factors.outs)
     return [spectrum.s for spectrum in spectra]
 
 
@@ -32,7 +30,7 @@ def by_reference(factors: Factors) -> list[Tensor]:
     """The kernel's definition: QR and SVD in float64."""
     found = []
     for b, a, s_new, (b_out, a_out) in factors:
-        x, root = reference.factor(b, a), s_new.sqrt()
+        x, root = reference.factor(b, a, "a module"), s_new.sqrt()
         b_out.copy_(x.basis_b @ (x.t_b * root))
         a_out.copy_((x.t_a * root).mT @ x.basis_a)
         found.append(x.s)

@@ -1,0 +1,170 @@
+"""The benchmarks measure what they say: the gate bites, repeats interleave, figures take the best peer."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Not through sys.path: the root holds `kernels/`, too, which must not be importable by that name.
+spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
+assert spec is not None
+sys.modules["benchmarks"] = module_from_spec(spec)
+
+from benchmarks import cases, factors, files, gate, peers, timing  # noqa: E402
+from benchmarks.cases import Adapter, Cores, Task  # noqa: E402
+from benchmarks.figures import FIGURES  # noqa: E402
+from benchmarks.records import Measurement, Table, write_csv  # noqa: E402
+
+TINY = Adapter(cases.TINY, cases.ALL_LINEAR, 8, "bfloat16")
+
+
+def rebuilt() -> tuple[factors.Factors, list[torch.Tensor]]:
+    unedited = factors.with_outputs(TINY)
+    s = peers.by_reference(unedited)
+    edited = replace(unedited, s_new=[gate.amplified(x) for x in s])
+    peers.by_reference(edited)
+    return edited, s
+
+
+@pytest.mark.parametrize("name", peers.REBUILD)
+def test_every_implementation_rebuilds_the_same_update(name: str) -> None:
+    edited, s = rebuilt()
+    part = edited.only(3)
+    part.outs[0][0].fill_(torch.nan)
+    with torch.no_grad():
+        gate.check_rebuilt(name, part, s[3:4], peers.REBUILD[name](part))
+
+
+def test_the_gate_refuses_one_wrong_factor() -> None:
+    edited, s = rebuilt()
+    edited.outs[5][1][0] *= 1.1  # the direction that carries most: others hide in bfloat16's rounding of it
+    with pytest.raises(gate.WrongResult, match="peer, module 5"):
+        gate.check_rebuilt("peer", edited, s, s)
+
+
+def test_the_gate_refuses_an_update_that_was_not_edited() -> None:
+    edited, s = rebuilt()
+    peers.by_reference(replace(edited, s_new=s))
+    with pytest.raises(gate.WrongResult, match="module 0"):
+        gate.check_rebuilt("peer", edited, s, s)
+
+
+def test_the_gate_refuses_what_was_never_written() -> None:
+    edited, s = rebuilt()
+    edited.outs[-1][0][0, 0] = torch.nan
+    with pytest.raises(gate.WrongResult):
+        gate.check_rebuilt("peer", edited, s, s)
+
+
+def test_the_gate_refuses_wrong_singular_values() -> None:
+    edited, s = rebuilt()
+    with pytest.raises(gate.WrongResult, match="module 0"):
+        gate.check_rebuilt("peer", edited, s, [1.001 * x for x in s])
+
+
+@pytest.mark.parametrize(
+    ("part", "what"), [(0, "orthogonality of U"), (1, "residual"), (2, "orthogonality of V")], ids=["u", "s", "vh"]
+)
+def test_the_gate_refuses_small_svds_of_single_precision(part: int, what: str) -> None:
+    matrices = factors.core_matrices(Cores(3, 8))
+    usv = list(peers.svd_batched(matrices))
+    gate.check_svd("exact", matrices, tuple(usv))
+    usv[part] = usv[part].float().double()
+    with pytest.raises(gate.WrongResult, match=f"{what}|residual"):
+        gate.check_svd("rounded", matrices, tuple(usv))
+
+
+def test_factors_have_the_condition_numbers_they_are_said_to_have() -> None:
+    case = replace(TINY, dtype="float32")
+    bs, as_ = factors.adapter_factors(case)
+    for b, a, kappa in zip(bs, as_, cases.spread(len(bs)), strict=True):
+        # A Gaussian (m, 8) with m ≥ 64 has singular values √m (1 ± √(8/m)), about: a condition below 3.
+        for factor in (b, a):
+            s = torch.linalg.svdvals(factor.double())
+            assert kappa / 3 < s[0] / s[-1] < 3 * kappa
+
+
+def test_runs_take_turns_and_a_slow_one_stops_at_its_budget() -> None:
+    order = []
+
+    def slow() -> None:
+        order.append("slow")
+        timing.time.sleep(0.02)
+
+    seconds = timing.interleave({"fast": lambda: order.append("fast"), "slow": slow}, rounds=3, budget=0.015)
+    assert order == ["fast", "slow", "fast", "fast"]
+    assert len(seconds["fast"]) == 3
+    assert seconds["slow"][0] >= 0.02
+
+
+@pytest.mark.parametrize("task", [*cases.FULL, *cases.QUICK], ids=str)
+def test_a_task_reaches_its_worker_unchanged(task: Task) -> None:
+    assert Task.loads(task.dumps()) == task
+
+
+def test_the_issue_s_adapters_have_their_known_sizes() -> None:
+    assert len(cases.SURGERY_70B.case.shapes()) == 160
+    assert len(cases.ALL_70B.case.shapes()) == 560
+    assert cases.EDIT_70B.case.nbytes == 1_656_750_080
+    assert cases.EDIT_70B.case.largest_module == 64 * (8192 + 28672) * 2
+
+
+def table(task: Task, *measurements: Measurement, cores: int = 2) -> Table:
+    return Table(task, cores, list(measurements), {"isa": "none", "torch": "0"}, 1, 1, 0.1)
+
+
+def test_a_figure_compares_with_the_best_number_of_threads_on_most_cores() -> None:
+    ours, slow, fast = (
+        Measurement(peers.OURS, 2, [1.0, 1.0, 5.0]),
+        Measurement("torch QR + SVD", 2, [20.0]),
+        Measurement("torch QR + SVD", 1, [9.0, 11.0]),
+    )
+    one_core = table(cases.SURGERY_70B, ours, replace(fast, seconds=[99.0]), cores=1)
+    line = FIGURES[0].line([one_core, table(cases.SURGERY_70B, ours, slow, fast)])
+    assert line is not None
+    assert line.split()[-4:] == ["10.00", "≥", "10", "PASS"]
+    assert FIGURES[1].line([one_core]) is None
+
+
+def test_what_misses_its_figure_is_called_short() -> None:
+    edit = table(
+        cases.EDIT_70B,
+        Measurement(files.WORK, 2, [4.2]),
+        Measurement(files.EDIT, 2, [6.0], peak_bytes=3 * 10**9),
+        Measurement(files.START, 2, [1.8]),
+        Measurement(files.COPY, 2, [2.0]),
+        Measurement(files.TORCH, 2, [1.5]),
+    )
+    ends = [figure.line([edit]).split()[-4:] for figure in FIGURES[3:]]
+    assert ends == [["2.10", "≤", "2", "short"], ["1.20", "≤", "1.3", "PASS"], ["5.58", "≤", "1", "short"]]
+
+
+def test_every_measurement_is_a_row(tmp_path: Path) -> None:
+    ours, other = Measurement(peers.OURS, 2, [1.0, 3.0]), Measurement("PEFT svd", 2, [8.0], extrapolated=True)
+    write_csv(tmp_path / "x.csv", [table(cases.CORES_64, ours, other)], {"cpu": "a, b"})
+    with (tmp_path / "x.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ratio_to_ours"] for row in rows] == ["1", "4"]
+    assert [row["extrapolated"] for row in rows] == ["no", "yes"]
+    assert [row["repeats"] for row in rows] == ["2", "1"]
+    assert rows[0]["cpu"] == "a, b"
+
+
+def test_a_quick_run_goes_all_the_way_and_leaves_the_committed_results_alone(tmp_path: Path) -> None:
+    results = {file: file.read_bytes() for file in (ROOT / "benchmarks" / "results").iterdir()}
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--cores", "1", "--only", "rebuild: tiny all"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "x.csv")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "spectral_fast" in done.stdout
+    assert "No figure to reach" in done.stdout
+    assert (tmp_path / "x.csv").read_text(encoding="utf-8").count("torch QR + SVD") == 1
+    assert {file: file.read_bytes() for file in (ROOT / "benchmarks" / "results").iterdir()} == results
