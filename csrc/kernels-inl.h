@@ -1,14 +1,16 @@
-// All kernel bodies, in the order in which they build on each other; the table at the end.
+// All kernel bodies, in the order in which they build on each other; the table's entries at the end.
 
+// clang-format off
+#include "vectors-inl.h"
 #include "convert-inl.h"
-#include "eigen-inl.h"
+#include "products-inl.h"
 #include "gram-inl.h"
+#include "eigen-inl.h"
 #include "jacobi-inl.h"
 #include "lowrank_svd-inl.h"
-#include "products-inl.h"
 #include "recompose-inl.h"
 #include "sensitivity-inl.h"
-#include "vectors-inl.h"
+// clang-format on
 
 // A workspace per thread, freed when the thread ends.
 inline void lowrank_svd(SvdTask& task) {

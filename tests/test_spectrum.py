@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_fast.backends import ENVIRONMENT_VARIABLE, native_missing
-from spectral_fast.spectrum import Spectrum, lowrank_svd, rebuild
+from spectral_fast.spectrum import Spectrum, lowrank_svd
 
 EPS = torch.finfo(torch.float32).eps
 CONDITIONS = (1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e8)

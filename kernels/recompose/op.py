@@ -93,7 +93,7 @@ def _cpu(products: Sequence[Product]) -> list[bool]:
     ]
     finite = torch.empty(len(products), dtype=torch.bool)
     _C.recompose(native.table(rows, 10), finite.numpy(), torch.get_num_threads())
-    return finite.tolist()  # type: ignore[no-any-return]
+    return finite.tolist()
 
 
 def _refuses(products: Sequence[Product] = ()) -> str | None:
