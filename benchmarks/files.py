@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -10,6 +11,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 from benchmarks.cases import LLAMA3_70B, Adapter, Model, Task
@@ -50,7 +52,9 @@ def edit(task: Task, all_cores: Sequence[int], work_dir: Path | None) -> Iterato
             _edit_command(big, cores)
             _helper("check", task, big, cores)
             rounds = [_round(big, small, cores) for _ in range(task.rounds)]
-            yield Table(task, cores, _measurements(rounds, cores), software, *_floor(task.case, rounds))
+            nbytes = 2 * task.case.nbytes  # read and written
+            bandwidth = nbytes / median(x[COPY].seconds for x in rounds)
+            yield Table(task, cores, _measurements(rounds, cores), software, nbytes, 0, bandwidth, math.inf)
 
 
 def _round(big: Path, small: Path, cores: int) -> dict[str, Finished]:
@@ -94,11 +98,6 @@ def _measurements(rounds: list[dict[str, Finished]], cores: int) -> list[Measure
         for name in (EDIT, START, COPY, TORCH)
     ]
     return [Measurement(WORK, cores, work), *whole]
-
-
-def _floor(case: Adapter, rounds: list[dict[str, Finished]]) -> tuple[int, int, float]:
-    """Bytes read and written, flops not counted, seconds of the fastest `cp`."""
-    return 2 * case.nbytes, 0, min(x[COPY].seconds for x in rounds)
 
 
 def _helper(action: str, task: Task, folder: Path, cores: int) -> Finished:

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
+from functools import partial
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases import Adapter, Cores
-from benchmarks.factors import Factors
 from benchmarks.timing import interleave
 
 SIDE = 2048  # of the square product: larger is no faster
 
 
-def bandwidth(factors: Factors) -> float:
-    """Bytes per second, read and written, of copying the factors to where the results go."""
+def bandwidth(pairs: list[tuple[Tensor, Tensor]]) -> float:
+    """Bytes per second, read and written, of copying all sources of (destination, source)."""
 
     def copy() -> None:
-        for b, a, _, (b_out, a_out) in factors:
-            b_out.copy_(b)
-            a_out.copy_(a)
+        for destination, source in pairs:
+            destination.copy_(source)
 
     copy()
-    moved = 2 * sum(x.nbytes for x in (*factors.bs, *factors.as_))
-    return moved / median(interleave({"copy": copy}, rounds=5, budget=2)["copy"])
+    moved = 2 * sum(source.nbytes for _, source in pairs)
+    return moved / median(interleave({"copy": copy}, rounds=9, budget=2)["copy"])
 
 
-def peak(dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product."""
-    x, y = torch.randn(2, SIDE, SIDE).to(dtype)
-    out = torch.mm(x, y)
-    seconds = interleave({"mm": lambda: torch.mm(x, y, out=out)}, rounds=5, budget=2)["mm"]
-    return 2 * SIDE**3 / median(seconds)
+def peak(*dtypes: torch.dtype) -> float:
+    """Operations per second of a large matrix product, in that dtype which is fastest."""
+    seconds = []
+    for dtype in dtypes:
+        x, y = torch.randn(2, SIDE, SIDE).to(dtype)
+        out = torch.mm(x, y)
+        runs = {"mm": partial(torch.mm, x, y, out=out)}
+        seconds.append(median(interleave(runs, rounds=9, budget=2)["mm"]))
+    return 2 * SIDE**3 / min(seconds)
 
 
 def rebuild_work(case: Adapter) -> tuple[int, int]:

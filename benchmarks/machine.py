@@ -22,7 +22,7 @@ def software() -> dict[str, str]:
 
     from spectral_fast import _C
 
-    return {"isa": _C.isa()["chosen"], "torch": torch.__version__}
+    return {"isa": str(_C.isa()["chosen"]), "torch": torch.__version__}
 
 
 def commit() -> str:

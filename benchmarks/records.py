@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,16 +47,23 @@ class Table:
         software: "isa" and "torch" of the process that worked.
         nbytes: bytes that must be moved.
         flops: operations that must be done.
-        floor: seconds that these take at the bandwidth and peak measured in this run.
+        bandwidth: bytes per second, read and written, that a copy reached in this run.
+        peak: operations per second that a large matrix product reached in this run.
     """
 
     task: Task
     cores: int
     measurements: list[Measurement]
     software: dict[str, str]
-    nbytes: int = 0
-    flops: int = 0
-    floor: float = field(default=0.0)
+    nbytes: int
+    flops: int
+    bandwidth: float
+    peak: float
+
+    @property
+    def floor(self) -> float:
+        """Seconds that the bytes or the operations take at these rates, whichever is more."""
+        return max(self.nbytes / self.bandwidth, self.flops / self.peak)
 
     def of(self, implementation: str) -> Measurement:
         """The fastest measurement of that name, over its numbers of threads."""
@@ -89,6 +96,8 @@ class Table:
                 "peak_bytes": x.peak_bytes,
                 "bytes": self.nbytes,
                 "flops": self.flops,
+                "bandwidth_bytes_s": f"{self.bandwidth:.4g}",
+                "peak_flops_s": f"{self.peak:.4g}",
                 "floor_s": f"{self.floor:.5g}",
                 **self.software,
                 **machine,
@@ -107,10 +116,10 @@ class Table:
                 f"  {x.implementation:<34}{x.threads:>8}{x.median:>11.4f}{min(x.seconds):>10.4f}"
                 f"{max(x.seconds):>10.4f}{len(x.seconds):>9}{self.ratio(x):>9.2f}{note}"
             )
-        if self.floor:
-            work = f"{self.nbytes / 1e9:.3g} GB, {self.flops / 1e9:.3g} Gflop"
-            ratio = self.floor / self.measurements[0].median
-            lines.append(f"  {'floor (' + work + ')':<42}{self.floor:>11.4f}{ratio:>38.2f}")
+        work = f"{self.nbytes / 1e9:.3g} GB at {self.bandwidth / 1e9:.3g} GB/s"
+        if self.flops:
+            work += f", {self.flops / 1e9:.3g} Gflop at {self.peak / 1e9:.3g} Gflop/s"
+        lines.append(f"  {'floor':<42}{self.floor:>11.4f}{self.floor / self.measurements[0].median:>38.2f}  {work}")
         return "\n".join(lines)
 
 

@@ -40,7 +40,7 @@ class Candidate:
 
 
 def rebuild(case: Adapter, names: list[str]) -> tuple[Iterator[Candidate], Callable[[], float]]:
-    """The singular values and new factors of an adapter, and the measurement of their floor in seconds."""
+    """The singular values and new factors of an adapter, and a measurement of the bandwidth of a copy."""
     factors = with_outputs(case)
     # The reference says which singular values are right, and so which ones to rebuild with.
     true_s = peers.by_reference(factors)
@@ -61,20 +61,19 @@ def rebuild(case: Adapter, names: list[str]) -> tuple[Iterator[Candidate], Calla
             run, check = peers.REBUILD[name], partial(gate.check_rebuilt, name, part, s)
             yield Candidate(name, partial(run, small), partial(run, part), check, share)
 
-    nbytes, flops = floors.rebuild_work(case)
-    dtype = getattr(torch, case.dtype)
-    return candidates(), lambda: max(nbytes / floors.bandwidth(factors), flops / floors.peak(dtype))
+    pairs = [pair for b, a, _, (b_out, a_out) in factors for pair in ((b_out, b), (a_out, a))]
+    return candidates(), partial(floors.bandwidth, pairs)
 
 
 def svd(case: Cores, names: list[str]) -> tuple[Iterator[Candidate], Callable[[], float]]:
-    """U, s and Vᵀ of a batch of small matrices, and the measurement of their floor in seconds."""
+    """U, s and Vᵀ of a batch of small matrices, and a measurement of the bandwidth of a copy."""
     matrices = core_matrices(case)
     candidates = (
         Candidate(name, partial(run, matrices[:2]), partial(run, matrices), partial(gate.check_svd, name, matrices))
         for name in names
         for run in [peers.SVD[name]]
     )
-    return candidates, lambda: floors.svd_work(case)[1] / floors.peak(torch.float64)
+    return candidates, partial(floors.bandwidth, [(torch.empty_like(matrices), matrices)])
 
 
 def measure(task: Task, cores: int, candidates: Iterator[Candidate]) -> list[Measurement]:
@@ -117,14 +116,16 @@ def main() -> None:
     torch.set_num_threads(args.cores)
     with torch.no_grad():
         if isinstance(task.case, Adapter):
-            candidates, floor = rebuild(task.case, names)
+            candidates, bandwidth = rebuild(task.case, names)
             work = floors.rebuild_work(task.case)
+            # Products of bfloat16 are as good in float32, where that is faster.
+            dtypes = {getattr(torch, task.case.dtype), torch.float32}
         else:
-            candidates, floor = svd(task.case, names)
-            work = floors.svd_work(task.case)
+            candidates, bandwidth = svd(task.case, names)
+            work, dtypes = floors.svd_work(task.case), {torch.float64}
         measurements = measure(task, args.cores, candidates)
         torch.set_num_threads(args.cores)
-        table = asdict(Table(task, args.cores, measurements, software(), *work, floor()))
+        table = asdict(Table(task, args.cores, measurements, software(), *work, bandwidth(), floors.peak(*dtypes)))
     del table["task"]
     print(json.dumps(table))
 

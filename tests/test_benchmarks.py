@@ -119,7 +119,7 @@ def test_the_issue_s_adapters_have_their_known_sizes() -> None:
 
 
 def table(task: Task, *measurements: Measurement, cores: int = 2) -> Table:
-    return Table(task, cores, list(measurements), {"isa": "none", "torch": "0"}, 1, 1, 0.1)
+    return Table(task, cores, list(measurements), {"isa": "none", "torch": "0"}, 8, 6, bandwidth=4, peak=2)
 
 
 def test_a_figure_compares_with_the_best_number_of_threads_on_most_cores() -> None:
@@ -157,6 +157,7 @@ def test_every_measurement_is_a_row(tmp_path: Path) -> None:
     assert [row["extrapolated"] for row in rows] == ["no", "yes"]
     assert [row["repeats"] for row in rows] == ["2", "1"]
     assert rows[0]["cpu"] == "a, b"
+    assert rows[0]["floor_s"] == "3"  # 6 operations at 2 a second take longer than 8 bytes at 4
 
 
 def test_a_quick_run_goes_all_the_way_and_leaves_the_committed_results_alone(tmp_path: Path) -> None:
