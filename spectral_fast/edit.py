@@ -17,7 +17,7 @@ from spectral_fast.pipeline import in_order
 from spectral_fast.policies import Edit, Policy
 from spectral_fast.provenance import versions
 from spectral_fast.sensitivity import Sensitivity
-from spectral_fast.spectrum import lowrank_svd
+from spectral_fast.spectrum import lowrank_svd, rebuild
 
 META = "spectral_edit_meta.json"
 Progress = Callable[[Sequence[LoraModule]], Iterable[LoraModule]]
@@ -45,8 +45,10 @@ def edit_adapter(
 ) -> dict[str, EditedModule]:
     """Write an edited copy of an adapter: B' = U diag(√s'), A' = diag(√s') Vᵀ for s' = policy(s, g).
 
-    One module is in memory at a time. The copy has the source's format, dtypes and other files, and
-    `spectral_edit_meta.json` with all that repeats the run. It appears at once when complete, or not at all.
+    Reading, SVD, rebuilding and writing of different modules overlap, and the source is hashed beside them; two
+    modules per thread are in memory, and one more. The bytes do not depend on the number of threads. The copy has
+    the source's format, dtypes and other files, and `spectral_edit_meta.json` with all that repeats the run. It
+    appears at once when complete, or not at all.
 
     Args:
         adapter: the adapter, opened; it is never touched.
@@ -83,7 +85,7 @@ def edit_adapter(
             [spectrum] = lowrank_svd([b], [a], [module.name])
             g = None if measured is None else measured.g(module, spectrum.s)
             result = EditedModule(spectrum.s, g, policy.apply(spectrum.s, g, module.name))
-            b, a = spectrum.rebuild(result.edit.s_new)
+            rebuild([spectrum], [result.edit.s_new], [(b, a)], [module.name])
             return module, result, b, a
 
         def noted(results: Iterable[tuple[LoraModule, EditedModule, Tensor, Tensor]]) -> Iterator[Any]:
@@ -112,7 +114,7 @@ def edit_adapter(
             return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
         with in_order(edit, progress(chosen), slots, threads) as results:
-            adapter.write(out_dir, noted(results), extra_files={META: record}, overwrite=overwrite)
+            adapter.write(out_dir, noted(results), extra_files={META: record}, overwrite=overwrite, check_finite=False)
     return edited
 
 

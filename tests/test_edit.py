@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -233,3 +236,50 @@ def test_nan_in_a_factor_is_named_and_nothing_is_written(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj"):
         edit_adapter(Adapter.open(tmp_path / "source"), RandomIndex(), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# 48 modules of 4.7 MB, 226 MB in all; the peak is that of a second edit, as the first brings libraries in.
+MEMORY = """
+import json, re, sys
+from pathlib import Path
+import torch
+from spectral_fast.adapter import Adapter
+from spectral_fast.edit import edit_adapter
+from spectral_fast.policies import RandomIndex
+from spectral_fast.tensorfile import Layout, TensorInfo, write_safetensors
+
+torch.set_num_threads(2)
+source = Path(sys.argv[1], "source")
+source.mkdir()
+m, n, r = 28672, 8192, 64
+prefixes = [f"base_model.model.model.layers.{layer}.mlp.up_proj" for layer in range(48)]
+sides = (("A", (r, n)), ("B", (m, r)))
+shapes = {f"{prefix}.lora_{side}.weight": shape for prefix in prefixes for side, shape in sides}
+layout = Layout.of({name: TensorInfo(torch.bfloat16, shape) for name, shape in shapes.items()})
+weights = source / "adapter_model.safetensors"
+write_safetensors(weights, layout, ((name, torch.randn(shape).bfloat16()) for name, shape in shapes.items()))
+(source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": r, "lora_alpha": r}))
+
+def resident(peak):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(("VmHWM" if peak else "VmRSS") + r":\\s+(\\d+) kB", status)[1])
+
+adapter = Adapter.open(source)
+modules = adapter.select(["all"])
+edit_adapter(adapter, RandomIndex(), Path(sys.argv[1], "small"), modules=modules[:1])
+before = resident(peak=False)
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+edit_adapter(adapter, RandomIndex(), Path(sys.argv[1], "out"), modules=modules)
+print(resident(peak=True) - before, (m + n) * r * 2, weights.stat().st_size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
+def test_an_edit_takes_the_memory_of_a_few_modules_whatever_the_adapter_s_size(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True)
+    shutil.rmtree(tmp_path)
+    assert result.returncode == 0, result.stderr
+    growth, largest, size = map(int, result.stdout.split())
+    print(growth, largest)
+    assert size > 40 * largest
+    assert growth < 8 * largest

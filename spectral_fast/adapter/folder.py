@@ -190,6 +190,7 @@ class Adapter:
         extra_files: Mapping[str, bytes | Callable[[], bytes]] | None = None,
         *,
         overwrite: bool = False,
+        check_finite: bool = True,
     ) -> None:
         """Write a copy of the adapter with edited factors, everything else byte for byte, in one atomic step.
 
@@ -200,6 +201,7 @@ class Adapter:
             edited: (module, b (m, r), a (r, n)) in the stored dtype, any device, any order; taken one by one.
             extra_files: name -> content of files to add or replace; functions are called after `edited` ends.
             overwrite: replace an adapter that is in `out_dir`.
+            check_finite: look for NaN and infinity in the factors; off for who knows that there is none.
 
         Raises:
             ValueError: factors that are not finite or not of the stored dtype and shape, a module that is
@@ -213,12 +215,14 @@ class Adapter:
                 raise ValueError(f"extra_files: {extra!r} must be the name of a file beside {name}")
         with replace_directory(out_dir, overwrite=overwrite, source=self.path, marker=CONFIG) as folder:
             _copy_folder(self.path, folder, (*_NOT_CONTENT, *WEIGHTS, *extra_files))
-            self.weights.rewrite(folder / name, self._factors(edited))
+            self.weights.rewrite(folder / name, self._factors(edited, check_finite))
             shutil.copymode(self.weights.path, folder / name)
             for extra, content in extra_files.items():
                 (folder / extra).write_bytes(content if isinstance(content, bytes) else content())
 
-    def _factors(self, edited: Iterable[tuple[LoraModule, Tensor, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    def _factors(
+        self, edited: Iterable[tuple[LoraModule, Tensor, Tensor]], check_finite: bool
+    ) -> Iterator[tuple[str, Tensor]]:
         for module, b, a in edited:
             if self.modules.get(module.name) != module:
                 raise ValueError(f"{module.name} is not an editable module of {self.path}")
@@ -228,7 +232,7 @@ class Adapter:
             ):
                 if factor.shape != shape:
                     raise ValueError(f"{key} needs an edited factor of shape {shape}, got {tuple(factor.shape)}")
-                if not _is_finite(factor):
+                if check_finite and not _is_finite(factor):
                     raise ValueError(
                         f"the edited {key} has NaN or infinite values ({factor.dtype} ends at "
                         f"{torch.finfo(factor.dtype).max:.3g}); edit less, or look for NaN in the source"
