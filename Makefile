@@ -42,7 +42,7 @@ bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks
 
 bench-smoke: $(VENV)/installed-test
-	$(BIN)/python -m benchmarks --quick
+	$(BIN)/python -m benchmarks --quick --cores 2
 
 clean:
 	rm -rf build dist *.egg-info demo-output embedded-output $(VENV)

@@ -5,8 +5,9 @@
 
     cases.py      workloads, as data             factors.py  their tensors
     peers.py      implementations compared       gate.py     what must hold before a time counts
-    timing.py     interleaved repeats, pinning   floors.py   measured bandwidth and peak
-    worker.py     one workload in one process    files.py    commands, timed from outside
+    workloads.py  both together, and floors      timing.py   interleaved repeats, pinning
+    worker.py     one workload in one process    floors.py   measured bandwidth and peak
+    files.py      commands, timed from outside   machine.py  where it ran
     records.py    rows of the CSV                figures.py  the figures to reach
-    run.py        all of it, in order            machine.py  where it ran
+    run.py        all of it, in order
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 Shape = tuple[int, int]
@@ -84,9 +84,27 @@ class Cores:
 
     count: int
     rank: int
+    dtype: str = "float64"
 
     def __str__(self) -> str:
-        return f"{self.count} matrices of {self.rank} × {self.rank}, float64"
+        return f"{self.count} matrices of {self.rank} × {self.rank}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What a forward and backward pass leaves of each module: p and q (tokens, r), in samples of unequal length."""
+
+    modules: int
+    samples: int
+    tokens: int
+    rank: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.modules} modules, {self.tokens} tokens in {self.samples} samples, r = {self.rank}, {self.dtype}"
+
+
+Case = Adapter | Cores | Projections
 
 
 @dataclass(frozen=True)
@@ -94,16 +112,17 @@ class Task:
     """One workload as a worker runs it.
 
     Attributes:
-        work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores) or "edit" (file to file).
+        work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores), "sensitivity" (from
+            projections), or "edit" (file to file).
         case: what it is done to.
-        peers: names in ``peers.REBUILD`` or ``peers.SVD``.
+        peers: names in ``peers.REBUILD``, ``peers.SVD`` or ``peers.SENSITIVITY``.
         rounds: repeats of each implementation, at most.
         budget: seconds after which an implementation is not repeated any more; a first run that takes longer, which
             the gate checks, is its only one.
     """
 
     work: str
-    case: Adapter | Cores
+    case: Case
     peers: tuple[str, ...]
     rounds: int
     budget: float
@@ -117,30 +136,31 @@ class Task:
         """The inverse of ``dumps``."""
         fields = json.loads(text)
         case, fields["peers"] = fields["case"], tuple(fields["peers"])
-        if "model" in case:
+        if fields["work"] in ("rebuild", "edit"):
             shapes = {name: tuple(shape) for name, shape in case["model"]["shapes"].items()}
             case["model"], case["targets"] = Model(**case["model"] | {"shapes": shapes}), tuple(case["targets"])
-            return cls(**fields | {"case": Adapter(**case)})
-        return cls(**fields | {"case": Cores(**case)})
+        kinds: dict[str, Callable[..., Case]] = {"svd": Cores, "sensitivity": Projections}
+        return cls(**fields | {"case": kinds.get(fields["work"], Adapter)(**case)})
 
 
 PER_MODULE = ("reference", "torch QR + SVD")
 LOW_RANK = (*PER_MODULE, "torch batched SVD", "SciPy QR + SVD")
 DENSE = ("torch.svd_lowrank", "PEFT svd")
+SEGMENTS = ("reference", "torch sum per sample")
 CORES = ("torch batched SVD", "torch SVD one by one", "SciPy one by one")
 
 
 def _rebuild(
-    model: Model, targets: tuple[str, ...], rank: int, dtype: str, *peers: str, rounds: int = 3, budget: float = 4
+    model: Model, targets: tuple[str, ...], rank: int, dtype: str, *peers: str, rounds: int = 3, budget: float = 3
 ) -> Task:
     return Task("rebuild", Adapter(model, targets, rank, dtype), peers, rounds, budget)
 
 
 # The two adapters that the figures are about, with all that they are compared with.
-SURGERY_70B = _rebuild(LLAMA3_70B, SURGERY, 64, "bfloat16", *LOW_RANK, DENSE[0], rounds=7, budget=12)
-ALL_70B = _rebuild(LLAMA3_70B, ALL_LINEAR, 16, "bfloat16", *LOW_RANK, rounds=7, budget=12)
-CORES_64 = Task("svd", Cores(560, 64), CORES, rounds=9, budget=8)
-EDIT_70B = Task("edit", Adapter(LLAMA3_70B, ALL_LINEAR, 64, "bfloat16"), (), rounds=7, budget=60)
+SURGERY_70B = _rebuild(LLAMA3_70B, SURGERY, 64, "bfloat16", *LOW_RANK, DENSE[0], rounds=7, budget=8)
+ALL_70B = _rebuild(LLAMA3_70B, ALL_LINEAR, 16, "bfloat16", *LOW_RANK, rounds=7, budget=8)
+CORES_64 = Task("svd", Cores(560, 64), CORES, rounds=9, budget=5)
+EDIT_70B = Task("edit", Adapter(LLAMA3_70B, ALL_LINEAR, 64, "bfloat16"), (), rounds=5, budget=60)
 
 FULL = (
     SURGERY_70B,
@@ -152,12 +172,13 @@ FULL = (
     _rebuild(LLAMA2_7B, ALL_LINEAR, 16, "float32", *PER_MODULE),
     _rebuild(LLAMA2_7B, ALL_LINEAR, 64, "bfloat16", *PER_MODULE),
     _rebuild(LLAMA3_70B, SURGERY, 16, "bfloat16", *PER_MODULE),
-    _rebuild(LLAMA3_70B, SURGERY, 64, "float32", *PER_MODULE),
     _rebuild(LLAMA3_70B, SURGERY, 128, "bfloat16", *PER_MODULE),
     _rebuild(LLAMA3_70B, ALL_LINEAR, 64, "bfloat16", *PER_MODULE),
     CORES_64,
     Task("svd", Cores(560, 16), CORES, rounds=9, budget=2),
-    Task("svd", Cores(160, 128), CORES, rounds=5, budget=6),
+    Task("svd", Cores(160, 128), CORES, rounds=5, budget=4),
+    Task("sensitivity", Projections(80, 32, 6400, 64, "bfloat16"), SEGMENTS, rounds=9, budget=3),
+    Task("sensitivity", Projections(80, 32, 6400, 16, "float32"), SEGMENTS, rounds=9, budget=3),
     EDIT_70B,
 )
 
@@ -166,5 +187,6 @@ QUICK = (
     _rebuild(TINY, SURGERY, 8, "bfloat16", *LOW_RANK, *DENSE, rounds=2, budget=1),
     _rebuild(TINY, ALL_LINEAR, 4, "float32", *PER_MODULE, rounds=2, budget=1),
     Task("svd", Cores(6, 16), CORES, rounds=2, budget=1),
+    Task("sensitivity", Projections(3, 5, 200, 16, "bfloat16"), SEGMENTS, rounds=2, budget=1),
     Task("edit", Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), (), rounds=1, budget=60),
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Adapter, Cores, spread
+from benchmarks.cases import Adapter, Cores, Projections, spread
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,13 @@ def core_matrices(case: Cores) -> Tensor:
     """The batch (count, r, r) float64; condition numbers as in the adapters."""
     generator = torch.Generator().manual_seed(0)
     return torch.cat([conditioned(1, case.rank, kappa, generator) for kappa in spread(case.count)])
+
+
+def projections(case: Projections) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """(p, q) of each module, and the first token of each sample with the number of tokens last."""
+    generator = torch.Generator().manual_seed(0)
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    cuts = torch.randperm(case.tokens - 1, generator=generator)[: case.samples - 1] + 1
+    starts = torch.cat([torch.tensor([0]), cuts.sort().values, torch.tensor([case.tokens])])
+    shape = (case.modules, 2, case.tokens, case.rank)
+    return [(pq[0], pq[1]) for pq in torch.randn(shape, generator=generator).to(dtype)], starts

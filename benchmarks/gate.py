@@ -83,3 +83,17 @@ def check_svd(implementation: str, matrices: Tensor, usv: tuple[Tensor, Tensor, 
             raise WrongResult(f"{implementation}: {what} must be at most {RATIO} r ε, got {ratio:.3g} r ε")
     if not ((s[:, 1:] <= s[:, :-1]).all() and (s >= 0).all()):
         raise WrongResult(f"{implementation}: singular values must be sorted and not negative")
+
+
+def check_sensitivity(
+    implementation: str, pairs: Sequence[tuple[Tensor, Tensor]], starts: Tensor, sums: Sequence[Tensor]
+) -> None:
+    """Against sums in float64; a sum of n terms in float32 may err by n u Σ |p q|, u = ε / 2."""
+    lengths = starts.diff()
+    for i, ((p, q), mine) in enumerate(zip(pairs, sums, strict=True)):
+        terms = torch.split(p.double() * q.double(), lengths.tolist())
+        exact = torch.stack([x.sum(0) for x in terms])
+        bound = lengths[:, None] * EPS32 / 2 * torch.stack([x.abs().sum(0) for x in terms])
+        if not ((mine - exact).abs() <= bound).all():
+            worst = float(((mine - exact).abs() / bound).amax())
+            raise WrongResult(f"{implementation}, module {i}: a sum errs by {worst:.3g} of its bound")

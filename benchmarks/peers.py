@@ -1,7 +1,8 @@
 """The implementations that are compared: ours, the reference, and what people run today.
 
 Those of ``REBUILD`` find the singular values of every module and write B' = U diag(√s'), A' = diag(√s') Vᵀ
-for the given s' into the given memory. Those of ``SVD`` return U, s and Vᵀ of a batch of matrices.
+for the given s' into the given memory. Those of ``SVD`` return U, s and Vᵀ of a batch of matrices, those of
+``SENSITIVITY`` the sums of p ⊙ q per sample, (samples, r), of every module.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from torch import Tensor
 from benchmarks.factors import Factors
 from spectral_fast import _C
 from spectral_fast.kernels.lowrank_svd import reference
+from spectral_fast.kernels.sensitivity import op as sensitivity
+from spectral_fast.kernels.sensitivity import segment_products
 from spectral_fast.spectrum import lowrank_svd, rebuild
 
 OURS = "spectral_fast"
+Pairs = list[tuple[Tensor, Tensor]]  # p and q of each module
 
 
 def ours(factors: Factors) -> list[Tensor]:
@@ -154,6 +158,22 @@ def _stacked(found: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
+def our_sensitivity(pairs: Pairs, starts: Tensor) -> list[Tensor]:
+    """The kernel, once per module."""
+    return [segment_products(p, q, starts) for p, q in pairs]
+
+
+def sensitivity_reference(pairs: Pairs, starts: Tensor) -> list[Tensor]:
+    """The kernel's definition."""
+    return [sensitivity.reference(p, q, starts) for p, q in pairs]
+
+
+def sensitivity_per_sample(pairs: Pairs, starts: Tensor) -> list[Tensor]:
+    """What one would write: multiply in float32, and sum each sample's rows."""
+    lengths = starts.diff().tolist()
+    return [torch.stack([x.sum(0) for x in torch.split(p.float() * q.float(), lengths)]) for p, q in pairs]
+
+
 REBUILD: dict[str, Callable[[Factors], list[Tensor]]] = {
     OURS: ours,
     "reference": by_reference,
@@ -169,6 +189,11 @@ SVD: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "torch SVD one by one": svd_one_by_one,
     "SciPy one by one": svd_scipy,
 }
+SENSITIVITY: dict[str, Callable[[Pairs, Tensor], list[Tensor]]] = {
+    OURS: our_sensitivity,
+    "reference": sensitivity_reference,
+    "torch sum per sample": sensitivity_per_sample,
+}
 
 # These form ΔW. One module is run, and its time is multiplied by what the others cost beside it: m n r for the
 # products of ΔW with thin matrices, m n min(m, n) for a full SVD.
@@ -177,4 +202,4 @@ DENSE_COST: dict[str, Callable[[int, int, int], int]] = {
     "PEFT svd": lambda m, n, _: m * n * min(m, n),
 }
 # What may be faster with one thread than with all is run with both.
-ONE_THREAD_TOO = ("torch QR + SVD", "torch batched SVD", "torch SVD one by one")
+ONE_THREAD_TOO = ("torch QR + SVD", "torch batched SVD", "torch SVD one by one", "torch sum per sample")

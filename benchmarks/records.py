@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cases import KAPPAS, Adapter, Task
+from benchmarks.cases import KAPPAS, Projections, Task
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,15 @@ class Table:
     def rows(self, machine: dict[str, str]) -> Iterator[dict[str, Any]]:
         """One row of the CSV per measurement."""
         case = self.task.case
+        conditioned = not isinstance(case, Projections)
         for x in self.measurements:
             yield {
                 "work": self.task.work,
                 "case": str(case),
                 "rank": case.rank,
-                "dtype": case.dtype if isinstance(case, Adapter) else "float64",
-                "kappa_min": f"{KAPPAS[0]:g}",
-                "kappa_max": f"{KAPPAS[1]:g}",
+                "dtype": case.dtype,
+                "kappa_min": f"{KAPPAS[0]:g}" if conditioned else "",
+                "kappa_max": f"{KAPPAS[1]:g}" if conditioned else "",
                 "cores": self.cores,
                 "threads": x.threads,
                 "implementation": x.implementation,
@@ -105,7 +106,7 @@ class Table:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.task.work}: {self.task.case}, κ {KAPPAS[0]:g} to {KAPPAS[1]:g}, {self.cores} core(s)",
+            f"{self.task.work}: {self.task.case}, {self.cores} core(s)",
             f"  {'implementation':<34}{'threads':>8}{'median s':>11}{'min':>10}{'max':>10}{'repeats':>9}{'× ours':>9}",
         ]
         for x in self.measurements:

@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if out is None and not (args.quick or args.only):
         out = RESULTS / f"{slug(facts)}.csv"
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_csv(out, done, machine)
         print(f"wrote {out.name}: {sum(len(table.measurements) for table in done)} rows")
     return 0

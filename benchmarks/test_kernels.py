@@ -11,8 +11,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import gate, peers
-from benchmarks.cases import LLAMA3_70B, SURGERY, Adapter, Cores
-from benchmarks.factors import Factors, core_matrices, with_outputs
+from benchmarks.cases import LLAMA3_70B, SURGERY, Adapter, Cores, Projections
+from benchmarks.factors import Factors, core_matrices, projections, with_outputs
 from spectral_fast.spectrum import lowrank_svd, rebuild
 
 LAYERS = replace(LLAMA3_70B, name="4 layers of Llama-3-70B", layers=4)
@@ -52,3 +52,11 @@ def test_small_svds(benchmark: BenchmarkFixture, case: Cores) -> None:
     matrices = core_matrices(case)
     gate.check_svd(peers.OURS, matrices, peers.our_svd(matrices))
     benchmark(peers.our_svd, matrices)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_sensitivity(benchmark: BenchmarkFixture, dtype: str) -> None:
+    """Sums over the tokens of 32 samples, of four modules."""
+    pairs, starts = projections(Projections(4, 32, 6400, 64, dtype))
+    gate.check_sensitivity(peers.OURS, pairs, starts, peers.our_sensitivity(pairs, starts))
+    benchmark(peers.our_sensitivity, pairs, starts)

@@ -83,6 +83,16 @@ def test_the_gate_refuses_small_svds_of_single_precision(part: int, what: str) -
         gate.check_svd("rounded", matrices, tuple(usv))
 
 
+def test_the_gate_refuses_a_sum_that_lacks_a_token() -> None:
+    pairs, starts = factors.projections(cases.Projections(2, 5, 200, 16, "bfloat16"))
+    sums = peers.sensitivity_per_sample(pairs, starts)
+    gate.check_sensitivity("exact", pairs, starts, sums)
+    p, q = pairs[1]
+    sums[1][-1] -= p[-1].float() * q[-1].float()
+    with pytest.raises(gate.WrongResult, match="tail, module 1"):
+        gate.check_sensitivity("tail", pairs, starts, sums)
+
+
 def test_factors_have_the_condition_numbers_they_are_said_to_have() -> None:
     case = replace(TINY, dtype="float32")
     bs, as_ = factors.adapter_factors(case)
@@ -161,11 +171,11 @@ def test_every_measurement_is_a_row(tmp_path: Path) -> None:
 
 
 def test_a_quick_run_goes_all_the_way_and_leaves_the_committed_results_alone(tmp_path: Path) -> None:
-    results = {file: file.read_bytes() for file in (ROOT / "benchmarks" / "results").iterdir()}
+    results = {file: file.read_bytes() for file in ROOT.glob("benchmarks/results/*")}
     command = [sys.executable, "-m", "benchmarks", "--quick", "--cores", "1", "--only", "rebuild: tiny all"]
     done = subprocess.run([*command, "--out", str(tmp_path / "x.csv")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "spectral_fast" in done.stdout
     assert "No figure to reach" in done.stdout
     assert (tmp_path / "x.csv").read_text(encoding="utf-8").count("torch QR + SVD") == 1
-    assert {file: file.read_bytes() for file in (ROOT / "benchmarks" / "results").iterdir()} == results
+    assert {file: file.read_bytes() for file in ROOT.glob("benchmarks/results/*")} == results
