@@ -125,7 +125,7 @@ class Task:
     case: Case
     peers: tuple[str, ...]
     rounds: int
-    budget: float
+    budget: float = math.inf
 
     def dumps(self) -> str:
         """As JSON, for the command line of a worker."""
@@ -160,7 +160,7 @@ def _rebuild(
 SURGERY_70B = _rebuild(LLAMA3_70B, SURGERY, 64, "bfloat16", *LOW_RANK, DENSE[0], rounds=7, budget=8)
 ALL_70B = _rebuild(LLAMA3_70B, ALL_LINEAR, 16, "bfloat16", *LOW_RANK, rounds=7, budget=8)
 CORES_64 = Task("svd", Cores(560, 64), CORES, rounds=9, budget=5)
-EDIT_70B = Task("edit", Adapter(LLAMA3_70B, ALL_LINEAR, 64, "bfloat16"), (), rounds=5, budget=60)
+EDIT_70B = Task("edit", Adapter(LLAMA3_70B, ALL_LINEAR, 64, "bfloat16"), (), rounds=5)
 
 FULL = (
     SURGERY_70B,
@@ -188,5 +188,5 @@ QUICK = (
     _rebuild(TINY, ALL_LINEAR, 4, "float32", *PER_MODULE, rounds=2, budget=1),
     Task("svd", Cores(6, 16), CORES, rounds=2, budget=1),
     Task("sensitivity", Projections(3, 5, 200, 16, "bfloat16"), SEGMENTS, rounds=2, budget=1),
-    Task("edit", Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), (), rounds=1, budget=60),
+    Task("edit", Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), (), rounds=1),
 )

@@ -30,12 +30,12 @@ def probe_error(b: Tensor, a: Tensor, wanted: Callable[[Tensor], Tensor]) -> Ten
     """Estimate of ‖B A − X‖_F without forming either: ‖(B A − X) Ω‖_F / √8 for a Gaussian Ω with 8 columns.
 
     Args:
-        b: (m, r) float64.
-        a: (r, n) float64.
+        b: (m, r).
+        a: (r, n), of the same dtype.
         wanted: Ω (n, 8) -> X Ω (m, 8).
     """
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(a.shape[1], PROBES, generator=generator, dtype=torch.float64)
+    probes = torch.randn(a.shape[1], PROBES, generator=generator, dtype=a.dtype)
     estimate: Tensor = (b @ (a @ probes) - wanted(probes)).norm() / PROBES**0.5
     return estimate
 
@@ -45,19 +45,20 @@ def check_rebuilt(implementation: str, factors: Factors, s: Sequence[Tensor], fo
 
     The error may be 30 r ε ‖B‖‖A‖, the contract of the SVD in float32, times 2, the polynomial's greatest slope,
     once for the vectors and once for s', which comes from `s` and not from `found`; and 2 u ‖ΔW'‖ from rounding
-    B' and A' to their dtype; all doubled, as the estimate is random.
+    B' and A' to their dtype; all doubled, as the estimate is random. The estimate itself is taken in float32,
+    which adds some ε ‖B‖‖A‖, far below the first term.
     """
     for i, ((b, a, s_new, (b_new, a_new)), mine, true) in enumerate(zip(factors, found, s, strict=True)):
         rank, top = b.shape[1], true.amax()
         wrong_s = float((mine.double() - true).abs().amax() / (RATIO * rank * EPS32 * top))
-        b64, a64 = b.double(), a.double()
+        b32, a32 = b.float(), a.float()
 
-        def polynomial(probes: Tensor, b: Tensor = b64, a: Tensor = a64, top: Tensor = top) -> Tensor:
+        def polynomial(probes: Tensor, b: Tensor = b32, a: Tensor = a32, top: Tensor = top) -> Tensor:
             y = a @ probes
-            return b @ (0.8 * y + 0.4 / top**2 * (a @ (a.mT @ (b.mT @ (b @ y)))))
+            return b @ (0.8 * y + 0.4 / float(top) ** 2 * (a @ (a.mT @ (b.mT @ (b @ y)))))
 
-        error = probe_error(b_new.double(), a_new.double(), polynomial)
-        contract = 2 * 2 * RATIO * rank * EPS32 * b64.norm() * a64.norm()
+        error = probe_error(b_new.float(), a_new.float(), polynomial)
+        contract = 2 * 2 * RATIO * rank * EPS32 * b32.norm() * a32.norm()
         bound = 2 * (contract + torch.finfo(b_new.dtype).eps * s_new.norm())
         if not (wrong_s <= 1 and error <= bound):
             raise WrongResult(
