@@ -9,13 +9,12 @@
 #include <vector>
 
 #include "kernels.h"
-#include "parallel.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using spectral_fast::DType, spectral_fast::Factor, spectral_fast::kernels, spectral_fast::Shape;
+using spectral_fast::DType, spectral_fast::Factor, spectral_fast::Shape;
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
@@ -56,7 +55,6 @@ void lowrank_svd(const Table& modules, Array<double>& out, Array<double>& qualit
   expect_shape("status", status, {count});
   const auto row = modules.unchecked<2>();
   std::vector<spectral_fast::SvdTask> tasks;
-  std::vector<double> cost;
   double* next = out.mutable_data();
   for (py::ssize_t i = 0; i < count; ++i) {
     const auto m = row(i, 2), n = row(i, 3), r = row(i, 4);
@@ -68,19 +66,17 @@ void lowrank_svd(const Table& modules, Array<double>& out, Array<double>& qualit
     task.t_a = task.t_b + r * r;
     next = task.t_a + r * r;
     tasks.push_back(task);
-    cost.push_back(static_cast<double>(r) * static_cast<double>(r) * static_cast<double>(m + n + 100 * r));
   }
   expect_shape("out", out, {next - out.mutable_data()});
   double* qualities = quality.mutable_data();
   std::int32_t* outcome = status.mutable_data();
-  const auto& chosen = kernels();
   py::gil_scoped_release release;
-  spectral_fast::parallel_for(cost, threads, [&](std::size_t i) {
-    chosen.lowrank_svd(tasks[i]);
+  spectral_fast::lowrank_svd(tasks, threads);
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
     qualities[2 * i] = tasks[i].loss;
     qualities[2 * i + 1] = tasks[i].amplification;
     outcome[i] = static_cast<std::int32_t>(tasks[i].status);
-  });
+  }
 }
 
 void recompose(const Table& factors, Array<bool>& finite, int threads) {
@@ -90,7 +86,6 @@ void recompose(const Table& factors, Array<bool>& finite, int threads) {
   expect_shape("finite", finite, {count});
   const auto row = factors.unchecked<2>();
   std::vector<spectral_fast::RecomposeTask> tasks;
-  std::vector<double> cost;
   for (py::ssize_t i = 0; i < count; ++i) {
     spectral_fast::RecomposeTask task{};
     task.basis = factor(row(i, 0), row(i, 1), row(i, 2) == 0 ? Shape::tall : Shape::flat, row(i, 3), row(i, 4));
@@ -100,15 +95,11 @@ void recompose(const Table& factors, Array<bool>& finite, int threads) {
     task.out_dtype = static_cast<DType>(row(i, 8));
     task.wide = row(i, 9) != 0;
     tasks.push_back(task);
-    cost.push_back(static_cast<double>(task.basis.length) * static_cast<double>(task.basis.r * task.rank));
   }
   bool* all_finite = finite.mutable_data();
-  const auto& chosen = kernels();
   py::gil_scoped_release release;
-  spectral_fast::parallel_for(cost, threads, [&](std::size_t i) {
-    chosen.recompose(tasks[i]);
-    all_finite[i] = tasks[i].finite;
-  });
+  spectral_fast::recompose(tasks, threads);
+  for (std::size_t i = 0; i < tasks.size(); ++i) all_finite[i] = tasks[i].finite;
 }
 
 void segment_products(std::int64_t p, std::int64_t q, std::int64_t dtype, const Array<std::int64_t>& starts,
@@ -118,15 +109,12 @@ void segment_products(std::int64_t p, std::int64_t q, std::int64_t dtype, const 
   const auto segments = starts.shape(0) - 1;
   const auto r = out.ndim() == 2 ? out.shape(1) : 0;
   expect_shape("out", out, {segments, r});
-  const auto code = factor(p, dtype, Shape::tall, 0, r).dtype;
-  const spectral_fast::SensitivityTask task{address<const void>(p),      address<const void>(q), code,
-                                            static_cast<std::size_t>(r), starts.data(),          out.mutable_data()};
-  std::vector<double> cost;
-  for (py::ssize_t i = 0; i < segments; ++i)
-    cost.push_back(static_cast<double>(starts.at(i + 1) - starts.at(i)) * static_cast<double>(r));
-  const auto& chosen = kernels();
+  if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be from 0 to 2, got " + std::to_string(dtype));
+  const spectral_fast::SensitivityTask task{
+      address<const void>(p),      address<const void>(q), static_cast<DType>(dtype),
+      static_cast<std::size_t>(r), starts.data(),          out.mutable_data()};
   py::gil_scoped_release release;
-  spectral_fast::parallel_for(cost, threads, [&](std::size_t i) { chosen.segment_products(task, i); });
+  spectral_fast::segment_products(task, static_cast<std::size_t>(segments), threads);
 }
 
 void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<std::int32_t>& status, int threads) {
@@ -140,13 +128,9 @@ void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Arr
   const double* in = m.data();
   double *vectors = wt.mutable_data(), *values = s.mutable_data();
   std::int32_t* outcome = status.mutable_data();
-  const std::vector<double> cost(static_cast<std::size_t>(count), 50.0 * static_cast<double>(r * r * r));
-  const auto& chosen = kernels();
   py::gil_scoped_release release;
-  spectral_fast::parallel_for(cost, threads, [&](std::size_t i) {
-    outcome[i] = static_cast<std::int32_t>(
-        chosen.jacobi_svd(in + i * r * r, vectors + i * r * r, values + i * r, static_cast<std::size_t>(r)));
-  });
+  spectral_fast::jacobi_svd(in, vectors, values, outcome, static_cast<std::size_t>(count), static_cast<std::size_t>(r),
+                            threads);
 }
 
 py::dict isa() {
@@ -157,7 +141,7 @@ py::dict isa() {
     if (candidate.supported()) supported.emplace_back(candidate.isa);
   }
   py::dict result;
-  result["chosen"] = kernels().isa;
+  result["chosen"] = spectral_fast::kernels().isa;
   result["supported"] = supported;
   result["built"] = built;
   return result;

@@ -7,6 +7,11 @@ namespace {
 constexpr std::size_t kVectorBytes = 32;
 #include "kernels-inl.h"
 }  // namespace
+}  // namespace spectral_fast::avx2
+SPECTRAL_FAST_END_TARGET
+
+// Outside of the region: a processor without these instructions asks, too.
+namespace spectral_fast::avx2 {
 extern const Kernels kKernels{"avx2",
                               [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
                               lowrank_svd,
@@ -14,5 +19,4 @@ extern const Kernels kKernels{"avx2",
                               segment_products_of,
                               jacobi_svd};
 }  // namespace spectral_fast::avx2
-SPECTRAL_FAST_END_TARGET
 #endif

@@ -7,6 +7,11 @@ namespace {
 constexpr std::size_t kVectorBytes = 64;
 #include "kernels-inl.h"
 }  // namespace
+}  // namespace spectral_fast::avx512
+SPECTRAL_FAST_END_TARGET
+
+// Outside of the region: a processor without these instructions asks, too.
+namespace spectral_fast::avx512 {
 extern const Kernels kKernels{"avx512",
                               [] {
                                 return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -18,5 +23,4 @@ extern const Kernels kKernels{"avx512",
                               segment_products_of,
                               jacobi_svd};
 }  // namespace spectral_fast::avx512
-SPECTRAL_FAST_END_TARGET
 #endif

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace spectral_fast {
 
@@ -19,6 +20,7 @@ struct Factor {
   std::size_t length, r;
 };
 
+// Of a single matrix, b_not_finite stands for itself.
 enum class SvdStatus : std::int32_t { converged = 0, not_converged = 1, b_not_finite = 2, a_not_finite = 3 };
 
 // One module's B A = U diag(s) V^T with U = B t_b and V = A^T t_a. Outputs: s (r, descending, not negative), t_b and
@@ -45,7 +47,8 @@ struct RecomposeTask {
   bool finite;  // set: every value of out is
 };
 
-// out[t] = sum over the tokens starts[t] <= n < starts[t + 1] of p_n * q_n, elementwise; p, q are tokens x r.
+// out[t] = sum over the tokens starts[t] <= n < starts[t + 1] of p_n * q_n, elementwise; p, q are tokens x r, of any
+// type but float64.
 struct SensitivityTask {
   const void *p, *q;
   DType dtype;
@@ -61,7 +64,6 @@ struct Kernels {
   void (*lowrank_svd)(SvdTask&);
   void (*recompose)(RecomposeTask&);
   void (*segment_products)(const SensitivityTask&, std::size_t segment);
-  // Singular values s and left vectors (rows of wt) of one row-major r x r matrix, see jacobi_svd below.
   SvdStatus (*jacobi_svd)(const double* m, double* wt, double* s, std::size_t r);
 };
 
@@ -71,5 +73,16 @@ extern const std::size_t kImplementationCount;
 // The best one that this processor has, or the one that SPECTRAL_FAST_ISA names; chosen once per process.
 // Throws std::runtime_error if that is unknown, or not supported here.
 const Kernels& kernels();
+
+// Whole adapters over at most `threads` threads; the result has the same bits for any number of them.
+void lowrank_svd(std::vector<SvdTask>& tasks, int threads);
+void recompose(std::vector<RecomposeTask>& tasks, int threads);
+void segment_products(const SensitivityTask& task, std::size_t segments, int threads);
+
+// Singular values s (r, descending, not negative) and left singular vectors (row k of wt) of each of `count`
+// row-major r x r matrices m; the right ones follow from m's transpose. A row of wt whose s is zero is zero. status[i]
+// is the outcome for matrix i as an SvdStatus; a matrix with a NaN or an infinity leaves its outputs untouched.
+void jacobi_svd(const double* m, double* wt, double* s, std::int32_t* status, std::size_t count, std::size_t r,
+                int threads);
 
 }  // namespace spectral_fast

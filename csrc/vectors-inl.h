@@ -57,6 +57,13 @@ inline double sum_of(typename Vector<double, kBytes>::Type v) {
 
 inline double sum(Vd v) { return sum_of<kVectorBytes>(v); }
 
+// Fetches the lines of [p, p + bytes) ahead of their use: rows far apart are more than the hardware follows by itself.
+template <int kForWriting>
+inline void prefetch(const void* p, std::size_t bytes) {
+  constexpr std::size_t kLine = 64;
+  for (std::size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(p) + i, kForWriting, 2);
+}
+
 // Memory that starts at a cache line and is kept for the thread's next call, since fresh pages cost more than the work.
 template <class T>
 class Buffer {
