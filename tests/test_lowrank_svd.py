@@ -90,6 +90,16 @@ def test_the_contract_holds_for_every_condition(backend: str, m: int, r: int, n:
     assert chosen_backends()["lowrank_svd"] == backend
 
 
+@needs_native
+@pytest.mark.parametrize("condition", [1e1, 1e4, 1e8])
+@pytest.mark.parametrize("r", [128, 255, 512])
+def test_the_contract_holds_for_large_ranks(monkeypatch: pytest.MonkeyPatch, r: int, condition: float) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")
+    b, a = factors(600, r, 700, condition)
+    [result] = lowrank_svd([b], [a])
+    check_contract(b, a, result)
+
+
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("condition", [1, 1e3, 1e8])

@@ -17,7 +17,7 @@ except ImportError:
 
 EPS = np.finfo(np.float64).eps
 RATIO = 30
-SIZES = (1, 2, 3, 7, 8, 9, 17, 64, 67)
+SIZES = (1, 2, 3, 7, 8, 9, 17, 64, 67, 130)
 Matrix = NDArray[np.float64]
 
 

@@ -1,0 +1,172 @@
+"""Factors times small transforms: each backend against float64 products, within the rounding that it may have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectral_fast.backends import ENVIRONMENT_VARIABLE, native_missing
+from spectral_fast.kernels.recompose import Product, recompose
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Around the tiles of 6, 8 and 12 rows, the vectors of 2 to 16 lanes, the pieces of 64 rows and 128 columns.
+LENGTHS = (0, 1, 5, 6, 63, 64, 65, 127, 128, 129, 300)
+RANKS = ((1, 1), (2, 3), (7, 8), (8, 7), (16, 16), (17, 33), (64, 64), (67, 1), (0, 3), (3, 0), (130, 131))
+
+
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each backend by force, so that a test of one cannot pass by way of another."""
+    if request.param == "cpu" and native_missing() and os.environ.get("CI") != "true":
+        pytest.skip(str(native_missing()))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, request.param)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fills torch.empty with NaN: a result that was never written cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def operands(length: int, k: int, r: int, flat: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(length + 1000 * k + r)
+    basis = torch.randn((k, length) if flat else (length, k), generator=generator).to(dtype)
+    return basis, torch.randn((r, k) if flat else (k, r), generator=generator, dtype=torch.float64)
+
+
+def check(product: Product, basis: Tensor) -> None:
+    """`basis` is what product.basis held before."""
+    _, transform, out, flat, wide = product
+    left, right = (transform, basis.double()) if flat else (basis.double(), transform)
+    # Sums of k terms in the inner type (the transform is rounded to it, too), then one rounding to the outer.
+    inner = torch.finfo(torch.float64 if wide else torch.float32)
+    terms = left.abs() @ right.abs()
+    outer = torch.finfo(out.dtype)
+    bound = (left.shape[1] + 2) * inner.eps * terms + outer.eps * (left @ right).abs() + outer.smallest_normal
+    assert ((out.double() - left @ right).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_every_shape_are_right_and_may_come_in_one_call(dtype: torch.dtype, flat: bool, wide: bool) -> None:
+    products = []
+    for length in LENGTHS:
+        for k, r in RANKS:
+            basis, transform = operands(length, k, r, flat, dtype)
+            out = torch.empty((r, length) if flat else (length, r), dtype=dtype)
+            products.append(Product(basis, transform, out, flat, wide))
+    assert recompose(products) == [True] * len(products)
+    for product in products:
+        check(product, product.basis)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_result_may_have_another_dtype(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    for flat in (False, True):
+        basis, transform = operands(131, 9, 9, flat, dtype)
+        product = Product(basis, transform, torch.empty(basis.shape, dtype=out_dtype), flat, True)
+        assert recompose([product]) == [True]
+        check(product, basis)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_may_be_overwritten_in_place(dtype: torch.dtype, flat: bool) -> None:
+    for length, r in ((300, 16), (131, 67), (5, 8)):
+        basis, transform = operands(length, r, r, flat, dtype)
+        before = basis.clone()
+        product = Product(basis, transform, basis, flat, False)
+        assert recompose([product]) == [True]
+        check(product, before)
+
+
+def test_bases_and_transforms_need_not_be_contiguous() -> None:
+    basis, transform = operands(131, 9, 9, False, torch.float32)
+    product = Product(basis.mT.contiguous().mT, transform.mT.contiguous().mT, torch.empty(131, 9), False, True)
+    assert recompose([product]) == [True]
+    check(product, basis)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_sixteen_bit_value_is_widened_exactly_and_narrowed_to_itself(dtype: torch.dtype) -> None:
+    """Subnormal numbers and both zeros too."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    finite = every[every.isfinite()]
+    for flat in (False, True):
+        column = finite[None] if flat else finite[:, None]
+        for wide in (False, True):
+            out = torch.empty_like(column)
+            [ok] = recompose([Product(column, torch.ones(1, 1, dtype=torch.float64), out, flat, wide)])
+            assert ok
+            assert torch.equal(out, column)
+            exact = torch.empty(column.shape)
+            recompose([Product(column, torch.ones(1, 1, dtype=torch.float64), exact, flat, wide)])
+            assert torch.equal(exact, column.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_between_two_sixteen_bit_values_are_rounded_to_nearest_ties_to_even(dtype: torch.dtype) -> None:
+    every = torch.arange(0, 2**15).to(torch.int16).view(dtype)
+    finite = every[every.isfinite()].double()
+    middles = (finite[1:] + finite[:-1]) / 2
+    quarters = (finite[1:] * 3 + finite[:-1]) / 4
+    for values in (middles, quarters, -middles):
+        column = values.float()[:, None]  # exact: bfloat16 and float16 have fewer digits, and a wide enough float32
+        column = column[column[:, 0].double() == values]
+        out = torch.empty(column.shape, dtype=dtype)
+        recompose([Product(column, torch.ones(1, 1, dtype=torch.float64), out, False, False)])
+        assert torch.equal(out, column.to(dtype))
+        assert len(column) > 0.9 * len(values)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", [0, 64, 130])
+def test_values_that_are_not_finite_are_reported_for_their_product_alone(
+    dtype: torch.dtype, flat: bool, place: int
+) -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        good = operands(131, 7, 7, flat, dtype)
+        basis, transform = operands(131, 7, 7, flat, dtype)
+        (basis.mT if flat else basis)[place, 3] = bad
+        products = [Product(x, t, torch.empty_like(x), flat, False) for x, t in (good, (basis, transform), good)]
+        assert recompose(products) == [True, False, True]
+
+
+def test_a_result_beyond_the_range_of_its_dtype_is_reported() -> None:
+    basis = torch.full((40, 2), 60000.0, dtype=torch.float16)
+    double = torch.eye(2, dtype=torch.float64) * 2
+    for wide in (False, True):
+        assert recompose([Product(basis, double, torch.empty_like(basis), False, wide)]) == [False]
+        assert recompose([Product(basis, double, torch.empty(40, 2), False, wide)]) == [True]
+
+
+def test_nothing_to_do_is_not_an_error() -> None:
+    assert recompose([]) == []
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    basis, transform = operands(20, 4, 4, False, torch.float32)
+    out = torch.empty(20, 4)
+    with pytest.raises(
+        ValueError, match=r"out \(20, 4\) = basis @ transform does not fit basis \(20, 4\), transform \(3,"
+    ):
+        recompose([Product(basis, transform[:3], out, False, False)])
+    with pytest.raises(ValueError, match=r"out \(20, 4\) = transform @ basis does not fit"):
+        recompose([Product(basis, transform, out, True, False)])
+    with pytest.raises(ValueError, match=r"out must be contiguous, got strides \(1, 20\)"):
+        recompose([Product(basis, transform, torch.empty(4, 20).mT, False, False)])
+    with pytest.raises(
+        TypeError, match=r"a transform of torch.float64; got torch.float32, torch.float32, torch.float32"
+    ):
+        recompose([Product(basis, transform.float(), out, False, False)])
+    with pytest.raises(TypeError, match=r"got torch\.int64"):
+        recompose([Product(basis.long(), transform, out, False, False)])
