@@ -36,16 +36,18 @@ constexpr std::size_t tile_rows(std::size_t columns) {
   return kVectorBytes == 64 ? (columns == 4 ? 6 : columns == 3 ? 8 : 12) : 6;
 }
 
-template <class T, std::size_t kColumns>
+constexpr std::size_t half_tile(std::size_t rows) { return rows > 8 ? 8 : rows > 4 ? 4 : rows / 2; }
+
+// Rows that are left over take the next smaller tile.
+template <class T, std::size_t kColumns, std::size_t kRows>
 inline void multiply_rows(const T* l, std::size_t row, std::size_t step, const T* r, std::size_t ldr, T* c,
                           std::size_t ldc, std::size_t m, std::size_t depth, bool add) {
-  constexpr std::size_t kRows = tile_rows(kColumns);
   std::size_t i = 0;
   for (; i + kRows <= m; i += kRows)
     multiply_tile<T, kRows, kColumns>(l + i * row, row, step, r, ldr, c + i * ldc, ldc, depth, add);
-  for (; i + 2 <= m; i += 2)
-    multiply_tile<T, 2, kColumns>(l + i * row, row, step, r, ldr, c + i * ldc, ldc, depth, add);
-  if (i < m) multiply_tile<T, 1, kColumns>(l + i * row, row, step, r, ldr, c + i * ldc, ldc, depth, add);
+  if constexpr (kRows > 1)
+    if (i < m)
+      multiply_rows<T, kColumns, half_tile(kRows)>(l + i * row, row, step, r, ldr, c + i * ldc, ldc, m - i, depth, add);
 }
 
 // n must be a multiple of the vector's lanes: rows are padded.
@@ -54,7 +56,8 @@ inline void multiply(const T* l, std::size_t row, std::size_t step, const T* r, 
                      std::size_t m, std::size_t depth, std::size_t n, bool add) {
   constexpr std::size_t kWidth = kColumns * Lanes<T>::kCount;
   std::size_t j = 0;
-  for (; j + kWidth <= n; j += kWidth) multiply_rows<T, kColumns>(l, row, step, r + j, ldr, c + j, ldc, m, depth, add);
+  for (; j + kWidth <= n; j += kWidth)
+    multiply_rows<T, kColumns, tile_rows(kColumns)>(l, row, step, r + j, ldr, c + j, ldc, m, depth, add);
   if constexpr (kColumns > 1)
     if (j < n) multiply<T, kColumns - 1>(l, row, step, r + j, ldr, c + j, ldc, m, depth, n - j, add);
 }
