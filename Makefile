@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint format embedded bench bench-smoke clean
+.PHONY: demo test lint format embedded bench bench-smoke sanitize neon clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -29,10 +29,10 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/*.cpp
 
 format: $(VENV)/installed-test
-	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i csrc/*
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i csrc/* tests/*.cpp
 
 embedded: $(VENV)/installed
 	$(BIN)/python -m spectral_fast.embedded.make --out_dir embedded-output
@@ -43,6 +43,27 @@ bench: $(VENV)/installed-test
 
 bench-smoke: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks --quick --cores 2
+
+NATIVE := csrc/batch.cpp csrc/dispatch.cpp $(wildcard csrc/isa_*.cpp)
+STRESS := -std=c++17 -g -O1 -ffp-contract=fast -Wno-psabi tests/native_stress.cpp $(NATIVE) -pthread
+
+# Every kernel of every instruction set under the address, undefined-behaviour and thread sanitizers.
+sanitize: build/stress-address build/stress-thread
+	for isa in $$(build/stress-address --isas); do \
+		SPECTRAL_FAST_ISA=$$isa build/stress-address && SPECTRAL_FAST_ISA=$$isa build/stress-thread || exit 1; done
+
+SANITIZERS_address := address,undefined
+SANITIZERS_thread := thread
+build/stress-%: tests/native_stress.cpp $(wildcard csrc/*)
+	mkdir -p build
+	$(CXX) -fsanitize=$(SANITIZERS_$*) -fno-sanitize-recover=all $(STRESS) -o $@
+
+# The same program for 64-bit Arm, by Clang; it is run where qemu-aarch64 is installed.
+neon: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cross]'
+	mkdir -p build
+	$(BIN)/python -m ziglang c++ -target aarch64-linux-musl -static $(STRESS) -o build/stress-neon
+	if command -v qemu-aarch64 > /dev/null; then qemu-aarch64 build/stress-neon; fi
 
 clean:
 	rm -rf build dist *.egg-info demo-output embedded-output $(VENV)

@@ -112,7 +112,12 @@ std::vector<double> run(int threads) {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc == 2 && std::strcmp(argv[1], "--isas") == 0) {
+    for (std::size_t i = 0; i < kImplementationCount; ++i)
+      if (kImplementations[i]->supported()) std::printf("%s\n", kImplementations[i]->isa);
+    return 0;
+  }
   const std::vector<double> alone = run(1);
   std::vector<double> other;
   std::thread concurrent([&] { other = run(3); });
