@@ -83,8 +83,9 @@ def edit_adapter(
         def edit(module: LoraModule, memory: Tensor) -> tuple[LoraModule, EditedModule, Tensor, Tensor]:
             b, a = adapter.read(module, memory)
             [spectrum] = lowrank_svd([b], [a], [module.name])
-            g = None if measured is None else measured.g(module, spectrum.s)
-            result = EditedModule(spectrum.s, g, policy.apply(spectrum.s, g, module.name))
+            s = spectrum.s.clone()  # the spectrum's own may be part of its transforms' memory, and keep it alive
+            g = None if measured is None else measured.g(module, s)
+            result = EditedModule(s, g, policy.apply(s, g, module.name))
             rebuild([spectrum], [result.edit.s_new], [(b, a)], [module.name])
             return module, result, b, a
 

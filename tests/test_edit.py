@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_tools import save
 from safetensors.torch import load_file
 from tiny_models import tiny_llama, with_lora
 
@@ -224,6 +225,20 @@ def test_a_sensitivity_that_does_not_fit_is_refused_and_nothing_is_written(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         edit_adapter(adapter, AbsSelect(), tmp_path / "out", sensitivity=spoil(random_sensitivity(adapter)))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_what_is_returned_holds_no_memory_beyond_its_values(adapter: Adapter, tmp_path: Path) -> None:
+    edited = edit_adapter(adapter, AbsSelect(), tmp_path / "out", sensitivity=random_sensitivity(adapter))
+    for module in edited.values():
+        for tensor in (module.s, module.edit.s_new):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_an_edit_beyond_the_range_of_the_adapter_s_dtype_names_the_module_and_writes_nothing(tmp_path: Path) -> None:
+    adapter = Adapter.open(save(with_lora(tiny_llama()).half(), tmp_path / "source"))
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj: .* beyond the range of torch\.float16"):
+        edit_adapter(adapter, RandomIndex(amp_factor=1e30, preserve_energy="none"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
