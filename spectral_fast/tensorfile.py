@@ -45,6 +45,9 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
+# Of one write. The page cache takes pages as large as a write: writing 1.7 GB by 2 MB pages took 0.6 to 1.9 s of a
+# virtual machine's processor, by smaller ones 0.4 s.
+_PIECE = 1 << 19
 _LIBC = CDLL(None)
 _SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>: begin, do not wait
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -298,7 +301,7 @@ def _write(file: FileIO, content: Any, offset: int) -> None:
     rest = memoryview(content)
     while rest:
         with _naming(file):
-            count = os.pwrite(file.fileno(), rest, offset)
+            count = os.pwrite(file.fileno(), rest[:_PIECE], offset)
         rest, offset = rest[count:], offset + count
 
 
