@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,10 @@ def edit_adapter(
 ) -> dict[str, EditedModule]:
     """Write an edited copy of an adapter: B' = U diag(√s'), A' = diag(√s') Vᵀ for s' = policy(s, g).
 
-    Reading, SVD, rebuilding and writing of different modules overlap, and the source is hashed beside them; two
-    modules per thread are in memory, and one more. The bytes do not depend on the number of threads. The copy has
-    the source's format, dtypes and other files, and `spectral_edit_meta.json` with all that repeats the run. It
-    appears at once when complete, or not at all.
+    Reading, SVD, rebuilding and writing of different modules overlap, and the source is hashed beside them, unless
+    its files are as `probe` left them; a module per thread is in memory, and one more. The bytes do not depend on the
+    number of threads. The copy has the source's format, dtypes and other files, and `spectral_edit_meta.json` with
+    all that repeats the run. It appears at once when complete, or not at all.
 
     Args:
         adapter: the adapter, opened; it is never touched.
@@ -72,32 +72,28 @@ def edit_adapter(
     """
     chosen = list(adapter.modules.values()) if modules is None else list(modules)
     threads = torch.get_num_threads()
-    slots = [adapter.memory_for(chosen) for _ in range(2 * threads + 1)]
+    slots = [adapter.memory_for(chosen) for _ in range(threads + 1)]
     edited: dict[str, EditedModule] = {}
-    with adapter.fingerprint_meanwhile() as fingerprint:
+    probed = dict(sensitivity.record) if policy.needs_sensitivity and sensitivity is not None else {}
+    with adapter.fingerprint_meanwhile(probed) as fingerprint:
         measured = None
         if policy.needs_sensitivity:
             measured = _Measured(adapter, sensitivity, fingerprint)
             measured.check_covers(chosen)
 
-        def edit(module: LoraModule, memory: Tensor) -> tuple[LoraModule, EditedModule, Tensor, Tensor]:
+        def edit(module: LoraModule, memory: Tensor) -> tuple[str, EditedModule]:
             b, a = adapter.read(module, memory)
             [spectrum] = lowrank_svd([b], [a], [module.name])
             s = spectrum.s.clone()  # the spectrum's own may be part of its transforms' memory, and keep it alive
             g = None if measured is None else measured.g(module, s)
             result = EditedModule(s, g, policy.apply(s, g, module.name))
             rebuild([spectrum], [result.edit.s_new], [(b, a)], [module.name])
-            return module, result, b, a
-
-        def noted(results: Iterable[tuple[LoraModule, EditedModule, Tensor, Tensor]]) -> Iterator[Any]:
-            for module, result, b, a in results:
-                edited[module.name] = result
-                yield module, b, a
+            put(module, b, a)  # here, where the cache still has them
+            return module.name, result
 
         def record() -> bytes:
             if measured is not None:
                 measured.check_adapter()
-            probed = dict(measured.sensitivity.record) if measured is not None else {}
             content = {
                 "meta": {
                     **_flat(probed),
@@ -114,8 +110,11 @@ def edit_adapter(
             }
             return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
-        with in_order(edit, progress(chosen), slots, threads) as results:
-            adapter.write(out_dir, noted(results), extra_files={META: record}, overwrite=overwrite, check_finite=False)
+        with (
+            adapter.rewriting(out_dir, {META: record}, overwrite=overwrite, check_finite=False) as put,
+            in_order(edit, progress(chosen), slots, threads) as results,
+        ):
+            edited.update(results)
     return edited
 
 

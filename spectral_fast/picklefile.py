@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_fast.tensorfile import TensorInfo, check_replacement, refuse_lfs_pointer
+from spectral_fast.tensorfile import Put, TensorInfo, check_replacement, refuse_lfs_pointer
 
 
 class PickleFile:
@@ -54,12 +55,16 @@ class PickleFile:
         """The tensor of that name, in its stored dtype and shape, in `memory` or memory of its own."""
         return self.tensors[name].empty(memory).copy_(self._state[name].detach())
 
-    def rewrite(self, path: Path, replaced: Iterable[tuple[str, Tensor]]) -> None:
-        """Save this state dict anew at `path`, in the same format and key order, with `replaced` in place."""
+    @contextmanager
+    def rewriting(self, path: Path) -> Iterator[Put]:
+        """Save this state dict anew at `path`, in the same format and key order, with what is put in place."""
         state = self._load()
         missing = dict(self.tensors)
-        for name, tensor in replaced:
+
+        def put(name: str, tensor: Tensor) -> None:
             check_replacement(path, name, tensor, self.tensors, missing)
-            state[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             del missing[name]
+            state[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+        yield put
         torch.save(state, path, _use_new_zipfile_serialization=zipfile.is_zipfile(self.path))

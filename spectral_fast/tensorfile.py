@@ -12,7 +12,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from ctypes import CDLL, c_int64
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ DTYPES = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Put = Callable[[str, Tensor], None]
 _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 # Of one write. The page cache takes pages as large as a write: writing 1.7 GB by 2 MB pages took 0.6 to 1.9 s of a
 # virtual machine's processor, by smaller ones 0.4 s.
@@ -133,24 +134,24 @@ class SafetensorsFile:
             _read_into(file, memoryview(_as_bytes(tensor)), self.layout.offsets[name])
         return tensor
 
-    def rewrite(self, path: Path, replaced: Iterable[tuple[str, Tensor]]) -> None:
-        """Write this file anew at `path`: the tensors that `replaced` gives, every other byte as it is."""
-        write_safetensors(path, self.layout, replaced, carry_from=self)
+    @contextmanager
+    def rewriting(self, path: Path) -> Iterator[Put]:
+        """Write this file anew at `path`: the tensors that are put, every other byte as it is."""
+        with writing_safetensors(path, self.layout, carry_from=self) as put:
+            yield put
 
 
-def write_safetensors(
-    path: Path,
-    layout: Layout,
-    tensors: Iterable[tuple[str, Tensor]],
-    carry_from: SafetensorsFile | None = None,
-) -> None:
+@contextmanager
+def writing_safetensors(path: Path, layout: Layout, carry_from: SafetensorsFile | None = None) -> Iterator[Put]:
     """Write a safetensors file in one pass, each tensor at its place as soon as it comes, in any order.
 
     Args:
         path: the new file.
         layout: its header and the place of each tensor.
-        tensors: (name, values); dtype and shape must be the layout's, any device.
-        carry_from: the file whose bytes fill the places of tensors that were not given.
+        carry_from: the file whose bytes fill the places of tensors that were not put.
+
+    Yields:
+        put(name, values), for any thread: dtype and shape must be the layout's, on any device.
 
     Raises:
         ValueError: a tensor is unknown, comes twice, differs from the layout, or never comes.
@@ -160,11 +161,14 @@ def write_safetensors(
     with path.open("xb", buffering=0) as file:
         _reserve(file, layout.size)
         _write(file, layout.header, 0)
-        for name, tensor in tensors:
+
+        def put(name: str, tensor: Tensor) -> None:
             check_replacement(path, name, tensor, layout.tensors, missing)
+            del missing[name]
             _write(file, _as_bytes(tensor.detach().cpu()), layout.offsets[name])
             _start_writeback(file, layout.offsets[name], layout.tensors[name].nbytes)
-            del missing[name]
+
+        yield put
         if carry_from is not None:
             _carry(file, layout, carry_from, missing)
         elif missing:

@@ -219,16 +219,26 @@ def test_the_fingerprint_follows_the_weights_and_the_config_only(tmp_path: Path)
 
 def test_a_fingerprint_taken_meanwhile_is_the_same_and_its_thread_ends(tmp_path: Path) -> None:
     adapter = Adapter.open(handmade(tmp_path / "a"))
-    with adapter.fingerprint_meanwhile() as fingerprint:
+    with adapter.fingerprint_meanwhile({}) as fingerprint:
         assert fingerprint() == adapter.fingerprint()
     large = tmp_path / "large"
     large.touch()
     os.truncate(large, 1 << 40)  # sparse: hashing it would take ten minutes
     adapter = replace(adapter, weights=SimpleNamespace(path=large))
     before = set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt), adapter.fingerprint_meanwhile():
+    with pytest.raises(KeyboardInterrupt), adapter.fingerprint_meanwhile({}):
         raise KeyboardInterrupt
     assert set(threading.enumerate()) <= before
+
+
+def test_the_fingerprint_of_files_that_were_not_touched_is_taken_from_the_record(tmp_path: Path) -> None:
+    adapter = Adapter.open(handmade(tmp_path / "a"))
+    record = {"adapter_sha256": "known", "adapter_stamp": json.loads(json.dumps(adapter.stamp()))}
+    with adapter.fingerprint_meanwhile(record) as fingerprint:
+        assert fingerprint() == "known"
+    os.utime(adapter.weights.path, ns=(1, 1))
+    with adapter.fingerprint_meanwhile(record) as fingerprint:
+        assert fingerprint() == adapter.fingerprint()
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

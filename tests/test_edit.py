@@ -261,7 +261,7 @@ import torch
 from spectral_fast.adapter import Adapter
 from spectral_fast.edit import edit_adapter
 from spectral_fast.policies import RandomIndex
-from spectral_fast.tensorfile import Layout, TensorInfo, write_safetensors
+from spectral_fast.tensorfile import Layout, TensorInfo, writing_safetensors
 
 torch.set_num_threads(2)
 source = Path(sys.argv[1], "source")
@@ -272,7 +272,9 @@ sides = (("A", (r, n)), ("B", (m, r)))
 shapes = {f"{prefix}.lora_{side}.weight": shape for prefix in prefixes for side, shape in sides}
 layout = Layout.of({name: TensorInfo(torch.bfloat16, shape) for name, shape in shapes.items()})
 weights = source / "adapter_model.safetensors"
-write_safetensors(weights, layout, ((name, torch.randn(shape).bfloat16()) for name, shape in shapes.items()))
+with writing_safetensors(weights, layout) as put:
+    for name, shape in shapes.items():
+        put(name, torch.randn(shape).bfloat16())
 (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": r, "lora_alpha": r}))
 
 def resident(peak):

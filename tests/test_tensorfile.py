@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spectral_fast.picklefile import PickleFile
-from spectral_fast.tensorfile import DTYPES, Layout, SafetensorsFile, TensorInfo, write_safetensors
+from spectral_fast.tensorfile import DTYPES, Layout, SafetensorsFile, TensorInfo, writing_safetensors
+
+
+def rewrite(source: SafetensorsFile | PickleFile, path: Path, replaced: Iterable[tuple[str, torch.Tensor]]) -> None:
+    with source.rewriting(path) as put:
+        for name, tensor in replaced:
+            put(name, tensor)
+
+
+def write_safetensors(
+    path: Path,
+    layout: Layout,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    carry_from: SafetensorsFile | None = None,
+) -> None:
+    with writing_safetensors(path, layout, carry_from) as put:
+        for name, tensor in tensors:
+            put(name, tensor)
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -91,7 +108,7 @@ def test_a_file_of_our_own_layout_is_one_that_the_library_reads(
 
 
 def test_a_rewrite_without_replacements_is_the_same_file(file: Path, tmp_path: Path) -> None:
-    SafetensorsFile(file).rewrite(tmp_path / "copy", [])
+    rewrite(SafetensorsFile(file), tmp_path / "copy", [])
     assert (tmp_path / "copy").read_bytes() == file.read_bytes()
 
 
@@ -101,7 +118,7 @@ def test_a_rewrite_changes_the_replaced_tensors_and_no_other_byte(file: Path, tm
         name: random_bits(source.tensors[name].shape, source.tensors[name].dtype, seed=99)
         for name in ("x.BF16.4", "x.F64.0", "x.U8.3", "x.F32.1", "x.I64.2")
     }
-    SafetensorsFile(file).rewrite(tmp_path / "new", replaced.items())
+    rewrite(SafetensorsFile(file), tmp_path / "new", replaced.items())
     expected = bytearray(file.read_bytes())
     for name, tensor in replaced.items():
         start = source.layout.offsets[name]
@@ -112,14 +129,14 @@ def test_a_rewrite_changes_the_replaced_tensors_and_no_other_byte(file: Path, tm
 def test_tensors_larger_than_the_copy_buffer_are_carried_whole(tmp_path: Path) -> None:
     large = random_bits((3, (1 << 20) + 7), torch.uint8)
     save_file({"a": large, "b": torch.ones(5)}, tmp_path / "large")
-    SafetensorsFile(tmp_path / "large").rewrite(tmp_path / "copy", [("b", torch.zeros(5))])
+    rewrite(SafetensorsFile(tmp_path / "large"), tmp_path / "copy", [("b", torch.zeros(5))])
     assert same_bits(SafetensorsFile(tmp_path / "copy").read("a"), large)
 
 
 def test_a_transposed_tensor_is_written_in_its_logical_order(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 2)}, tmp_path / "source")
     transposed = torch.arange(6.0).reshape(2, 3).T
-    SafetensorsFile(tmp_path / "source").rewrite(tmp_path / "new", [("a", transposed)])
+    rewrite(SafetensorsFile(tmp_path / "source"), tmp_path / "new", [("a", transposed)])
     assert torch.equal(load_file(tmp_path / "new")["a"], transposed)
 
 
@@ -139,12 +156,12 @@ def test_a_replacement_that_does_not_fit_is_refused(
     file: Path, tmp_path: Path, name: str, tensor: torch.Tensor, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        SafetensorsFile(file).rewrite(tmp_path / "new", [(name, tensor)])
+        rewrite(SafetensorsFile(file), tmp_path / "new", [(name, tensor)])
 
 
 def test_a_tensor_given_twice_is_refused(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.F32\.3 was given twice"):
-        SafetensorsFile(file).rewrite(tmp_path / "new", [("x.F32.3", torch.zeros(7))] * 2)
+        rewrite(SafetensorsFile(file), tmp_path / "new", [("x.F32.3", torch.zeros(7))] * 2)
 
 
 def test_a_file_is_not_finished_while_tensors_are_missing(tmp_path: Path) -> None:
@@ -162,7 +179,7 @@ def test_a_tensor_that_the_source_lacks_cannot_be_carried(file: Path, tmp_path: 
 def test_an_existing_file_is_never_written_over(file: Path) -> None:
     before = file.read_bytes()
     with pytest.raises(FileExistsError):
-        SafetensorsFile(file).rewrite(file, [])
+        rewrite(SafetensorsFile(file), file, [])
     assert file.read_bytes() == before
 
 
@@ -243,7 +260,7 @@ def test_a_full_disk_is_noticed_before_the_first_tensor_is_asked_for(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"No space left on device.*new") as caught:
-        SafetensorsFile(file).rewrite(tmp_path / "new", never())
+        rewrite(SafetensorsFile(file), tmp_path / "new", never())
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -254,7 +271,7 @@ def test_a_file_system_without_fallocate_still_works(
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, "posix_fallocate", unsupported)
-    SafetensorsFile(file).rewrite(tmp_path / "copy", [])
+    rewrite(SafetensorsFile(file), tmp_path / "copy", [])
     assert (tmp_path / "copy").read_bytes() == file.read_bytes()
 
 
@@ -262,7 +279,7 @@ def test_short_writes_and_reads_are_continued(file: Path, tmp_path: Path, monkey
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[:13], offset))
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:11]], offset))
-    SafetensorsFile(file).rewrite(tmp_path / "copy", [])
+    rewrite(SafetensorsFile(file), tmp_path / "copy", [])
     assert (tmp_path / "copy").read_bytes() == file.read_bytes()
 
 
@@ -272,7 +289,8 @@ from pathlib import Path
 from spectral_fast.tensorfile import SafetensorsFile
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    SafetensorsFile(Path(sys.argv[1])).rewrite(Path(sys.argv[2]), [])
+    with SafetensorsFile(Path(sys.argv[1])).rewriting(Path(sys.argv[2])):
+        pass
 except OSError as error:
     print(error)
 """
@@ -307,7 +325,7 @@ def pickled(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_a_pickled_state_dict_is_rewritten_in_its_format_and_order(pickled: Path, tmp_path: Path) -> None:
     source = PickleFile(pickled)
     assert list(source.tensors) == ["z", "a", "half", "view"]
-    source.rewrite(tmp_path / "new.bin", [("half", torch.ones(4).bfloat16()), ("a", torch.ones(2, 3))])
+    rewrite(source, tmp_path / "new.bin", [("half", torch.ones(4).bfloat16()), ("a", torch.ones(2, 3))])
     before, after = (torch.load(path, weights_only=True) for path in (pickled, tmp_path / "new.bin"))
     assert list(after) == list(before) == ["z", "a", "half", "view", "text"]
     assert torch.equal(after["a"], torch.ones(2, 3))
@@ -323,9 +341,9 @@ def test_reading_and_failing_rewrites_leave_a_pickled_state_as_it_was(pickled: P
     z = source.read("z")
     source.read("z").zero_()
     with pytest.raises(ValueError, match="a is to be"):
-        source.rewrite(tmp_path / "new.bin", [("z", torch.zeros(2, 3)), ("a", torch.zeros(1))])
+        rewrite(source, tmp_path / "new.bin", [("z", torch.zeros(2, 3)), ("a", torch.zeros(1))])
     assert torch.equal(source.read("z"), z)
-    source.rewrite(tmp_path / "copy.bin", [])
+    rewrite(source, tmp_path / "copy.bin", [])
     assert torch.equal(PickleFile(tmp_path / "copy.bin").read("z"), z)
 
 

@@ -162,12 +162,24 @@ class Adapter:
         """SHA-256 over the config and the weights: equal exactly if both files are equal, byte for byte."""
         return _fingerprint(self.hashes)
 
+    def stamp(self) -> dict[str, list[int]]:
+        """File name -> size in bytes and time of the last change in ns, of the two: equal while neither is touched."""
+        stats = {file.name: file.stat() for file in (self.path / CONFIG, self.weights.path)}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
     @contextmanager
-    def fingerprint_meanwhile(self) -> Iterator[Callable[[], str]]:
+    def fingerprint_meanwhile(self, record: Mapping[str, Any]) -> Iterator[Callable[[], str]]:
         """Give a function that waits for the `fingerprint`, which a thread takes afresh while the block runs.
 
         A thread of its own: hashing 1.7 GB takes longer than any other part of an edit. It ends with the block.
+
+        Args:
+            record: with `adapter_stamp` and `adapter_sha256` as `probe` notes them, maybe of this adapter. If the stamp
+                is, so is the fingerprint, and nothing is hashed.
         """
+        if record.get("adapter_stamp") == self.stamp() and isinstance(record.get("adapter_sha256"), str):
+            yield lambda: str(record["adapter_sha256"])
+            return
         stop = Event()
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(lambda: _fingerprint(self._hash_files(stop)))
@@ -183,25 +195,27 @@ class Adapter:
         """Raise now what `write` would raise about `out_dir`, before long work."""
         check_out_dir(out_dir, overwrite=overwrite, source=self.path, marker=CONFIG)
 
-    def write(
+    @contextmanager
+    def rewriting(
         self,
         out_dir: Path | str,
-        edited: Iterable[tuple[LoraModule, Tensor, Tensor]],
         extra_files: Mapping[str, bytes | Callable[[], bytes]] | None = None,
         *,
         overwrite: bool = False,
         check_finite: bool = True,
-    ) -> None:
+    ) -> Iterator[Callable[[LoraModule, Tensor, Tensor], None]]:
         """Write a copy of the adapter with edited factors, everything else byte for byte, in one atomic step.
 
         Left out are .git, .cache, a second weight file in the other format, and evaluations of the source.
 
         Args:
-            out_dir: the new folder; it appears complete, or not at all.
-            edited: (module, b (m, r), a (r, n)) in the stored dtype, any device, any order; taken one by one.
-            extra_files: name -> content of files to add or replace; functions are called after `edited` ends.
+            out_dir: the new folder; it appears complete when the block ends well, or not at all.
+            extra_files: name -> content of files to add or replace; functions are called at the end.
             overwrite: replace an adapter that is in `out_dir`.
             check_finite: look for NaN and infinity in the factors; off for who knows that there is none.
+
+        Yields:
+            put(module, b (m, r), a (r, n)), for any thread and in any order: factors in the stored dtype.
 
         Raises:
             ValueError: factors that are not finite or not of the stored dtype and shape, a module that is
@@ -215,29 +229,42 @@ class Adapter:
                 raise ValueError(f"extra_files: {extra!r} must be the name of a file beside {name}")
         with replace_directory(out_dir, overwrite=overwrite, source=self.path, marker=CONFIG) as folder:
             _copy_folder(self.path, folder, (*_NOT_CONTENT, *WEIGHTS, *extra_files))
-            self.weights.rewrite(folder / name, self._factors(edited, check_finite))
+            with self.weights.rewriting(folder / name) as put_tensor:
+
+                def put(module: LoraModule, b: Tensor, a: Tensor) -> None:
+                    self._check_factors(module, b, a, check_finite)
+                    for key, factor in ((module.b_key, b), (module.a_key, a)):
+                        put_tensor(key, factor.reshape(self.weights.tensors[key].shape))
+
+                yield put
             shutil.copymode(self.weights.path, folder / name)
             for extra, content in extra_files.items():
                 (folder / extra).write_bytes(content if isinstance(content, bytes) else content())
 
-    def _factors(
-        self, edited: Iterable[tuple[LoraModule, Tensor, Tensor]], check_finite: bool
-    ) -> Iterator[tuple[str, Tensor]]:
-        for module, b, a in edited:
-            if self.modules.get(module.name) != module:
-                raise ValueError(f"{module.name} is not an editable module of {self.path}")
-            for key, factor, shape in (
-                (module.b_key, b, (module.m, module.r)),
-                (module.a_key, a, (module.r, module.n)),
-            ):
-                if factor.shape != shape:
-                    raise ValueError(f"{key} needs an edited factor of shape {shape}, got {tuple(factor.shape)}")
-                if check_finite and not _is_finite(factor):
-                    raise ValueError(
-                        f"the edited {key} has NaN or infinite values ({factor.dtype} ends at "
-                        f"{torch.finfo(factor.dtype).max:.3g}); edit less, or look for NaN in the source"
-                    )
-                yield key, factor.reshape(self.weights.tensors[key].shape)
+    def write(
+        self,
+        out_dir: Path | str,
+        edited: Iterable[tuple[LoraModule, Tensor, Tensor]],
+        extra_files: Mapping[str, bytes | Callable[[], bytes]] | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a copy with the factors of `edited`, (module, b, a), taken one by one; see `rewriting`."""
+        with self.rewriting(out_dir, extra_files, overwrite=overwrite) as put:
+            for module, b, a in edited:
+                put(module, b, a)
+
+    def _check_factors(self, module: LoraModule, b: Tensor, a: Tensor, check_finite: bool) -> None:
+        if self.modules.get(module.name) != module:
+            raise ValueError(f"{module.name} is not an editable module of {self.path}")
+        for key, factor, shape in ((module.b_key, b, (module.m, module.r)), (module.a_key, a, (module.r, module.n))):
+            if factor.shape != shape:
+                raise ValueError(f"{key} needs an edited factor of shape {shape}, got {tuple(factor.shape)}")
+            if check_finite and not _is_finite(factor):
+                raise ValueError(
+                    f"the edited {key} has NaN or infinite values ({factor.dtype} ends at "
+                    f"{torch.finfo(factor.dtype).max:.3g}); edit less, or look for NaN in the source"
+                )
 
 
 def resolve(lora_path: Path | str, cache_dir: Path | str | None = None) -> Path:

@@ -92,6 +92,7 @@ def probe(
         progress=progress,
     )
     record = {
+        "adapter_stamp": adapter.stamp(),
         "adapter_sha256": adapter.fingerprint(),
         "adapter_files_sha256": adapter.hashes,
         "lora_path": str(adapter.path),
