@@ -52,7 +52,9 @@ def make(case: Case, folder: Path) -> None:
         name: ModuleSensitivity(x.s, torch.randn(case.rank, generator=generator, dtype=torch.float64))
         for name, x in zip(case.shapes(), lowrank_svd(bs, as_), strict=True)
     }
-    Sensitivity(modules, {"adapter_sha256": Adapter.open(adapter).fingerprint()}).save(probed)
+    opened = Adapter.open(adapter)
+    record = {"adapter_stamp": opened.stamp(), "adapter_sha256": opened.fingerprint()}
+    Sensitivity(modules, record).save(probed)
 
 
 def check(folder: Path) -> None:

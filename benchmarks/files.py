@@ -18,9 +18,11 @@ from benchmarks.cases import LLAMA3_70B, Adapter, Model, Task
 from benchmarks.records import Measurement, Table
 from benchmarks.timing import Finished, run_pinned
 
-WORK, EDIT, START, COPY, TORCH = (
+WORK, HASHED, EDIT, TOUCHED, START, COPY, TORCH = (
     "edit, without its start-up",
+    "… of an adapter touched since the probe",
     "edit",
+    "edit of an adapter touched since the probe",
     "start-up (edit of a tiny adapter)",
     "cp + sync",
     "python -c 'import torch'",
@@ -34,7 +36,7 @@ def edit(task: Task, all_cores: Sequence[int], work_dir: Path | None) -> Iterato
     """Times `spectral-fast edit --sensitivity` of an adapter whose files are in the page cache.
 
     In every round, one after the other: `cp` of the weights and `sync` of the copy, the edit, which syncs
-    before it ends, the same edit of a tiny adapter, and an interpreter that imports torch. Nothing is left to
+    before it ends, the same after a touch of the file, the same of a tiny adapter, and an interpreter that imports torch. Nothing is left to
     be written to disk when a clock starts.
 
     Args:
@@ -65,6 +67,12 @@ def _round(big: Path, small: Path, cores: int) -> dict[str, Finished]:
     _clean(big, small)
     finished[EDIT] = _edit_command(big, cores)
     _clean(big, small)
+    weights = big / "adapter" / WEIGHTS
+    before = weights.stat()
+    os.utime(weights)  # so its hash is taken anew
+    finished[TOUCHED] = _edit_command(big, cores)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    _clean(big, small)
     finished[START] = _edit_command(small, cores)
     finished[TORCH] = run_pinned([sys.executable, "-c", "import torch"], cores)
     return finished
@@ -87,7 +95,9 @@ def _clean(*folders: Path) -> None:
 
 
 def _measurements(rounds: list[dict[str, Finished]], cores: int) -> list[Measurement]:
-    work = [x[EDIT].seconds - x[START].seconds for x in rounds]
+    work = {
+        name: [x[whole].seconds - x[START].seconds for x in rounds] for name, whole in ((WORK, EDIT), (HASHED, TOUCHED))
+    }
     whole = [
         Measurement(
             name,
@@ -95,9 +105,9 @@ def _measurements(rounds: list[dict[str, Finished]], cores: int) -> list[Measure
             [x[name].seconds for x in rounds],
             peak_bytes=max(x[name].peak_bytes for x in rounds),
         )
-        for name in (EDIT, START, COPY, TORCH)
+        for name in (EDIT, TOUCHED, START, COPY, TORCH)
     ]
-    return [Measurement(WORK, cores, work), *whole]
+    return [*(Measurement(name, cores, seconds) for name, seconds in work.items()), *whole]
 
 
 def _helper(action: str, task: Task, folder: Path, cores: int) -> Finished:
