@@ -35,9 +35,9 @@ WEIGHTS = "adapter_model.safetensors"
 def edit(task: Task, all_cores: Sequence[int], work_dir: Path | None) -> Iterator[Table]:
     """Times `spectral-fast edit --sensitivity` of an adapter whose files are in the page cache.
 
-    In every round, one after the other: `cp` of the weights and `sync` of the copy, the edit, which syncs
-    before it ends, the same after a touch of the file, the same of a tiny adapter, and an interpreter that imports torch. Nothing is left to
-    be written to disk when a clock starts.
+    In every round, one after the other: `cp` of the weights and `sync` of the copy; the edit, which syncs before it
+    ends; the same after a touch of the file; the same of a tiny adapter; and an interpreter that imports torch.
+    Nothing is left to be written to disk when a clock starts.
 
     Args:
         task: the adapter and the number of rounds.

@@ -92,7 +92,9 @@ def _cpu(products: Sequence[Product]) -> list[bool]:
         for (basis, transform), (_, _, out, flat, wide) in zip(kept, products, strict=True)
     ]
     finite = torch.empty(len(products), dtype=torch.bool)
-    _C.recompose(native.table(rows, 10), finite.numpy(), torch.get_num_threads())
+    # At most a thread per module, which has two products: who has one module at a time runs several calls at once.
+    threads = min(torch.get_num_threads(), (len(products) + 1) // 2)
+    _C.recompose(native.table(rows, 10), finite.numpy(), max(threads, 1))
     return finite.tolist()
 
 
