@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -39,11 +40,18 @@ T* address(std::int64_t value) {
   return reinterpret_cast<T*>(static_cast<std::uintptr_t>(value));
 }
 
+DType dtype_of(std::int64_t code) {
+  if (code < 0 || code > 3) throw std::invalid_argument("a dtype must be from 0 to 3, got " + std::to_string(code));
+  return static_cast<DType>(code);
+}
+
+std::size_t size_of(std::int64_t value) {
+  if (value < 0) throw std::invalid_argument("a size must not be negative, got " + std::to_string(value));
+  return static_cast<std::size_t>(value);
+}
+
 Factor factor(std::int64_t data, std::int64_t dtype, Shape shape, std::int64_t length, std::int64_t r) {
-  if (dtype < 0 || dtype > 3 || length < 0 || r < 0)
-    throw std::invalid_argument("a factor needs a dtype from 0 to 3 and sizes from 0");
-  return {address<const void>(data), static_cast<DType>(dtype), shape, static_cast<std::size_t>(length),
-          static_cast<std::size_t>(r)};
+  return {address<const void>(data), dtype_of(dtype), shape, size_of(length), size_of(r)};
 }
 
 void lowrank_svd(const Table& modules, Array<double>& out, Array<double>& quality, Array<std::int32_t>& status,
@@ -55,6 +63,9 @@ void lowrank_svd(const Table& modules, Array<double>& out, Array<double>& qualit
   expect_shape("status", status, {count});
   const auto row = modules.unchecked<2>();
   std::vector<spectral_fast::SvdTask> tasks;
+  py::ssize_t size = 0;
+  for (py::ssize_t i = 0; i < count; ++i) size += row(i, 4) + 2 * row(i, 4) * row(i, 4);
+  expect_shape("out", out, {size});
   double* next = out.mutable_data();
   for (py::ssize_t i = 0; i < count; ++i) {
     const auto m = row(i, 2), n = row(i, 3), r = row(i, 4);
@@ -67,7 +78,6 @@ void lowrank_svd(const Table& modules, Array<double>& out, Array<double>& qualit
     next = task.t_a + r * r;
     tasks.push_back(task);
   }
-  expect_shape("out", out, {next - out.mutable_data()});
   double* qualities = quality.mutable_data();
   std::int32_t* outcome = status.mutable_data();
   py::gil_scoped_release release;
@@ -90,9 +100,9 @@ void recompose(const Table& factors, Array<bool>& finite, int threads) {
     spectral_fast::RecomposeTask task{};
     task.basis = factor(row(i, 0), row(i, 1), row(i, 2) == 0 ? Shape::tall : Shape::flat, row(i, 3), row(i, 4));
     task.transform = address<const double>(row(i, 5));
-    task.rank = static_cast<std::size_t>(row(i, 6));
+    task.rank = size_of(row(i, 6));
     task.out = address<void>(row(i, 7));
-    task.out_dtype = static_cast<DType>(row(i, 8));
+    task.out_dtype = dtype_of(row(i, 8));
     task.wide = row(i, 9) != 0;
     tasks.push_back(task);
   }
@@ -107,6 +117,8 @@ void segment_products(std::int64_t p, std::int64_t q, std::int64_t dtype, const 
   expect_threads(threads);
   if (starts.ndim() != 1 || starts.shape(0) < 1) throw std::invalid_argument("starts must be a vector, segments + 1");
   const auto segments = starts.shape(0) - 1;
+  if (!std::is_sorted(starts.data(), starts.data() + starts.size()) || starts.at(0) < 0)
+    throw std::invalid_argument("starts must not be negative nor descend");
   const auto r = out.ndim() == 2 ? out.shape(1) : 0;
   expect_shape("out", out, {segments, r});
   if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be from 0 to 2, got " + std::to_string(dtype));

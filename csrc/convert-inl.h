@@ -9,7 +9,8 @@ struct BFloat16 {
   // Rounded to nearest, ties to even: the 16 bits in the low half of each lane.
   static Vu narrow(Vf x) {
     const Vu u = bits<Vu>(x);
-    return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const Vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return (u & 0x7fffffffu) > 0x7f800000u ? Vu{} + 0x7fc0u : rounded;  // a NaN's payload would carry into the sign
   }
 };
 

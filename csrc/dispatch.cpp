@@ -25,14 +25,11 @@ const Kernels* const kImplementations[] = {
     &baseline::kKernels};
 const std::size_t kImplementationCount = sizeof kImplementations / sizeof *kImplementations;
 
-namespace {
-
-const Kernels& choose() {
-  const char* forced = std::getenv("SPECTRAL_FAST_ISA");
+const Kernels& choose(const Kernels* const* implementations, std::size_t count, const char* forced) {
   const bool any = forced == nullptr || *forced == '\0';
   std::string known;
-  for (std::size_t i = 0; i < kImplementationCount; ++i) {
-    const Kernels& candidate = *kImplementations[i];
+  for (std::size_t i = 0; i < count; ++i) {
+    const Kernels& candidate = *implementations[i];
     const bool supported = candidate.supported();
     if (any && supported) return candidate;
     if (!any && candidate.isa == std::string(forced)) {
@@ -46,10 +43,10 @@ const Kernels& choose() {
                            " is no instruction set of this build; known: " + known);
 }
 
-}  // namespace
-
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();  // an exception leaves it unset: every call says so
+  static const Kernels& chosen =
+      choose(kImplementations, kImplementationCount,
+             std::getenv("SPECTRAL_FAST_ISA"));  // an exception leaves it unset: every call says so
   return chosen;
 }
 

@@ -1,6 +1,10 @@
 // Eigenvalues and orthonormal eigenvectors of a symmetric matrix: Householder tridiagonalisation, then implicit QL with
 // Wilkinson's shift. Golub and Van Loan, "Matrix Computations", 4th ed., sections 8.3.1 and 8.3.5.
 
+// A vector shorter than this, where the matrix' largest entry is about 1, counts as zero: products of two squares stay
+// normal numbers.
+constexpr double kTiny = 0x1p-200;
+
 // The products of vectors that all small dense steps are made of; lengths are multiples of the lanes.
 inline double dot(const double* x, const double* y, std::size_t n) {
   Vd even{}, odd{};
@@ -58,7 +62,10 @@ class SymmetricEigen {
       d[k] = v[k];
       std::fill(v, v + k + 1, 0.0);
       const double length = std::sqrt(dot(v, v, ld));
-      if (length == 0) continue;
+      if (length <= kTiny) {
+        std::fill(v, v + r, 0.0);
+        continue;
+      }
       const Reflector h = reflector(v, length, k + 1, r);
       tau[k] = h.tau;
       e[k] = h.beta;
@@ -102,7 +109,7 @@ class SymmetricEigen {
         const double f = s * e[i], b = c * e[i];
         const double length = std::sqrt(f * f + g * g);
         e[i + 1] = length;
-        if (length == 0) {  // split in two: start again on what is left
+        if (length <= kTiny) {  // split in two: start again on what is left
           d[i + 1] -= p;
           e[m] = 0;
           break;

@@ -5,9 +5,6 @@
 
 // Far more than needed: 2 to 10, for r up to 512.
 constexpr int kMaxSweeps = 30;
-// A column shorter than this, where the largest entry is 1, counts as zero: products of two squares stay normal
-// numbers.
-constexpr double kTiny = 0x1p-200;
 // Smallest eigenvalue of M^T M, relative to the largest, for which its eigenvectors are a good start: singular values
 // down to 1e-7 of the largest, which then keep nine digits.
 constexpr double kWellConditioned = 1e-14;
@@ -54,7 +51,7 @@ class JacobiSvd {
       s[k] = zero ? 0 : std::scalbn(length, exponent);
       for (std::size_t i = 0; i < r; ++i) wt[k * r + pivot_[i]] = zero ? 0 : column(g_, order_[k])[i] / length;
     }
-    return status;
+    return r > 0 && !std::isfinite(s[0]) ? SvdStatus::not_converged : status;  // s may overflow where M does not
   }
 
  private:
@@ -124,8 +121,8 @@ class JacobiSvd {
   // The pairs (i, round - i) for i from begin to end.
   bool rotate_group(std::size_t begin, std::size_t end, std::size_t round) {
     const double tolerance = kEpsilon * kEpsilon * static_cast<double>(r_);
-    std::size_t left[kGroup + 1], count = 0;
-    double d[kGroup + 1], gap[kGroup + 1], tangent[kGroup], cosine[kGroup];
+    std::size_t left[kGroup], count = 0;
+    double d[kGroup], gap[kGroup], tangent[kGroup], cosine[kGroup];
     for (std::size_t i = begin; i < end; ++i) {
       const std::size_t j = round - i;
       const double product = dot(column(g_, i), column(g_, j), ld_);

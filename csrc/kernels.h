@@ -30,7 +30,8 @@ struct SvdTask {
   double *s, *t_b, *t_a;
   // An estimate of max(|U^T U - I|_F, |V^T V - I|_F), infinite where a step failed.
   double loss;
-  // The largest column norm of |B| |t_b| and |A^T| |t_a|, which rounding in B t_b and A^T t_a is proportional to.
+  // The largest root of a sum of squares d_i^2 t_ik^2, d_i the length of B's column or A's row i: how large the terms
+  // of U and V may be, and so the rounding of their sums.
   double amplification;
   SvdStatus status;
 };
@@ -70,8 +71,11 @@ struct Kernels {
 extern const Kernels* const kImplementations[];  // best first
 extern const std::size_t kImplementationCount;
 
-// The best one that this processor has, or the one that SPECTRAL_FAST_ISA names; chosen once per process.
-// Throws std::runtime_error if that is unknown, or not supported here.
+// The best of these that this processor has, or the one that is forced by name; throws std::runtime_error if that one
+// is unknown, or not supported here.
+const Kernels& choose(const Kernels* const* implementations, std::size_t count, const char* forced);
+
+// The choice of this process, made once; the environment's SPECTRAL_FAST_ISA forces.
 const Kernels& kernels();
 
 // Whole adapters over at most `threads` threads; the result has the same bits for any number of them.

@@ -8,7 +8,6 @@ inline bool cholesky(double* g, std::size_t r, std::size_t ld) {
     if (!(row[k] > 0)) return false;
     std::fill(row, row + k, 0.0);
     const double scale = 1 / std::sqrt(row[k]);
-    if (!(scale <= std::numeric_limits<double>::max())) return false;
     const std::size_t first = k / kDoubles * kDoubles;
     for (std::size_t j = k; j < r; ++j) row[j] *= scale;
     for (std::size_t i = k + 1; i < r; ++i)

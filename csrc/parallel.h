@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <future>
 #include <numeric>
+#include <system_error>
 #include <vector>
 
 namespace spectral_fast {
@@ -26,7 +27,11 @@ void parallel_for(const std::vector<double>& cost, int threads, Task task) {
   const double total = std::accumulate(cost.begin(), cost.end(), 0.0);
   const double useful = std::min({static_cast<double>(threads), static_cast<double>(cost.size()), total / kThreadCost});
   std::vector<std::future<void>> helpers;  // a future of std::async joins its thread when destroyed
-  for (double started = 1; started < useful; ++started) helpers.push_back(std::async(std::launch::async, drain));
+  try {
+    for (double started = 1; started < useful; ++started) helpers.push_back(std::async(std::launch::async, drain));
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that run do the work.
+  }
   drain();
   for (auto& helper : helpers) helper.get();
 }

@@ -65,13 +65,10 @@ inline void multiply(const T* l, std::size_t row, std::size_t step, const T* r, 
 // Rows and columns of a tile of dot products.
 constexpr std::size_t kTile = kVectorBytes == 64 ? 4 : 3;
 
-// sums[i][j] += x_i * y_j lane by lane, over rows x_i and y_j of `length` values, a multiple of the lanes.
+// sums[i][j] += x_i * y_j lane by lane, a short chain of its own before it is added to a long one, over rows x_i and
+// y_j of `length` values, a multiple of the lanes.
 inline void dot_tile(const double* x, const double* y, std::size_t ld, std::size_t length, Vd* sums) {
-  Vd kept[kTile][kTile];
-#pragma GCC unroll 4
-  for (std::size_t i = 0; i < kTile; ++i)
-#pragma GCC unroll 4
-    for (std::size_t j = 0; j < kTile; ++j) kept[i][j] = sums[i * kTile + j];
+  Vd kept[kTile][kTile] = {};
   for (std::size_t k = 0; k < length; k += kDoubles) {
     Vd right[kTile];
 #pragma GCC unroll 4
@@ -86,5 +83,5 @@ inline void dot_tile(const double* x, const double* y, std::size_t ld, std::size
 #pragma GCC unroll 4
   for (std::size_t i = 0; i < kTile; ++i)
 #pragma GCC unroll 4
-    for (std::size_t j = 0; j < kTile; ++j) sums[i * kTile + j] = kept[i][j];
+    for (std::size_t j = 0; j < kTile; ++j) sums[i * kTile + j] += kept[i][j];
 }

@@ -1,5 +1,6 @@
 // Elementwise products summed over the tokens of a segment: p and q are read once, sums are in float32, in the order of
-// the tokens in short runs whose sums are added in order: the error grows with the runs, not with the tokens.
+// the tokens, in runs of 64 whose sums are then added: an error of 64 + tokens / 64 roundoffs rather than of all
+// tokens.
 
 struct Float32 {
   using Stored = float;

@@ -64,7 +64,8 @@ inline void prefetch(const void* p, std::size_t bytes) {
   for (std::size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(p) + i, kForWriting, 2);
 }
 
-// Memory that starts at a cache line and is kept for the thread's next call, since fresh pages cost more than the work.
+// Memory that starts at a cache line and is kept for the same thread's next task, since fresh pages cost more than the
+// work.
 template <class T>
 class Buffer {
  public:

@@ -1,6 +1,7 @@
 // Every kernel of every instruction set on every shape that has an edge, in memory of exactly the size it may touch,
 // from several threads at once: for `make sanitize`. Results are checked elsewhere; here only that they are finite, and
 // the same for any number of threads.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -8,6 +9,8 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -19,7 +22,7 @@ namespace {
 
 std::size_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
-// Values from -1 to 1: 0x3f80 is 1 in bfloat16, and 1.875 in float16.
+// Values from -2 to 2.
 std::vector<char> random_values(DType dtype, std::size_t count, std::mt19937& generator) {
   std::vector<char> data(count * bytes_of(dtype));
   std::uniform_real_distribution<double> uniform(-1, 1);
@@ -45,7 +48,7 @@ struct Case {
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const DType dtype : {DType::bfloat16, DType::float16, DType::float32, DType::float64})
-    for (const std::size_t r : {0, 1, 2, 5, 7, 8, 9, 16, 17, 33, 64, 67})
+    for (const std::size_t r : {0, 1, 2, 5, 7, 8, 9, 16, 17, 33, 64, 67, 130})
       for (const std::size_t length : {0, 1, 3, 31, 64, 127, 257, 1031})
         all.push_back({length, r, 1031 - length, dtype});
   return all;
@@ -97,6 +100,33 @@ std::vector<double> run(int threads) {
     for (const RecomposeTask& product : round)
       if (!product.finite) fail("a product of finite values is not finite");
   }
+  // To other places, ranks and types.
+  for (const Shape shape : {Shape::tall, Shape::flat})
+    for (const DType from : {DType::bfloat16, DType::float32, DType::float64})
+      for (const DType to : {DType::bfloat16, DType::float16, DType::float64})
+        for (const std::size_t rank : {1, 6, 16, 35}) {
+          const auto basis = random_values(from, 131 * 9, generator);
+          const auto words = random_values(DType::float64, 9 * rank, generator);
+          std::vector<double> transform(9 * rank);
+          std::memcpy(transform.data(), words.data(), words.size());
+          std::vector<char> out(131 * rank * bytes_of(to));
+          std::vector<RecomposeTask> one{
+              {{basis.data(), from, shape, 131, 9}, transform.data(), rank, out.data(), to, rank > 6, false}};
+          recompose(one, threads);
+          if (!one[0].finite) fail("a product of finite values is not finite");
+        }
+  for (const std::size_t r : {1, 7, 16, 67}) {
+    const auto words = random_values(DType::float64, 3 * r * r, generator);
+    std::vector<double> m(3 * r * r), wt(3 * r * r), s(3 * r);
+    std::memcpy(m.data(), words.data(), words.size());
+    std::fill(m.begin(), m.begin() + static_cast<std::ptrdiff_t>(r * r), 0.0);
+    m.back() = std::nan("");
+    std::int32_t status[3];
+    jacobi_svd(m.data(), wt.data(), s.data(), status, 3, r, threads);
+    if (status[0] != 0 || status[1] != 0 || status[2] != static_cast<std::int32_t>(SvdStatus::b_not_finite))
+      fail("a zero matrix, a plain one and one with a NaN");
+    results.insert(results.end(), s.begin(), s.begin() + static_cast<std::ptrdiff_t>(2 * r));
+  }
   for (const DType dtype : {DType::bfloat16, DType::float16, DType::float32})
     for (const std::size_t r : {1, 7, 16, 64, 67, 130}) {
       const std::vector<std::int64_t> starts{0, 0, 1, 64, 65, 301};
@@ -110,6 +140,23 @@ std::vector<double> run(int threads) {
   return results;
 }
 
+void check_choice() {
+  const Kernels none{"none", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
+  const Kernels some{"some", [] { return true; }, nullptr, nullptr, nullptr, nullptr};
+  const Kernels* const list[] = {&none, &some};
+  if (&choose(list, 2, nullptr) != &some || &choose(list, 2, "") != &some || &choose(list, 2, "some") != &some)
+    fail("the best supported, or the forced instruction set must be chosen");
+  for (const char* forced : {"none", "unknown"}) {
+    const std::string wanted = std::strcmp(forced, "none") == 0 ? "does not have" : "is no instruction set";
+    try {
+      choose(list, 2, forced);
+    } catch (const std::runtime_error& error) {
+      if (std::string(error.what()).find(wanted) != std::string::npos) continue;
+    }
+    fail("a forced instruction set that cannot be used must be an error that says so");
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -118,6 +165,7 @@ int main(int argc, char** argv) {
       if (kImplementations[i]->supported()) std::printf("%s\n", kImplementations[i]->isa);
     return 0;
   }
+  check_choice();
   const std::vector<double> alone = run(1);
   std::vector<double> other;
   std::thread concurrent([&] { other = run(3); });

@@ -264,6 +264,21 @@ def test_the_estimated_loss_covers_the_true_one() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("n", [5000, 53248])
+def test_the_estimated_loss_covers_rounding_that_goes_one_way(n: int) -> None:
+    """Equal products round the same way each time: the sums' error then grows with their length, not its root."""
+    generator = torch.Generator().manual_seed(0)
+    r = 8
+    a = torch.linspace(0.7, 1.3, r)[:, None].repeat(1, n)
+    a[:, :r] += 100 * torch.randn(r, r, generator=generator)
+    b = a.mT.contiguous()
+    flat, quality, _ = cpu.gram_svd([b], [a])
+    for basis, t in zip((b.double(), a.double().mT), flat[r:].view(2, r, r), strict=True):
+        u = basis @ t
+        assert (u.mT @ u - torch.eye(r, dtype=torch.float64)).norm() <= 2 * float(quality[0, 0])
+
+
+@needs_native
 def test_the_loss_is_infinite_where_no_cholesky_factor_exists() -> None:
     b, a, _ = degenerate()["B = 0"]
     assert cpu.gram_svd([b], [a])[1][0, 0] == math.inf

@@ -49,6 +49,7 @@ def kinds(r: int) -> dict[str, Matrix]:
         "equal singular values": 3 * q,
         "triangular": np.triu(plain),
         "negligible rows": np.where(np.arange(r) == 0, 1.0, 1e-140)[:, None] * plain,
+        "almost diagonal": np.diag(np.linspace(1, 2, r)) + 1e-161 * np.triu(plain),
         "huge": plain * 1e300,
         "tiny": plain * 1e-300,
         "subnormal": plain * 1e-310,

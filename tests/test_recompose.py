@@ -48,7 +48,10 @@ def check(product: Product, basis: Tensor) -> None:
     inner = torch.finfo(torch.float64 if wide else torch.float32)
     terms = left.abs() @ right.abs()
     outer = torch.finfo(out.dtype)
-    bound = (left.shape[1] + 2) * inner.eps * terms + outer.eps * (left @ right).abs() + outer.smallest_normal
+    inside = (left.shape[1] + 2) * inner.eps * terms
+    hop = torch.finfo(torch.float32).eps if wide and out.itemsize == 2 else 0.0  # from float64 by way of float32
+    exact = (left @ right).abs()
+    bound = inside + (outer.eps / 2 + hop) * (exact + inside) + outer.smallest_normal * outer.eps
     assert ((out.double() - left @ right).abs() <= bound).all()
 
 
@@ -139,6 +142,47 @@ def test_values_that_are_not_finite_are_reported_for_their_product_alone(
         (basis.mT if flat else basis)[place, 3] = bad
         products = [Product(x, t, torch.empty_like(x), flat, False) for x, t in (good, (basis, transform), good)]
         assert recompose(products) == [True, False, True]
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("word", [0x7F800001, 0x7FBFFFFF, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF])
+def test_no_payload_of_a_nan_passes_as_a_number(out_dtype: torch.dtype, word: int) -> None:
+    nan = torch.tensor([word]).to(torch.uint32).view(torch.float32)
+    assert nan.isnan()
+    for basis in (nan.repeat(40, 1), nan.double().repeat(40, 1)):
+        for flat in (False, True):
+            x = basis.mT.contiguous() if flat else basis
+            out = torch.empty(x.shape, dtype=out_dtype)
+            one = torch.ones(1, 1, dtype=torch.float64)
+            for wide in (False, True):
+                assert recompose([Product(x, one, out, flat, wide)]) == [False]
+                assert out.isnan().all()
+
+
+def test_memory_that_another_product_needs_is_not_written() -> None:
+    identity = torch.eye(3, dtype=torch.float64)
+    memory = torch.zeros(30, 3)
+    with pytest.raises(ValueError, match=r"products 0 and 0 share memory"):
+        recompose([Product(memory[:20], identity, memory[1:21], False, False)])
+    with pytest.raises(ValueError, match=r"products 0 and 1 share memory"):
+        recompose([Product(memory, identity, memory, False, False)] * 2)
+    with pytest.raises(ValueError, match=r"share memory"):
+        recompose(
+            [
+                Product(memory, identity, torch.empty(30, 3), False, False),
+                Product(memory, identity, memory, False, False),
+            ]
+        )
+    outs = [torch.empty(30, 3), torch.empty(30, 3)]
+    assert recompose([Product(memory, identity, out, False, False) for out in outs]) == [True, True]
+
+
+def test_autograd_notices_that_a_tensor_was_overwritten() -> None:
+    x = torch.ones(4, 2, requires_grad=True)
+    y = x.exp()
+    recompose([Product(y.detach(), torch.eye(2, dtype=torch.float64), y.detach(), False, False)])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_a_result_beyond_the_range_of_its_dtype_is_reported() -> None:

@@ -7,6 +7,7 @@ that was lost, and a module that lost too much (B = 0, a dead rank, duplicated c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from spectral_fast.kernels.lowrank_svd.reference import Factored, not_finite
 # The loss ‖UᵀU − I‖_F that is accepted, per direction: LAPACK's test ratio of 1, in units of float32, where
 # the contract allows 30.
 ACCEPTED_LOSS = torch.finfo(torch.float32).eps
+_one_at_a_time = Lock()  # the number of threads is the process' own
 # SvdStatus in csrc/kernels.h.
 NOT_FINITE = {2: "B", 3: "A"}
 
@@ -44,7 +46,18 @@ def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str
         position += r + 2 * r * r
         if loss <= ACCEPTED_LOSS * r:
             results[i] = Factored(bs[i], t_b.view(r, r), s, t_a.view(r, r), as_[i], amplification)
-    return [done or reference.factor(b, a, name) for done, b, a, name in zip(results, bs, as_, names, strict=True)]
+    return [done or _by_qr(b, a, name) for done, b, a, name in zip(results, bs, as_, names, strict=True)]
+
+
+def _by_qr(b: Tensor, a: Tensor, name: str) -> Factored:
+    """The reference on one thread: more would change its bits, and they shall not depend on the number of threads."""
+    with _one_at_a_time:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return reference.factor(b, a, name)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def gram_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,10 +66,12 @@ def gram_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> tuple[Tensor, Tenso
     Returns:
         s (r,), T_B (r, r) and T_A (r, r) of each module, one after the other, as one float64 vector; per module
         (modules, 2) float64 an estimate of max(‖UᵀU − I‖_F, ‖VᵀV − I‖_F), infinite where a step failed, and the
-        largest column norm of |B| |T_B| and |Aᵀ| |T_A|; and a status (modules,) int32.
+        amplification of `Factored`; and a status (modules,) int32.
     """
     from spectral_fast import _C
 
+    if any(b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] for b, a in zip(bs, as_, strict=True)):
+        raise ValueError("each b (m, r) and a (r, n) must share r")
     bs, as_ = [b.contiguous() for b in bs], [a.contiguous() for a in as_]
     rows = [
         (b.data_ptr(), a.data_ptr(), b.shape[0], a.shape[1], b.shape[1], native.CODES[b.dtype], native.CODES[a.dtype])

@@ -19,8 +19,9 @@ class Factored(NamedTuple):
         s: (r,) float64, descending, not negative.
         t_a: (k', r) float64.
         basis_a: (k', n), either A itself or an orthonormal basis of its rows.
-        amplification: the largest column norm of |basis_b| |t_b| and |basis_aᵀ| |t_a|, where U and V have 1: what
-            rounding in these products is proportional to.
+        amplification: how large the terms of basis_b @ t_b and basis_aᵀ @ t_a may be, where the columns of U and V
+            have length 1: the largest √Σ_i d_i² t_ik², d_i the length of the basis' column i. Rounding in these
+            products is likely to be so much larger.
     """
 
     basis_b: Tensor

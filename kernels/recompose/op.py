@@ -34,13 +34,14 @@ def recompose(products: Sequence[Product]) -> list[bool]:
     """Form all products in place of their `out`, each rounded once to its dtype.
 
     Args:
-        products: shapes, ranks and dtypes may differ; no `out` may overlap with a tensor of another product.
+        products: shapes, ranks and dtypes may differ. An `out` may be its own basis, all of it, and may share memory
+            with nothing else.
 
     Returns:
         for each product, whether every value of `out` is finite.
 
     Raises:
-        ValueError: shapes do not fit, or an `out` is not contiguous.
+        ValueError: shapes do not fit, an `out` is not contiguous, or shares memory with anything but its own basis.
         TypeError: a dtype that is not supported.
         RuntimeError: no backend takes the tensors.
 
@@ -48,7 +49,9 @@ def recompose(products: Sequence[Product]) -> list[bool]:
     """
     for product in products:
         _check(*product)
+    _check_overlap(products)
     finite: list[bool] = pick("recompose", products).call(products)
+    torch.autograd.graph.increment_version([product.out for product in products])
     return finite
 
 
@@ -69,6 +72,25 @@ def _check(basis: Tensor, transform: Tensor, out: Tensor, flat: bool, wide: bool
         )
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}")
+
+
+def _check_overlap(products: Sequence[Product]) -> None:
+    """All products are formed at once, so what one writes no other may read or write."""
+    spans = []
+    for i, (basis, _, out, _, _) in enumerate(products):
+        in_place = basis.data_ptr() == out.data_ptr() and basis.shape == out.shape and basis.dtype == out.dtype
+        for x, written in ((out, True), *(() if in_place else ((basis, False),))):
+            if x.numel():
+                extent = sum((n - 1) * abs(step) for n, step in zip(x.shape, x.stride(), strict=True)) + 1
+                spans.append((str(x.device), x.data_ptr(), x.data_ptr() + extent * x.itemsize, written, i))
+    spans.sort()
+    furthest: dict[bool, tuple[str, int, int]] = {}  # of what is written, and of what is only read, so far
+    for device, begin, end, written, i in spans:
+        for other, (where, reached, j) in furthest.items():
+            if (written or other) and where == device and begin < reached:
+                raise ValueError(f"products {j} and {i} share memory that one of them writes; give each its own out")
+        if written not in furthest or furthest[written][:2] < (device, end):
+            furthest[written] = (device, end, i)
 
 
 def _reference(products: Sequence[Product]) -> list[bool]:

@@ -25,16 +25,18 @@ def segment_products(p: Tensor, q: Tensor, starts: Tensor | None = None) -> Tens
         ValueError: shapes or starts do not fit.
         TypeError: dtypes do not fit.
     """
+    out: Tensor = _op(p, q, torch.tensor([0, len(p)]) if starts is None else starts)
+    return out
+
+
+def _segment_products(p: Tensor, q: Tensor, starts: Tensor) -> Tensor:
     if p.ndim != 2 or p.shape != q.shape:
         raise ValueError(f"p and q must be matrices (tokens, r) of one shape, got {tuple(p.shape)}, {tuple(q.shape)}")
     if p.dtype != q.dtype or p.dtype not in native.CODES:
         raise TypeError(f"p and q must share one of {', '.join(map(str, native.CODES))}; got {p.dtype}, {q.dtype}")
-    if starts is None:
-        starts = torch.tensor([0, len(p)])
-    else:
-        _check_starts(starts, len(p))
-    out: Tensor = _segment_products(p, q, starts)
-    return out
+    _check_starts(starts, len(p))
+    result: Tensor = pick("sensitivity", p, q, starts).call(p, q, starts)
+    return result
 
 
 def _check_starts(starts: Tensor, tokens: int) -> None:
@@ -49,9 +51,10 @@ def _check_starts(starts: Tensor, tokens: int) -> None:
 def reference(p: Tensor, q: Tensor, starts: Tensor) -> Tensor:
     """The definition."""
     wide = torch.promote_types(p.dtype, torch.float32)
-    segment = torch.repeat_interleave(starts.diff()).to(p.device)
-    out = torch.zeros(len(starts) - 1, p.shape[1], dtype=wide, device=p.device)
-    return out.index_add_(0, segment, p.to(wide) * q.to(wide))
+    terms = p.to(wide) * q.to(wide)
+    # A sum each: adding one by one into the rows of a result would round as often as there are tokens.
+    sums = [x.sum(0) for x in torch.split(terms, starts.diff().tolist())]
+    return torch.stack(sums) if sums else terms.new_zeros(0, p.shape[1])
 
 
 def _cpu(p: Tensor, q: Tensor, starts: Tensor) -> Tensor:
@@ -72,9 +75,9 @@ def _refuses(p: Tensor | None = None, q: Tensor | None = None, starts: Tensor | 
 
 register("sensitivity", Backend("cpu", _refuses, _cpu), Backend("reference", lambda *_: None, reference))
 
-_segment_products = define(
+_op = define(
     "segment_products",
     "(Tensor p, Tensor q, Tensor starts) -> Tensor",
-    lambda p, q, starts: pick("sensitivity", p, q, starts).call(p, q, starts),
+    _segment_products,
     lambda p, q, starts: p.new_empty(len(starts) - 1, p.shape[1], dtype=torch.promote_types(p.dtype, torch.float32)),  # noqa: ARG005
 )
