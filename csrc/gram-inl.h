@@ -6,11 +6,16 @@ struct GramWorkspace {
   Buffer<Vd> sums;
 };
 
-constexpr std::size_t kPieceBytes = 128 << 10, kMinColumns = 256;
+// Rows or columns of a piece: at least this many, and at least the root of all, so that neither the sum over a piece
+// nor that over the pieces is longer than that. Even where every addition rounds the same way, the error is then 2
+// sqrt(length) roundoffs.
+inline std::size_t piece_length(std::size_t least, std::size_t length) {
+  return std::max(least, static_cast<std::size_t>(std::sqrt(static_cast<double>(length))) + 1);
+}
 
 // Only on and above the diagonal: the rows [0, end of the block) of each block of columns.
 inline void tall_gram(const Factor& b, double* gram, std::size_t ld, GramWorkspace& work) {
-  const std::size_t rows = std::max<std::size_t>(16, kPieceBytes / (ld * sizeof(double)));
+  const std::size_t rows = piece_length(64, b.length);
   double* piece = work.piece.reserve(rows * ld);
   std::memset(piece, 0, rows * ld * sizeof(double));
   for (std::size_t first = 0; first < b.length; first += rows) {
@@ -28,7 +33,7 @@ inline void tall_gram(const Factor& b, double* gram, std::size_t ld, GramWorkspa
 
 inline void flat_gram(const Factor& a, double* gram, std::size_t ld, GramWorkspace& work) {
   const std::size_t tiles = (a.r + kTile - 1) / kTile, rows = tiles * kTile;
-  const std::size_t columns = round_up(std::max(kMinColumns, kPieceBytes / (rows * sizeof(double))), kDoubles);
+  const std::size_t columns = round_up(piece_length(256, a.length), kDoubles);
   // A vector of lanes beyond the row's end: rows a power of two apart would share the cache's few places.
   const std::size_t stride = columns + kDoubles;
   double* piece = work.piece.reserve(rows * stride);
