@@ -89,10 +89,41 @@ void lowrank_svd(const Table& modules, Array<double>& out, Array<double>& qualit
   }
 }
 
+// All products are formed at once, so what one writes no other may read or write.
+void expect_no_overlap(const std::vector<spectral_fast::RecomposeTask>& tasks) {
+  struct Span {
+    const char *begin, *end;
+    bool written;
+    std::size_t task;
+  };
+  std::vector<Span> spans;
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
+    const auto& [basis, transform, scale, rank, out, out_dtype, wide, finite] = tasks[i];
+    const auto add = [&](const void* data, std::size_t values, bool written) {
+      const char* begin = static_cast<const char*>(data);
+      if (values > 0) spans.push_back({begin, begin + values, written, i});
+    };
+    const std::size_t read = basis.length * basis.r * spectral_fast::size_of(basis.dtype);
+    const std::size_t written = basis.length * rank * spectral_fast::size_of(out_dtype);
+    add(out, written, true);
+    if (out != basis.data || basis.dtype != out_dtype || basis.r != rank) add(basis.data, read, false);
+  }
+  std::sort(spans.begin(), spans.end(), [](const Span& x, const Span& y) { return x.begin < y.begin; });
+  const Span* furthest[2] = {};  // of what is only read, and of what is written
+  for (const Span& span : spans) {
+    for (const Span* other : furthest)
+      if (other != nullptr && (span.written || other->written) && span.begin < other->end)
+        throw std::invalid_argument("products " + std::to_string(other->task) + " and " + std::to_string(span.task) +
+                                    " share memory that one of them writes; give each its own out");
+    const Span*& reached = furthest[span.written];
+    if (reached == nullptr || reached->end < span.end) reached = &span;
+  }
+}
+
 void recompose(const Table& factors, Array<bool>& finite, int threads) {
   expect_threads(threads);
   const auto count = factors.ndim() == 2 ? factors.shape(0) : 0;
-  expect_shape("factors", factors, {count, 10});
+  expect_shape("factors", factors, {count, 11});
   expect_shape("finite", finite, {count});
   const auto row = factors.unchecked<2>();
   std::vector<spectral_fast::RecomposeTask> tasks;
@@ -100,12 +131,14 @@ void recompose(const Table& factors, Array<bool>& finite, int threads) {
     spectral_fast::RecomposeTask task{};
     task.basis = factor(row(i, 0), row(i, 1), row(i, 2) == 0 ? Shape::tall : Shape::flat, row(i, 3), row(i, 4));
     task.transform = address<const double>(row(i, 5));
-    task.rank = size_of(row(i, 6));
-    task.out = address<void>(row(i, 7));
-    task.out_dtype = dtype_of(row(i, 8));
-    task.wide = row(i, 9) != 0;
+    task.scale = address<const double>(row(i, 6));
+    task.rank = size_of(row(i, 7));
+    task.out = address<void>(row(i, 8));
+    task.out_dtype = dtype_of(row(i, 9));
+    task.wide = row(i, 10) != 0;
     tasks.push_back(task);
   }
+  expect_no_overlap(tasks);
   bool* all_finite = finite.mutable_data();
   py::gil_scoped_release release;
   spectral_fast::recompose(tasks, threads);
@@ -170,7 +203,7 @@ PYBIND11_MODULE(_C, module) {
       "Per row (b, a, m, n, r, dtype of b, of a): s (r), t_b and t_a (r, r), one after the other in out; loss and "
       "amplification in quality.");
   module.def("recompose", &recompose, py::arg("factors").noconvert(), py::arg("finite").noconvert(), py::arg("threads"),
-             "Per row (basis, dtype, flat, length, r, transform, rank, out, dtype of out, wide): the product.");
+             "Per row (basis, dtype, flat, length, r, transform, scale, rank, out, dtype of out, wide): the product.");
   module.def("segment_products", &segment_products, py::arg("p"), py::arg("q"), py::arg("dtype"),
              py::arg("starts").noconvert(), py::arg("out").noconvert(), py::arg("threads"),
              "out[t] = sum of p[n] * q[n] over starts[t] <= n < starts[t + 1].");

@@ -113,8 +113,6 @@ inline bool narrow_row(const From* x, To* out, std::size_t n) {
   return finite;
 }
 
-inline std::size_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
 // The address of element i.
 inline const char* element(const void* data, DType dtype, std::size_t i) {
   return static_cast<const char*>(data) + i * size_of(dtype);

@@ -9,6 +9,9 @@ namespace spectral_fast {
 
 enum class DType : std::int64_t { bfloat16 = 0, float16 = 1, float32 = 2, float64 = 3 };
 
+// In bytes.
+constexpr std::size_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
 // A factor of a low-rank update: B is tall, its `length` rows of `r` values; A is flat, `r` rows of `length` values.
 // Row-major and without gaps either way.
 enum class Shape : std::int64_t { tall = 0, flat = 1 };
@@ -36,12 +39,12 @@ struct SvdTask {
   SvdStatus status;
 };
 
-// out = basis x transform for a tall basis (length x r), transform x basis for a flat one; the transform is float64,
-// r x columns or rows x r. `out` may be the basis itself where its type and shape are the same.
+// With T = transform x diag(scale), r x rank in float64: out = basis x T for a tall basis (length x r), T^T x basis for
+// a flat one. `out` may be the basis itself where its type and shape are the same.
 struct RecomposeTask {
   Factor basis;
-  const double* transform;
-  std::size_t rank;  // columns or rows of the transform
+  const double *transform, *scale;
+  std::size_t rank;
   void* out;
   DType out_dtype;
   bool wide;    // sums in float64 rather than float32

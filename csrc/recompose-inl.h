@@ -16,7 +16,8 @@ void recompose_as(RecomposeTask& task, RecomposeWorkspace& work) {
     T* t = reinterpret_cast<T*>(work.transform.reserve(basis.r * ld * sizeof(T)));
     std::fill(t, t + basis.r * ld, T{0});
     for (std::size_t i = 0; i < basis.r; ++i)
-      for (std::size_t j = 0; j < task.rank; ++j) t[i * ld + j] = static_cast<T>(task.transform[i * task.rank + j]);
+      for (std::size_t j = 0; j < task.rank; ++j)
+        t[i * ld + j] = static_cast<T>(task.transform[i * task.rank + j] * task.scale[j]);
     T* piece = reinterpret_cast<T*>(work.piece.reserve(rows * basis.r * sizeof(T)));
     T* product = reinterpret_cast<T*>(work.product.reserve(rows * ld * sizeof(T)));
     for (std::size_t first = 0; first < basis.length; first += rows) {
@@ -33,7 +34,9 @@ void recompose_as(RecomposeTask& task, RecomposeWorkspace& work) {
     // Four cache lines of a 16-bit row.
     const std::size_t columns = 128, ld = columns;
     T* t = reinterpret_cast<T*>(work.transform.reserve(task.rank * basis.r * sizeof(T)));
-    for (std::size_t i = 0; i < task.rank * basis.r; ++i) t[i] = static_cast<T>(task.transform[i]);
+    for (std::size_t i = 0; i < basis.r; ++i)
+      for (std::size_t j = 0; j < task.rank; ++j)
+        t[j * basis.r + i] = static_cast<T>(task.transform[i * task.rank + j] * task.scale[j]);
     T* piece = reinterpret_cast<T*>(work.piece.reserve(basis.r * ld * sizeof(T)));
     T* product = reinterpret_cast<T*>(work.product.reserve(task.rank * ld * sizeof(T)));
     for (std::size_t first = 0; first < basis.length; first += columns) {

@@ -11,6 +11,8 @@ from torch import Tensor
 from spectral_fast.kernels import lowrank_svd as kernel
 from spectral_fast.kernels.recompose import Product, recompose
 
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -45,7 +47,7 @@ class Spectrum:
     @property
     def vh(self) -> Tensor:
         """Right singular vectors (r, n) as rows, float32, or float64 if A is. Computed on every access."""
-        return self._vectors(self.factored.basis_a, self.factored.t_a.mT, self.dtypes[1], flat=True)
+        return self._vectors(self.factored.basis_a, self.factored.t_a, self.dtypes[1], flat=True)
 
     def _new_factors(self) -> tuple[Tensor, Tensor]:
         f = self.factored
@@ -53,9 +55,10 @@ class Spectrum:
         return b, f.basis_a.new_empty(f.t_a.shape[1], f.basis_a.shape[1], dtype=self.dtypes[1])
 
     def _vectors(self, basis: Tensor, transform: Tensor, dtype: torch.dtype, *, flat: bool) -> Tensor:
-        shape = (len(transform), basis.shape[1]) if flat else (len(basis), transform.shape[1])
+        r = transform.shape[1]
+        shape = (r, basis.shape[1]) if flat else (len(basis), r)
         out = basis.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
-        recompose([Product(basis, transform, out, flat, wide=True)])
+        recompose([Product(basis, transform, transform.new_ones(r), out, flat, wide=True)])
         return out
 
     def rebuild(self, s_new: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -115,18 +118,20 @@ def rebuild(
     names = [f"module {i}" for i in range(len(spectra))] if names is None else names
     if out is None:
         out = [x._new_factors() for x in spectra]
-    products = []
     for spectrum, s, (b, a), name in zip(spectra, s_new, out, names, strict=True):
         if s.shape != spectrum.s.shape:
             raise ValueError(f"{name}: s_new must have shape {tuple(spectrum.s.shape)}, got {tuple(s.shape)}")
         if (b.dtype, a.dtype) != spectrum.dtypes:
             raise ValueError(f"{name}: out must have dtypes {spectrum.dtypes}, got {(b.dtype, a.dtype)}")
-        root = s.to(spectrum.s).sqrt()  # of a negative value: NaN
-        if not root.isfinite().all():
-            raise ValueError(f"{name}: s_new must be finite and not negative, got {s.tolist()}")
+    roots = [s.to(spectrum.s).sqrt() for spectrum, s in zip(spectra, s_new, strict=True)]  # of a negative value: NaN
+    if roots and not torch.cat(roots).isfinite().all():
+        i = next(i for i, root in enumerate(roots) if not root.isfinite().all())
+        raise ValueError(f"{names[i]}: s_new must be finite and not negative, got {s_new[i].tolist()}")
+    products = []
+    for spectrum, root, (b, a) in zip(spectra, roots, out, strict=True):
         f = spectrum.factored
-        products.append(Product(f.basis_b, f.t_b * root, b, False, _needs_float64(f.amplification, b.dtype)))
-        products.append(Product(f.basis_a, (f.t_a * root).mT, a, True, _needs_float64(f.amplification, a.dtype)))
+        products.append(Product(f.basis_b, f.t_b, root, b, False, _needs_float64(f.amplification, b.dtype)))
+        products.append(Product(f.basis_a, f.t_a, root, a, True, _needs_float64(f.amplification, a.dtype)))
     finite = recompose(products)
     if not all(finite):
         worst = finite.index(False)
@@ -140,4 +145,4 @@ def rebuild(
 
 def _needs_float64(amplification: float, dtype: torch.dtype) -> bool:
     """Whether sums in float32 would show: their rounding shall be a sixteenth of the result's own."""
-    return amplification * torch.finfo(torch.float32).eps > torch.finfo(dtype).eps / 16
+    return amplification * EPS[torch.float32] > EPS[dtype] / 16

@@ -20,11 +20,9 @@ using namespace spectral_fast;
 
 namespace {
 
-std::size_t bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
 // Values from -2 to 2.
 std::vector<char> random_values(DType dtype, std::size_t count, std::mt19937& generator) {
-  std::vector<char> data(count * bytes_of(dtype));
+  std::vector<char> data(count * size_of(dtype));
   std::uniform_real_distribution<double> uniform(-1, 1);
   for (std::size_t i = 0; i < count; ++i) {
     const double wide = uniform(generator);
@@ -35,7 +33,7 @@ std::vector<char> random_values(DType dtype, std::size_t count, std::mt19937& ge
     const void* from = dtype == DType::float64   ? static_cast<const void*>(&wide)
                        : dtype == DType::float32 ? static_cast<const void*>(&narrow)
                                                  : static_cast<const void*>(&half);
-    std::memcpy(data.data() + i * bytes_of(dtype), from, bytes_of(dtype));
+    std::memcpy(data.data() + i * size_of(dtype), from, size_of(dtype));
   }
   return data;
 }
@@ -86,8 +84,10 @@ std::vector<double> run(int threads) {
     results.insert(results.end(), task.s, task.s + task.b.r);
     if (!(task.loss < 1e-3)) continue;  // a rank-deficient module: its transforms are not used
     for (const bool wide : {false, true}) {
-      products.push_back({task.b, task.t_b, task.b.r, const_cast<void*>(task.b.data), task.b.dtype, wide, false});
-      products.push_back({task.a, task.t_a, task.a.r, const_cast<void*>(task.a.data), task.a.dtype, wide, false});
+      products.push_back(
+          {task.b, task.t_b, task.s, task.b.r, const_cast<void*>(task.b.data), task.b.dtype, wide, false});
+      products.push_back(
+          {task.a, task.t_a, task.s, task.a.r, const_cast<void*>(task.a.data), task.a.dtype, wide, false});
     }
   }
   // In place, so one product of a factor after the other.
@@ -109,9 +109,15 @@ std::vector<double> run(int threads) {
           const auto words = random_values(DType::float64, 9 * rank, generator);
           std::vector<double> transform(9 * rank);
           std::memcpy(transform.data(), words.data(), words.size());
-          std::vector<char> out(131 * rank * bytes_of(to));
-          std::vector<RecomposeTask> one{
-              {{basis.data(), from, shape, 131, 9}, transform.data(), rank, out.data(), to, rank > 6, false}};
+          std::vector<char> out(131 * rank * size_of(to));
+          std::vector<RecomposeTask> one{{{basis.data(), from, shape, 131, 9},
+                                          transform.data(),
+                                          transform.data(),
+                                          rank,
+                                          out.data(),
+                                          to,
+                                          rank > 6,
+                                          false}};
           recompose(one, threads);
           if (!one[0].finite) fail("a product of finite values is not finite");
         }

@@ -14,6 +14,7 @@ from spectral_fast.kernels.recompose import Product, recompose
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Around the tiles of 6, 8 and 12 rows, the vectors of 2 to 16 lanes, the pieces of 64 rows and 128 columns.
+ONE = torch.ones(1, 1, dtype=torch.float64)
 LENGTHS = (0, 1, 5, 6, 63, 64, 65, 127, 128, 129, 300)
 RANKS = ((1, 1), (2, 3), (7, 8), (8, 7), (16, 16), (17, 33), (64, 64), (67, 1), (0, 3), (3, 0), (130, 131))
 
@@ -37,13 +38,18 @@ def _poisoned_memory() -> Iterator[None]:
 def operands(length: int, k: int, r: int, flat: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(length + 1000 * k + r)
     basis = torch.randn((k, length) if flat else (length, k), generator=generator).to(dtype)
-    return basis, torch.randn((r, k) if flat else (k, r), generator=generator, dtype=torch.float64)
+    return basis, torch.randn(k, r, generator=generator, dtype=torch.float64)
+
+
+def scales(transform: Tensor) -> Tensor:
+    return torch.linspace(0.5, 2, transform.shape[1], dtype=torch.float64)
 
 
 def check(product: Product, basis: Tensor) -> None:
     """`basis` is what product.basis held before."""
-    _, transform, out, flat, wide = product
-    left, right = (transform, basis.double()) if flat else (basis.double(), transform)
+    _, transform, scale, out, flat, wide = product
+    scaled = transform * scale
+    left, right = (scaled.mT, basis.double()) if flat else (basis.double(), scaled)
     # Sums of k terms in the inner type (the transform is rounded to it, too), then one rounding to the outer.
     inner = torch.finfo(torch.float64 if wide else torch.float32)
     terms = left.abs() @ right.abs()
@@ -64,7 +70,7 @@ def test_products_of_every_shape_are_right_and_may_come_in_one_call(dtype: torch
         for k, r in RANKS:
             basis, transform = operands(length, k, r, flat, dtype)
             out = torch.empty((r, length) if flat else (length, r), dtype=dtype)
-            products.append(Product(basis, transform, out, flat, wide))
+            products.append(Product(basis, transform, scales(transform), out, flat, wide))
     assert recompose(products) == [True] * len(products)
     for product in products:
         check(product, product.basis)
@@ -75,7 +81,7 @@ def test_products_of_every_shape_are_right_and_may_come_in_one_call(dtype: torch
 def test_the_result_may_have_another_dtype(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
     for flat in (False, True):
         basis, transform = operands(131, 9, 9, flat, dtype)
-        product = Product(basis, transform, torch.empty(basis.shape, dtype=out_dtype), flat, True)
+        product = Product(basis, transform, scales(transform), torch.empty(basis.shape, dtype=out_dtype), flat, True)
         assert recompose([product]) == [True]
         check(product, basis)
 
@@ -86,14 +92,16 @@ def test_a_factor_may_be_overwritten_in_place(dtype: torch.dtype, flat: bool) ->
     for length, r in ((300, 16), (131, 67), (5, 8)):
         basis, transform = operands(length, r, r, flat, dtype)
         before = basis.clone()
-        product = Product(basis, transform, basis, flat, False)
+        product = Product(basis, transform, scales(transform), basis, flat, False)
         assert recompose([product]) == [True]
         check(product, before)
 
 
 def test_bases_and_transforms_need_not_be_contiguous() -> None:
     basis, transform = operands(131, 9, 9, False, torch.float32)
-    product = Product(basis.mT.contiguous().mT, transform.mT.contiguous().mT, torch.empty(131, 9), False, True)
+    product = Product(
+        basis.mT.contiguous().mT, transform.mT.contiguous().mT, scales(transform), torch.empty(131, 9), False, True
+    )
     assert recompose([product]) == [True]
     check(product, basis)
 
@@ -107,11 +115,11 @@ def test_every_sixteen_bit_value_is_widened_exactly_and_narrowed_to_itself(dtype
         column = finite[None] if flat else finite[:, None]
         for wide in (False, True):
             out = torch.empty_like(column)
-            [ok] = recompose([Product(column, torch.ones(1, 1, dtype=torch.float64), out, flat, wide)])
+            [ok] = recompose([Product(column, ONE, ONE[0], out, flat, wide)])
             assert ok
             assert torch.equal(out, column)
             exact = torch.empty(column.shape)
-            recompose([Product(column, torch.ones(1, 1, dtype=torch.float64), exact, flat, wide)])
+            recompose([Product(column, ONE, ONE[0], exact, flat, wide)])
             assert torch.equal(exact, column.float())
 
 
@@ -125,7 +133,7 @@ def test_values_between_two_sixteen_bit_values_are_rounded_to_nearest_ties_to_ev
         column = values.float()[:, None]  # exact: bfloat16 and float16 have fewer digits, and a wide enough float32
         column = column[column[:, 0].double() == values]
         out = torch.empty(column.shape, dtype=dtype)
-        recompose([Product(column, torch.ones(1, 1, dtype=torch.float64), out, False, False)])
+        recompose([Product(column, ONE, ONE[0], out, False, False)])
         assert torch.equal(out, column.to(dtype))
         assert len(column) > 0.9 * len(values)
 
@@ -140,7 +148,9 @@ def test_values_that_are_not_finite_are_reported_for_their_product_alone(
         good = operands(131, 7, 7, flat, dtype)
         basis, transform = operands(131, 7, 7, flat, dtype)
         (basis.mT if flat else basis)[place, 3] = bad
-        products = [Product(x, t, torch.empty_like(x), flat, False) for x, t in (good, (basis, transform), good)]
+        products = [
+            Product(x, t, scales(t), torch.empty_like(x), flat, False) for x, t in (good, (basis, transform), good)
+        ]
         assert recompose(products) == [True, False, True]
 
 
@@ -155,32 +165,33 @@ def test_no_payload_of_a_nan_passes_as_a_number(out_dtype: torch.dtype, word: in
             out = torch.empty(x.shape, dtype=out_dtype)
             one = torch.ones(1, 1, dtype=torch.float64)
             for wide in (False, True):
-                assert recompose([Product(x, one, out, flat, wide)]) == [False]
+                assert recompose([Product(x, one, scales(one), out, flat, wide)]) == [False]
                 assert out.isnan().all()
 
 
-def test_memory_that_another_product_needs_is_not_written() -> None:
+def test_memory_that_another_product_needs_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")  # the reference forms one product after the other
     identity = torch.eye(3, dtype=torch.float64)
     memory = torch.zeros(30, 3)
     with pytest.raises(ValueError, match=r"products 0 and 0 share memory"):
-        recompose([Product(memory[:20], identity, memory[1:21], False, False)])
+        recompose([Product(memory[:20], identity, scales(identity), memory[1:21], False, False)])
     with pytest.raises(ValueError, match=r"products 0 and 1 share memory"):
-        recompose([Product(memory, identity, memory, False, False)] * 2)
+        recompose([Product(memory, identity, scales(identity), memory, False, False)] * 2)
     with pytest.raises(ValueError, match=r"share memory"):
         recompose(
             [
-                Product(memory, identity, torch.empty(30, 3), False, False),
-                Product(memory, identity, memory, False, False),
+                Product(memory, identity, scales(identity), torch.empty(30, 3), False, False),
+                Product(memory, identity, scales(identity), memory, False, False),
             ]
         )
     outs = [torch.empty(30, 3), torch.empty(30, 3)]
-    assert recompose([Product(memory, identity, out, False, False) for out in outs]) == [True, True]
+    assert recompose([Product(memory, identity, scales(identity), out, False, False) for out in outs]) == [True, True]
 
 
 def test_autograd_notices_that_a_tensor_was_overwritten() -> None:
     x = torch.ones(4, 2, requires_grad=True)
     y = x.exp()
-    recompose([Product(y.detach(), torch.eye(2, dtype=torch.float64), y.detach(), False, False)])
+    recompose([Product(y.detach(), ONE.expand(2, 2), torch.ones(2, dtype=torch.float64), y.detach(), False, False)])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -189,8 +200,8 @@ def test_a_result_beyond_the_range_of_its_dtype_is_reported() -> None:
     basis = torch.full((40, 2), 60000.0, dtype=torch.float16)
     double = torch.eye(2, dtype=torch.float64) * 2
     for wide in (False, True):
-        assert recompose([Product(basis, double, torch.empty_like(basis), False, wide)]) == [False]
-        assert recompose([Product(basis, double, torch.empty(40, 2), False, wide)]) == [True]
+        assert recompose([Product(basis, double, scales(double), torch.empty_like(basis), False, wide)]) == [False]
+        assert recompose([Product(basis, double, scales(double), torch.empty(40, 2), False, wide)]) == [True]
 
 
 def test_nothing_to_do_is_not_an_error() -> None:
@@ -199,18 +210,20 @@ def test_nothing_to_do_is_not_an_error() -> None:
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     basis, transform = operands(20, 4, 4, False, torch.float32)
-    out = torch.empty(20, 4)
+    out, scale = torch.empty(20, 4), scales(transform)
     with pytest.raises(
-        ValueError, match=r"out \(20, 4\) = basis @ transform does not fit basis \(20, 4\), transform \(3,"
+        ValueError, match=r"a tall basis \(20, 4\), transform \(3, 4\), scale \(4,\) and out \(20, 4\) do"
     ):
-        recompose([Product(basis, transform[:3], out, False, False)])
-    with pytest.raises(ValueError, match=r"out \(20, 4\) = transform @ basis does not fit"):
-        recompose([Product(basis, transform, out, True, False)])
+        recompose([Product(basis, transform[:3], scale, out, False, False)])
+    with pytest.raises(ValueError, match=r"a flat basis \(20, 4\)"):
+        recompose([Product(basis, transform, scale, out, True, False)])
+    with pytest.raises(ValueError, match=r"scale \(3,\)"):
+        recompose([Product(basis, transform, scale[:3], out, False, False)])
+    with pytest.raises(ValueError, match="must be matrices, and scale a vector"):
+        recompose([Product(basis[0], transform, scale, out, False, False)])
     with pytest.raises(ValueError, match=r"out must be contiguous, got strides \(1, 20\)"):
-        recompose([Product(basis, transform, torch.empty(4, 20).mT, False, False)])
-    with pytest.raises(
-        TypeError, match=r"a transform of torch.float64; got torch.float32, torch.float32, torch.float32"
-    ):
-        recompose([Product(basis, transform.float(), out, False, False)])
+        recompose([Product(basis, transform, scale, torch.empty(4, 20).mT, False, False)])
+    with pytest.raises(TypeError, match=r"got torch.float32, torch.float32, torch.float32, torch.float64"):
+        recompose([Product(basis, transform.float(), scale, out, False, False)])
     with pytest.raises(TypeError, match=r"got torch\.int64"):
-        recompose([Product(basis.long(), transform, out, False, False)])
+        recompose([Product(basis.long(), transform, scale, out, False, False)])

@@ -13,11 +13,12 @@ from spectral_fast.kernels import native
 
 
 class Product(NamedTuple):
-    """One product to form: out ← basis @ transform, or transform @ basis for a flat basis.
+    """One product to form: out ← basis @ T, or Tᵀ @ basis for a flat basis, with T = transform · diag(scale).
 
     Attributes:
         basis: tall (length, k), or flat (k, length): bfloat16, float16, float32 or float64.
-        transform: (k, r), or (r, k) for a flat basis, float64.
+        transform: (k, r), float64.
+        scale: (r,), float64.
         out: (length, r), or (r, length): contiguous, any of these dtypes; may be `basis` itself.
         flat: which of the two.
         wide: sums in float64 rather than float32.
@@ -25,6 +26,7 @@ class Product(NamedTuple):
 
     basis: Tensor
     transform: Tensor
+    scale: Tensor
     out: Tensor
     flat: bool
     wide: bool
@@ -49,54 +51,39 @@ def recompose(products: Sequence[Product]) -> list[bool]:
     """
     for product in products:
         _check(*product)
-    _check_overlap(products)
     finite: list[bool] = pick("recompose", products).call(products)
     torch.autograd.graph.increment_version([product.out for product in products])
     return finite
 
 
-def _check(basis: Tensor, transform: Tensor, out: Tensor, flat: bool, wide: bool) -> None:  # noqa: ARG001
+def _check(basis: Tensor, transform: Tensor, scale: Tensor, out: Tensor, flat: bool, wide: bool) -> None:  # noqa: ARG001
+    if any(x.ndim != n for x, n in ((basis, 2), (transform, 2), (scale, 1), (out, 2))):
+        raise ValueError("basis, transform and out must be matrices, and scale a vector")
     inner, length = basis.shape if flat else basis.shape[::-1]
-    k, r = transform.shape[::-1] if flat else transform.shape
-    expected = (r, length) if flat else (length, r)
-    if inner != k or out.shape != expected:
-        order = "transform @ basis" if flat else "basis @ transform"
+    k, r = transform.shape
+    if inner != k or scale.shape != (r,) or out.shape != ((r, length) if flat else (length, r)):
         raise ValueError(
-            f"out {tuple(out.shape)} = {order} does not fit basis {tuple(basis.shape)}, transform "
-            f"{tuple(transform.shape)}"
+            f"{'a flat' if flat else 'a tall'} basis {tuple(basis.shape)}, transform {tuple(transform.shape)}, scale "
+            f"{tuple(scale.shape)} and out {tuple(out.shape)} do not fit together"
         )
-    if transform.dtype != torch.float64 or basis.dtype not in native.CODES or out.dtype not in native.CODES:
+    if (
+        {transform.dtype, scale.dtype} != {torch.float64}
+        or basis.dtype not in native.CODES
+        or out.dtype not in native.CODES
+    ):
         raise TypeError(
-            f"a basis and an out of {', '.join(map(str, native.CODES))} and a transform of torch.float64; got "
-            f"{basis.dtype}, {out.dtype}, {transform.dtype}"
+            f"a basis and an out of {', '.join(map(str, native.CODES))} and a transform and scale of "
+            f"torch.float64; got {basis.dtype}, {out.dtype}, {transform.dtype}, {scale.dtype}"
         )
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}")
 
 
-def _check_overlap(products: Sequence[Product]) -> None:
-    """All products are formed at once, so what one writes no other may read or write."""
-    spans = []
-    for i, (basis, _, out, _, _) in enumerate(products):
-        in_place = basis.data_ptr() == out.data_ptr() and basis.shape == out.shape and basis.dtype == out.dtype
-        for x, written in ((out, True), *(() if in_place else ((basis, False),))):
-            if x.numel():
-                extent = sum((n - 1) * abs(step) for n, step in zip(x.shape, x.stride(), strict=True)) + 1
-                spans.append((str(x.device), x.data_ptr(), x.data_ptr() + extent * x.itemsize, written, i))
-    spans.sort()
-    furthest: dict[bool, tuple[str, int, int]] = {}  # of what is written, and of what is only read, so far
-    for device, begin, end, written, i in spans:
-        for other, (where, reached, j) in furthest.items():
-            if (written or other) and where == device and begin < reached:
-                raise ValueError(f"products {j} and {i} share memory that one of them writes; give each its own out")
-        if written not in furthest or furthest[written][:2] < (device, end):
-            furthest[written] = (device, end, i)
-
-
 def _reference(products: Sequence[Product]) -> list[bool]:
     finite = []
-    for basis, transform, out, flat, _ in products:
-        out.copy_(transform @ basis.double() if flat else basis.double() @ transform)
+    for basis, transform, scale, out, flat, _ in products:
+        scaled = transform * scale
+        out.copy_(scaled.mT @ basis.double() if flat else basis.double() @ scaled)
         finite.append(bool(out.isfinite().all()))
     return finite
 
@@ -104,24 +91,24 @@ def _reference(products: Sequence[Product]) -> list[bool]:
 def _cpu(products: Sequence[Product]) -> list[bool]:
     from spectral_fast import _C
 
-    kept = [(product.basis.contiguous(), product.transform.contiguous()) for product in products]
+    kept = [tuple(x.contiguous() for x in product[:3]) for product in products]
     rows = [
         (
             *(basis.data_ptr(), native.CODES[basis.dtype], flat, basis.shape[flat], basis.shape[not flat]),
-            *(transform.data_ptr(), transform.shape[not flat]),
+            *(transform.data_ptr(), scale.data_ptr(), len(scale)),
             *(out.data_ptr(), native.CODES[out.dtype], wide),
         )
-        for (basis, transform), (_, _, out, flat, wide) in zip(kept, products, strict=True)
+        for (basis, transform, scale), (_, _, _, out, flat, wide) in zip(kept, products, strict=True)
     ]
     finite = torch.empty(len(products), dtype=torch.bool)
     # At most a thread per module, which has two products: who has one module at a time runs several calls at once.
     threads = min(torch.get_num_threads(), (len(products) + 1) // 2)
-    _C.recompose(native.table(rows, 10), finite.numpy(), max(threads, 1))
+    _C.recompose(native.table(rows, 11), finite.numpy(), max(threads, 1))
     return finite.tolist()
 
 
 def _refuses(products: Sequence[Product] = ()) -> str | None:
-    return native.refuses(x for product in products for x in product[:3])
+    return native.refuses(x for product in products for x in product[:4])
 
 
 register("recompose", Backend("cpu", _refuses, _cpu), Backend("reference", lambda *_: None, _reference))
