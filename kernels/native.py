@@ -17,7 +17,7 @@ CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3
 
 def refuses(tensors: Iterable[Tensor] = ()) -> str | None:
     """Wants the native module, and tensors in host memory; called without tensors it answers for this machine."""
-    elsewhere = {str(x.device) for x in tensors if x.device.type != "cpu"}
+    elsewhere = {str(x.device) for x in tensors if not x.is_cpu}
     return f"tensors are on {', '.join(sorted(elsewhere))}" if elsewhere else native_missing()
 
 
