@@ -146,7 +146,7 @@ class Task:
 PER_MODULE = ("reference", "torch QR + SVD")
 LOW_RANK = (*PER_MODULE, "torch batched SVD", "SciPy QR + SVD")
 DENSE = ("torch.svd_lowrank", "PEFT svd")
-SEGMENTS = ("reference", "torch sum per sample")
+SEGMENTS = ("reference",)
 CORES = ("torch batched SVD", "torch SVD one by one", "SciPy one by one")
 
 

@@ -164,14 +164,8 @@ def our_sensitivity(pairs: Pairs, starts: Tensor) -> list[Tensor]:
 
 
 def sensitivity_reference(pairs: Pairs, starts: Tensor) -> list[Tensor]:
-    """The kernel's definition."""
+    """The kernel's definition, which is also what one would write: a product and a sum per sample in torch."""
     return [sensitivity.reference(p, q, starts) for p, q in pairs]
-
-
-def sensitivity_per_sample(pairs: Pairs, starts: Tensor) -> list[Tensor]:
-    """What one would write: multiply in float32, and sum each sample's rows."""
-    lengths = starts.diff().tolist()
-    return [torch.stack([x.sum(0) for x in torch.split(p.float() * q.float(), lengths)]) for p, q in pairs]
 
 
 REBUILD: dict[str, Callable[[Factors], list[Tensor]]] = {
@@ -192,7 +186,6 @@ SVD: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
 SENSITIVITY: dict[str, Callable[[Pairs, Tensor], list[Tensor]]] = {
     OURS: our_sensitivity,
     "reference": sensitivity_reference,
-    "torch sum per sample": sensitivity_per_sample,
 }
 
 # These form ΔW. One module is run, and its time is multiplied by what the others cost beside it: m n r for the
@@ -202,4 +195,4 @@ DENSE_COST: dict[str, Callable[[int, int, int], int]] = {
     "PEFT svd": lambda m, n, _: m * n * min(m, n),
 }
 # What may be faster with one thread than with all is run with both.
-ONE_THREAD_TOO = ("torch QR + SVD", "torch batched SVD", "torch SVD one by one", "torch sum per sample")
+ONE_THREAD_TOO = ("torch QR + SVD", "torch batched SVD", "torch SVD one by one")

@@ -44,9 +44,7 @@ def test_rebuild(benchmark: BenchmarkFixture, checked: Factors) -> None:
     benchmark(rebuild, spectra, checked.s_new, checked.outs)
 
 
-@pytest.mark.parametrize(
-    "case", [Cores(560, 16), Cores(560, 64), Cores(40, 256)], ids=lambda x: f"{x.count}-of-{x.rank}x{x.rank}"
-)
+@pytest.mark.parametrize("case", CORES, ids=lambda x: f"{x.count}-of-{x.rank}x{x.rank}")
 def test_small_svds(benchmark: BenchmarkFixture, case: Cores) -> None:
     """U, s and Vᵀ of a batch of small matrices."""
     matrices = core_matrices(case)

@@ -133,6 +133,20 @@ inline void widen(const void* data, DType dtype, std::size_t first, T* out, std:
   }
 }
 
+// piece (a row of `stride` values for each row of a) <- columns first .. first + count of a flat factor, with zeros up
+// to `padded`; as many columns after them are fetched ahead.
+template <class T>
+inline void widen_columns(const Factor& a, std::size_t first, std::size_t count, std::size_t padded, T* piece,
+                          std::size_t stride) {
+  const std::size_t next = std::min(count, a.length - first - count);
+  for (std::size_t i = 0; i < a.r; ++i) {
+    T* row = piece + i * stride;
+    widen(a.data, a.dtype, i * a.length + first, row, count);
+    prefetch<0>(element(a.data, a.dtype, i * a.length + first + count), next * size_of(a.dtype));
+    std::fill(row + count, row + padded, T{0});
+  }
+}
+
 // The n values at element `first` of data <- x, rounded to nearest; false if one of them is then not finite.
 template <class T>
 inline bool narrow(const T* x, void* data, DType dtype, std::size_t first, std::size_t n) {

@@ -44,9 +44,8 @@ const Kernels& choose(const Kernels* const* implementations, std::size_t count, 
 }
 
 const Kernels& kernels() {
-  static const Kernels& chosen =
-      choose(kImplementations, kImplementationCount,
-             std::getenv("SPECTRAL_FAST_ISA"));  // an exception leaves it unset: every call says so
+  // An exception leaves it unset: every call says so.
+  static const Kernels& chosen = choose(kImplementations, kImplementationCount, std::getenv("SPECTRAL_FAST_ISA"));
   return chosen;
 }
 

@@ -42,12 +42,7 @@ inline void flat_gram(const Factor& a, double* gram, std::size_t ld, GramWorkspa
   std::memset(sums, 0, tiles * tiles * kTile * kTile * sizeof(Vd));
   for (std::size_t first = 0; first < a.length; first += columns) {
     const std::size_t count = std::min(columns, a.length - first), padded = round_up(count, kDoubles);
-    const std::size_t next = std::min(columns, a.length - first - count);
-    for (std::size_t i = 0; i < a.r; ++i) {
-      widen(a.data, a.dtype, i * a.length + first, piece + i * stride, count);
-      prefetch<0>(element(a.data, a.dtype, i * a.length + first + count), next * size_of(a.dtype));
-      std::fill(piece + i * stride + count, piece + i * stride + padded, 0.0);
-    }
+    widen_columns(a, first, count, padded, piece, stride);
     for (std::size_t i = 0; i < tiles; ++i)
       for (std::size_t j = i; j < tiles; ++j)
         dot_tile(piece + i * kTile * stride, piece + j * kTile * stride, stride, padded,

@@ -41,12 +41,7 @@ void recompose_as(RecomposeTask& task, RecomposeWorkspace& work) {
     T* product = reinterpret_cast<T*>(work.product.reserve(task.rank * ld * sizeof(T)));
     for (std::size_t first = 0; first < basis.length; first += columns) {
       const std::size_t count = std::min(columns, basis.length - first), padded = round_up(count, kLanes);
-      const std::size_t next = std::min(columns, basis.length - first - count);
-      for (std::size_t i = 0; i < basis.r; ++i) {
-        widen(basis.data, basis.dtype, i * basis.length + first, piece + i * ld, count);
-        prefetch<0>(element(basis.data, basis.dtype, i * basis.length + first + count), next * size_of(basis.dtype));
-        std::fill(piece + i * ld + count, piece + i * ld + padded, T{0});
-      }
+      widen_columns(basis, first, count, padded, piece, ld);
       if (task.out != basis.data)
         for (std::size_t i = 0; i < task.rank; ++i)
           prefetch<1>(element(task.out, task.out_dtype, i * basis.length + first), count * size_of(task.out_dtype));

@@ -58,6 +58,8 @@ def test_without_force_the_best_one_is_taken_and_info_tells() -> None:
     result = run("", "-c", "from spectral_fast import _C; print(_C.isa()['chosen'])")
     assert result.stdout.strip() == _C.isa()["supported"][0]
     assert describe()["isa"] == _C.isa()
+    last = _C.isa()["supported"][-1]
+    assert f"instruction set: {last} (of " in run(last, "-m", "spectral_fast", "info").stdout
 
 
 def modules() -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -261,6 +264,37 @@ def test_the_estimated_loss_covers_the_true_one() -> None:
             true = max((x.mT @ x - eye).norm().nan_to_num(nan=math.inf) for x in (u, v))
             # It is a sum of likely sizes, not a bound; what it decides has a margin of RATIO.
             assert true <= 2 * float(quality[0, 0])
+
+
+@needs_native
+def test_a_qr_leaves_torch_s_threads_as_they_were_for_those_who_come_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "cpu")
+    b, a, _ = degenerate()["B = 0"]
+    factor, begun, seen = reference.factor, threading.Event(), []
+
+    def slow(*args: Any) -> Factored:
+        seen.append(torch.get_num_threads())
+        begun.set()
+        time.sleep(0.3)
+        return factor(*args)
+
+    def come_meanwhile() -> None:
+        begun.wait()
+        lowrank_svd([b], [a])  # takes a QR of its own, and puts back what it found
+        seen.append(torch.get_num_threads())
+
+    monkeypatch.setattr(reference, "factor", slow)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        other = threading.Thread(target=come_meanwhile)
+        other.start()
+        lowrank_svd([b], [a])
+        other.join()
+        assert seen == [1, 1, 3]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_native

@@ -32,6 +32,9 @@ def refuses(bs: Sequence[Tensor] = (), as_: Sequence[Tensor] = (), names: Sequen
 
 def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str]) -> list[Factored]:
     """The SVD of each b @ a; B and A themselves are the bases wherever their condition allows it."""
+    # A thread that asked torch for the first time while the QR of another ran would keep its one thread for good.
+    with _one_at_a_time:
+        torch.get_num_threads()
     # Gram matrices of float64 factors would be accurate to float32 only: those take the QR.
     narrow = [i for i, (b, a) in enumerate(zip(bs, as_, strict=True)) if torch.float64 not in (b.dtype, a.dtype)]
     flat, quality, status = _gram_svd([bs[i] for i in narrow], [as_[i] for i in narrow])
