@@ -1,0 +1,114 @@
+"""What every Triton kernel needs: where it can run, and in which configurations it is shipped.
+
+Without autotuning: a configuration is chosen by architecture and shape class, and each that can be chosen is listed
+by its op's ``shipped``, compiled ahead of time and checked. Nothing here imports triton.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Triton's own switch: its kernels then run as Python on tensors in host memory.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Architecture(NamedTuple):
+    """What a program may use of a multiprocessor.
+
+    Attributes:
+        shared: bytes of shared memory that one program can have.
+        float64: whether float64 arithmetic is at least half as fast as float32.
+    """
+
+    shared: int
+    float64: bool
+
+
+# The shipped configurations. CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3
+# instruction set reference, local data share.
+ARCHITECTURES = {
+    "sm_80": Architecture(163 * 1024, True),
+    "sm_90": Architecture(227 * 1024, True),
+    "sm_100": Architecture(227 * 1024, True),
+    "sm_120": Architecture(99 * 1024, False),
+    "gfx942": Architecture(64 * 1024, True),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel in one configuration: what is launched, and what the ahead-of-time compiler is given.
+
+    Attributes:
+        kernel: the jitted function.
+        constants: its constexpr arguments by name.
+        warps: per program.
+        stages: of software pipelining.
+        fusion: whether a multiplication and an addition may become one rounding.
+    """
+
+    kernel: Any
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 2
+    fusion: bool = True
+
+    def launch(self, grid: tuple[int, ...], *args: Any) -> None:
+        """Runs the kernel on the current stream; a grid without programs launches nothing."""
+        if all(grid):
+            self.kernel[grid](
+                *args,
+                **self.constants,
+                num_warps=self.warps,
+                num_stages=self.stages,
+                enable_fp_fusion=self.fusion,
+            )
+
+
+class Shipped(NamedTuple):
+    """A variant that an architecture may be asked to run, as the ahead-of-time compiler wants it.
+
+    Attributes:
+        name: the op, the kernel and what distinguishes the variant, in words.
+        variant: the configuration.
+        signature: Triton's type of each argument that is no constant, in order: "*bf16", "i32", "i64" ...
+        matrix: whether its products must run on matrix units.
+    """
+
+    name: str
+    variant: Variant
+    signature: Mapping[str, str]
+    matrix: bool = False
+
+
+def architecture(device: torch.device) -> str:
+    """The key of ``ARCHITECTURES`` whose configurations suit a device; under the interpreter, that of an H100."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory and slow float64; 10.3 has slow float64.
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    return {9: "sm_90", 10: "sm_100" if minor == 0 else "sm_120"}.get(major, "sm_120")
+
+
+def refuses(tensors: Iterable[Tensor] = ()) -> str | None:
+    """Wants Triton, and tensors on a GPU (in host memory under its interpreter); without tensors, for this machine."""
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install 'spectral-fast[gpu]'"
+    if INTERPRETED:
+        wanted, missing = "cpu", None
+    else:
+        wanted = "cuda"
+        missing = None if torch.cuda.is_available() else "torch sees no GPU"
+    elsewhere = {str(x.device) for x in tensors if x.device.type != wanted}
+    return f"tensors are on {', '.join(sorted(elsewhere))}" if elsewhere else missing
