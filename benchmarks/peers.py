@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.factors import Factors
-from spectral_fast import _C
+from spectral_fast.kernels.batched_svd import batched_svd
 from spectral_fast.kernels.lowrank_svd import reference
 from spectral_fast.kernels.sensitivity import op as sensitivity
 from spectral_fast.kernels.sensitivity import segment_products
@@ -117,23 +117,6 @@ def _write(u: Tensor, s_new: Tensor, vh: Tensor, b_out: Tensor, a_out: Tensor) -
     a_out.copy_(root[:, None] * vh)
 
 
-def our_svd(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One-sided Jacobi natively for U and s; the rows of Vᵀ are those of Uᵀ M = diag(s) Vᵀ, scaled.
-
-    The scaling enlarges the rounding of Uᵀ M: row j gets components of ε s_k / s_j along the rows k above it.
-    Subtracting them once leaves their squares.
-    """
-    ut, s = torch.empty_like(matrices), matrices.new_empty(matrices.shape[:2])
-    status = torch.empty(len(matrices), dtype=torch.int32)
-    _C.jacobi_svd(matrices.numpy(), ut.numpy(), s.numpy(), status.numpy(), threads=torch.get_num_threads())
-    if status.any():
-        raise ArithmeticError(f"jacobi_svd did not converge for {int(status.count_nonzero())} matrices")
-    vh = ut @ matrices
-    vh /= vh.norm(dim=-1, keepdim=True)
-    vh.baddbmm_((vh @ vh.mT).tril_(-1), vh, alpha=-1)
-    return ut.mT, s, vh
-
-
 def svd_batched(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Torch's batched SVD."""
     u, s, vh = torch.linalg.svd(matrices)
@@ -178,7 +161,7 @@ REBUILD: dict[str, Callable[[Factors], list[Tensor]]] = {
     "PEFT svd": by_peft,
 }
 SVD: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
-    OURS: our_svd,
+    OURS: batched_svd,
     "torch batched SVD": svd_batched,
     "torch SVD one by one": svd_one_by_one,
     "SciPy one by one": svd_scipy,

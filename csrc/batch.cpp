@@ -1,5 +1,6 @@
 // Whole adapters: one task per thread, the most expensive first, so the result has the same bits for any number of
 // threads.
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
@@ -33,11 +34,13 @@ void segment_products(const SensitivityTask& task, std::size_t segments, int thr
   parallel_for(cost, threads, [&](std::size_t t) { chosen.segment_products(task, t); });
 }
 
-void jacobi_svd(const double* m, double* wt, double* s, std::int32_t* status, std::size_t count, std::size_t r,
+void jacobi_svd(const double* m, double* wt, double* s, double* vt, SvdStatus* status, std::size_t count, std::size_t r,
                 int threads) {
   const Kernels& chosen = kernels();
-  parallel_for(std::vector<double>(count, 50.0 * static_cast<double>(r * r * r)), threads, [&](std::size_t i) {
-    status[i] = static_cast<std::int32_t>(chosen.jacobi_svd(m + i * r * r, wt + i * r * r, s + i * r, r));
+  const std::size_t groups = (count + kTogether - 1) / kTogether, size = r * r;
+  parallel_for(std::vector<double>(groups, 50.0 * static_cast<double>(r * size)), threads, [&](std::size_t group) {
+    const std::size_t i = group * kTogether, together = std::min(kTogether, count - i);
+    chosen.jacobi_svd(m + i * size, wt + i * size, s + i * r, vt + i * size, status + i, together, r);
   });
 }
 

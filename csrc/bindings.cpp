@@ -162,20 +162,22 @@ void segment_products(std::int64_t p, std::int64_t q, std::int64_t dtype, const 
   spectral_fast::segment_products(task, static_cast<std::size_t>(segments), threads);
 }
 
-void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<std::int32_t>& status, int threads) {
+void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<double>& vt,
+                Array<std::int32_t>& status, int threads) {
   expect_threads(threads);
   if (m.ndim() != 3) throw std::invalid_argument("m must have three axes, got " + std::to_string(m.ndim()));
   const auto count = m.shape(0), r = m.shape(1);
   expect_shape("m", m, {count, r, r});
   expect_shape("wt", wt, {count, r, r});
   expect_shape("s", s, {count, r});
+  expect_shape("vt", vt, {count, r, r});
   expect_shape("status", status, {count});
   const double* in = m.data();
-  double *vectors = wt.mutable_data(), *values = s.mutable_data();
-  std::int32_t* outcome = status.mutable_data();
+  double *left = wt.mutable_data(), *values = s.mutable_data(), *right = vt.mutable_data();
+  auto* outcome = reinterpret_cast<spectral_fast::SvdStatus*>(status.mutable_data());
   py::gil_scoped_release release;
-  spectral_fast::jacobi_svd(in, vectors, values, outcome, static_cast<std::size_t>(count), static_cast<std::size_t>(r),
-                            threads);
+  spectral_fast::jacobi_svd(in, left, values, right, outcome, static_cast<std::size_t>(count),
+                            static_cast<std::size_t>(r), threads);
 }
 
 py::dict isa() {
@@ -208,7 +210,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("starts").noconvert(), py::arg("out").noconvert(), py::arg("threads"),
              "out[t] = sum of p[n] * q[n] over starts[t] <= n < starts[t + 1].");
   module.def("jacobi_svd", &jacobi_svd, py::arg("m").noconvert(), py::arg("wt").noconvert(), py::arg("s").noconvert(),
-             py::arg("status").noconvert(), py::arg("threads"),
-             "Singular values and left vectors of each matrix of a batch m (count, r, r).");
+             py::arg("vt").noconvert(), py::arg("status").noconvert(), py::arg("threads"),
+             "Left vectors, singular values and right vectors of each matrix of a batch m (count, r, r).");
   module.def("isa", &isa, "The instruction set in use, those of this processor, and those of this build.");
 }

@@ -49,14 +49,23 @@ inline Reflector reflector(double* x, double length, std::size_t first, std::siz
   return {tau, beta};
 }
 
+// The iteration is a chain of square roots and divisions, each of which waits for the last: `advance` goes one link, so
+// that two matrices can take turns and the processor works on both at once.
 class SymmetricEigen {
  public:
-  // s (r rows of ld values, zero beyond r; overwritten): its eigenvalues, in no order, to d, and eigenvectors to the
-  // rows of qt (r x ld). False if the iteration did not converge.
-  bool operator()(double* s, double* d, double* qt, std::size_t r, std::size_t ld) {
-    double* e = vectors_.reserve(r + 2 * ld);
-    double *p = e + r, *tau = p + ld;
-    std::fill(e, e + r + 2 * ld, 0.0);
+  // s: r rows of ld values, zero beyond r; overwritten. Its eigenvalues are left in d, in no order, and its
+  // eigenvectors in the rows of qt (r x ld), once `advance` has returned false.
+  void begin(double* s, double* d, double* qt, std::size_t r, std::size_t ld) {
+    d_ = d;
+    qt_ = qt;
+    r_ = r;
+    ld_ = ld;
+    l_ = i_ = m_ = 0;
+    steps_ = 0;
+    converged_ = true;
+    e_ = vectors_.reserve(r + 2 * ld);
+    double *p = e_ + r, *tau = p + ld;
+    std::fill(e_, e_ + r + 2 * ld, 0.0);
     for (std::size_t k = 0; k + 1 < r; ++k) {
       double* v = s + k * ld;
       d[k] = v[k];
@@ -68,7 +77,7 @@ class SymmetricEigen {
       }
       const Reflector h = reflector(v, length, k + 1, r);
       tau[k] = h.tau;
-      e[k] = h.beta;
+      e_[k] = h.beta;
       const std::size_t first = (k + 1) / kDoubles * kDoubles, n = ld - first;
       std::fill(p, p + k + 1, 0.0);
       for (std::size_t i = k + 1; i < r; ++i) p[i] = h.tau * dot(s + i * ld + first, v + first, n);
@@ -89,48 +98,58 @@ class SymmetricEigen {
       const double* v = s + k * ld + first;
       for (std::size_t j = k + 1; j < r; ++j) axpy(-tau[k] * dot(v, qt + j * ld + first, n), v, qt + j * ld + first, n);
     }
-    for (std::size_t l = 0; l < r; ++l)
-      if (!chase(d, e, qt, l, r, ld)) return false;
+  }
+
+  // One rotation of an implicit QL step; false when all are done.
+  bool advance() {
+    if (i_ == l_ && !next_step()) return false;
+    --i_;
+    const double f = s_ * e_[i_], b = c_ * e_[i_];
+    const double length = std::sqrt(f * f + g_ * g_);
+    e_[i_ + 1] = length;
+    s_ = length > kTiny ? f / length : 0;
+    c_ = length > kTiny ? g_ / length : 1;
+    const double d = d_[i_ + 1] - p_;
+    const double t = (d_[i_] - d) * s_ + 2 * c_ * b;
+    p_ = s_ * t;
+    d_[i_ + 1] = d + p_;
+    g_ = c_ * t - b;
+    rotate(c_, s_, qt_ + i_ * ld_, qt_ + (i_ + 1) * ld_, ld_);
+    if (i_ == l_) {
+      d_[l_] -= p_;
+      e_[l_] = g_;
+      e_[m_] = 0;
+    }
     return true;
   }
 
+  bool converged() const { return converged_; }
+
  private:
-  // QL steps until e[l], which couples d[l] and d[l + 1], is negligible.
-  static bool chase(double* d, double* e, double* qt, std::size_t l, std::size_t r, std::size_t ld) {
+  // A step goes from row m, the end of the block that starts at l, back to l; until e[l], which couples d[l] and
+  // d[l + 1], is negligible.
+  bool next_step() {
     constexpr int kMaxSteps = 60;
-    for (int step = 0; step < kMaxSteps; ++step) {
-      std::size_t m = l;
-      while (m + 1 < r && std::abs(e[m]) > kEpsilon / 2 * (std::abs(d[m]) + std::abs(d[m + 1]))) ++m;
-      if (m == l) return true;
-      const double half = (d[l + 1] - d[l]) / (2 * e[l]);
-      double g = d[m] - d[l] + e[l] / (half + std::copysign(std::sqrt(1 + half * half), half));
-      double s = 1, c = 1, p = 0;
-      for (std::size_t i = m; i-- > l;) {
-        const double f = s * e[i], b = c * e[i];
-        const double length = std::sqrt(f * f + g * g);
-        e[i + 1] = length;
-        if (length <= kTiny) {  // split in two: start again on what is left
-          d[i + 1] -= p;
-          e[m] = 0;
-          break;
-        }
-        s = f / length;
-        c = g / length;
-        g = d[i + 1] - p;
-        const double t = (d[i] - g) * s + 2 * c * b;
-        p = s * t;
-        d[i + 1] = g + p;
-        g = c * t - b;
-        rotate(c, s, qt + i * ld, qt + (i + 1) * ld, ld);
-        if (i == l) {
-          d[l] -= p;
-          e[l] = g;
-          e[m] = 0;
-        }
-      }
+    for (; l_ < r_; ++l_, steps_ = 0) {
+      m_ = l_;
+      while (m_ + 1 < r_ && std::abs(e_[m_]) > kEpsilon / 2 * (std::abs(d_[m_]) + std::abs(d_[m_ + 1]))) ++m_;
+      if (m_ == l_) continue;
+      if (++steps_ > kMaxSteps) return converged_ = false;
+      const double half = (d_[l_ + 1] - d_[l_]) / (2 * e_[l_]);
+      g_ = d_[m_] - d_[l_] + e_[l_] / (half + std::copysign(std::sqrt(1 + half * half), half));
+      s_ = c_ = 1;
+      p_ = 0;
+      i_ = m_;
+      return true;
     }
+    i_ = l_;
     return false;
   }
 
+  double *d_ = nullptr, *e_ = nullptr, *qt_ = nullptr;
+  std::size_t r_ = 0, ld_ = 0, l_ = 0, i_ = 0, m_ = 0;
+  double g_ = 0, s_ = 1, c_ = 1, p_ = 0;
+  int steps_ = 0;
+  bool converged_ = true;
   Buffer<double> vectors_;
 };

@@ -15,43 +15,61 @@ constexpr std::size_t kGroup = 8;
 // Storage is column-major throughout, columns padded with zeros to whole vectors.
 class JacobiSvd {
  public:
-  SvdStatus operator()(const double* m, double* wt, double* s, std::size_t r) {
+  // M (r x r, row-major), with or without its right vectors. Then `advance` until it returns false, then `finish`.
+  void begin(const double* m, std::size_t r, bool right) {
     r_ = r;
     ld_ = round_up(r, kDoubles);
+    right_ = right;
     double largest = 0;
-    bool finite = true;
+    finite_ = true;
     for (std::size_t i = 0; i < r * r; ++i) {
-      finite &= std::isfinite(m[i]);
+      finite_ &= std::isfinite(m[i]);
       largest = std::max(largest, std::abs(m[i]));
     }
-    if (!finite) return SvdStatus::b_not_finite;
-    c_ = c_buffer_.reserve((r + 1) * ld_);
+    if (!finite_) return;
+    c_ = c_buffer_.reserve(r * ld_);
     g_ = g_buffer_.reserve(r * ld_);
-    squares_ = squares_buffer_.reserve(r);
+    gt_ = gt_buffer_.reserve(r * ld_);
+    vt_ = vt_buffer_.reserve(r * ld_);
+    s_ = s_buffer_.reserve(r * ld_);
+    squares_ = squares_buffer_.reserve(ld_);
+    std::fill(squares_, squares_ + ld_, 0.0);
+    taus_ = taus_buffer_.reserve(r);
     order_ = order_buffer_.reserve(r);
     pivot_ = pivot_buffer_.reserve(r);
     // By a power of two: scaling then rounds nothing, and squares neither overflow nor underflow.
-    const int exponent = largest > 0 ? std::ilogb(largest) : 0;
-    const double up = std::scalbn(1.0, -exponent / 2), rest = std::scalbn(1.0, -exponent + exponent / 2);
+    exponent_ = largest > 0 ? std::ilogb(largest) : 0;
+    const double up = std::scalbn(1.0, -exponent_ / 2), rest = std::scalbn(1.0, -exponent_ + exponent_ / 2);
     for (std::size_t i = 0; i < r; ++i) {
       for (std::size_t j = 0; j < r; ++j) c_[i * ld_ + j] = m[i * r + j] * up * rest;
       std::fill(c_ + i * ld_ + r, c_ + (i + 1) * ld_, 0.0);
     }
-    std::iota(pivot_, pivot_ + r, std::size_t{0});
-    // Row-major M is column-major M^T, and M^T P = Q R gives M = P R^T Q^T: P times the left vectors of G = R^T are
-    // M's.
-    if (!start_from_eigenvectors()) pivoted_qr();
+    // Row-major M is column-major M^T.
+    multiply(c_, 1, ld_, c_, ld_, s_, ld_, r_, r_, ld_, false);
+    eigen_.begin(s_, squares_, vt_, r_, ld_);
+  }
+
+  bool advance() { return finite_ && eigen_.advance(); }
+
+  // Row k of wt and of vt: the left and the right vector of s[k]. Without right vectors, vt is not touched.
+  SvdStatus finish(double* wt, double* s, double* vt) {
+    if (!finite_) return SvdStatus::b_not_finite;
+    std::iota(pivot_, pivot_ + r_, std::size_t{0});
+    const bool well_conditioned = start_from_eigenvectors();
+    if (!well_conditioned) pivoted_qr();
     const SvdStatus status = orthogonalise();
-    for (std::size_t j = 0; j < r; ++j) squares_[j] = dot(column(g_, j), column(g_, j), ld_);
-    std::iota(order_, order_ + r, std::size_t{0});
-    std::stable_sort(order_, order_ + r, [&](auto i, auto j) { return squares_[i] > squares_[j]; });
-    for (std::size_t k = 0; k < r; ++k) {
+    if (right_ && !well_conditioned) reflect_right();
+    for (std::size_t j = 0; j < r_; ++j) squares_[j] = dot(column(g_, j), column(g_, j), ld_);
+    std::iota(order_, order_ + r_, std::size_t{0});
+    std::stable_sort(order_, order_ + r_, [&](auto i, auto j) { return squares_[i] > squares_[j]; });
+    for (std::size_t k = 0; k < r_; ++k) {
       const double length = std::sqrt(squares_[order_[k]]);
       const bool zero = length <= kTiny;
-      s[k] = zero ? 0 : std::scalbn(length, exponent);
-      for (std::size_t i = 0; i < r; ++i) wt[k * r + pivot_[i]] = zero ? 0 : column(g_, order_[k])[i] / length;
+      s[k] = zero ? 0 : std::scalbn(length, exponent_);
+      for (std::size_t i = 0; i < r_; ++i) wt[k * r_ + pivot_[i]] = zero ? 0 : column(g_, order_[k])[i] / length;
+      if (right_) std::copy_n(column(vt_, order_[k]), r_, vt + k * r_);
     }
-    return r > 0 && !std::isfinite(s[0]) ? SvdStatus::not_converged : status;  // s may overflow where M does not
+    return r_ > 0 && !std::isfinite(s[0]) ? SvdStatus::not_converged : status;  // s may overflow where M does not
   }
 
  private:
@@ -60,25 +78,30 @@ class JacobiSvd {
   // g_ <- M V for the eigenvectors V of M^T M, orthogonal but for the rounding of the product; false if M is too
   // ill-conditioned for that.
   bool start_from_eigenvectors() {
-    double* s = s_buffer_.reserve(3 * r_ * ld_);
-    double *vt = s + r_ * ld_, *mt = vt + r_ * ld_;
-    multiply(c_, 1, ld_, c_, ld_, s, ld_, r_, r_, ld_, false);
-    if (!eigen_(s, squares_, vt, r_, ld_)) return false;
     const auto [least, most] = std::minmax_element(squares_, squares_ + r_);
-    if (r_ == 0 || !(*least > kWellConditioned * *most)) return false;
-    std::fill(mt, mt + r_ * ld_, 0.0);
-    transpose(c_, ld_, mt, ld_, r_);
-    multiply(vt, ld_, 1, mt, ld_, g_, ld_, r_, r_, ld_, false);
+    if (!eigen_.converged() || r_ == 0 || !(*least > kWellConditioned * *most)) return false;
+    // The longest columns first, as `rotate_group` wants them.
+    std::iota(order_, order_ + r_, std::size_t{0});
+    std::sort(order_, order_ + r_, [&](auto i, auto j) { return squares_[i] > squares_[j]; });
+    for (std::size_t k = 0; k < r_; ++k) std::copy_n(column(vt_, order_[k]), ld_, column(gt_, k));
+    std::swap(vt_, gt_);
+    std::fill(s_, s_ + r_ * ld_, 0.0);
+    transpose(c_, ld_, s_, ld_, r_);
+    multiply(vt_, ld_, 1, s_, ld_, g_, ld_, r_, r_, ld_, false);
     return true;
   }
 
-  // g_ <- R^T of C P = Q R, columns taken in order of decreasing remainder; Q is not kept. What is left in c_ is zero
-  // in the rows that are done, so whole vectors may be taken.
+  // g_ <- R^T of M^T P = Q R, columns taken in order of decreasing remainder: M = P R^T Q^T, so P times the left
+  // vectors of g_ are M's. What is left in c_ is zero in the rows that are done, so whole vectors may be taken. Q stays
+  // as reflectors, in c_'s columns and taus_.
   void pivoted_qr() {
-    double* v = column(c_, r_);
-    std::fill(v, v + ld_, 0.0);
+    std::fill(taus_, taus_ + r_, 0.0);
     std::fill(g_, g_ + r_ * ld_, 0.0);
-    for (std::size_t j = 0; j < r_; ++j) squares_[j] = dot(column(c_, j), column(c_, j), ld_);
+    std::fill(vt_, vt_ + r_ * ld_, 0.0);
+    for (std::size_t j = 0; j < r_; ++j) {
+      squares_[j] = dot(column(c_, j), column(c_, j), ld_);
+      column(vt_, j)[j] = 1;
+    }
     for (std::size_t k = 0; k < r_; ++k) {
       const auto best = static_cast<std::size_t>(std::max_element(squares_ + k, squares_ + r_) - squares_);
       std::swap_ranges(column(c_, k), column(c_, k) + ld_, column(c_, best));
@@ -87,9 +110,10 @@ class JacobiSvd {
       for (std::size_t i = 0; i < k; ++i) std::swap(column(g_, i)[k], column(g_, i)[best]);
       const double length = std::sqrt(squares_[k]);
       if (length <= kTiny) return;
-      std::copy(column(c_, k) + k, column(c_, k) + r_, v + k);
+      double* v = column(c_, k);
       const auto [tau, beta] = reflector(v, length, k, r_);
       const std::size_t first = k / kDoubles * kDoubles, rows = ld_ - first;
+      taus_[k] = tau;
       column(g_, k)[k] = beta;
       for (std::size_t j = k + 1; j < r_; ++j) {
         double* y = column(c_, j);
@@ -98,17 +122,25 @@ class JacobiSvd {
         y[k] = 0;
         squares_[j] = dot(y + first, y + first, rows);  // anew: a difference would lose what little remains
       }
-      v[k] = 0;
+    }
+  }
+
+  // vt_ <- Q times the rotations that it holds.
+  void reflect_right() {
+    for (std::size_t j = 0; j < r_; ++j) {
+      double* y = column(vt_, j);
+      for (std::size_t k = r_; k-- > 0;)
+        if (taus_[k] != 0) axpy(-taus_[k] * dot(column(c_, k), y, ld_), column(c_, k), y, ld_);
     }
   }
 
   // Rotates pairs of columns of G until all are orthogonal to rounding. The pairs (i, j) of a round have the same i +
   // j, and so no column in common; a sweep does the same as one row by row.
   SvdStatus orthogonalise() {
+    std::fill(gt_, gt_ + r_ * ld_, 0.0);
     for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
-      // Squares are summed anew in each sweep, and only updated within it: what that loses costs no accuracy.
-      for (std::size_t j = 0; j < r_; ++j) squares_[j] = dot(column(g_, j), column(g_, j), ld_);
       bool rotated = false;
+      if (!find_pairs()) return SvdStatus::converged;
       for (std::size_t round = 1; round + 2 < 2 * r_; ++round) {
         const std::size_t begin = round < r_ ? 0 : round - r_ + 1, end = (round + 1) / 2;
         for (std::size_t i = begin; i < end; i += kGroup) rotated |= rotate_group(i, std::min(i + kGroup, end), round);
@@ -118,19 +150,42 @@ class JacobiSvd {
     return SvdStatus::not_converged;
   }
 
+  // Squares and products of G's columns, summed anew for each sweep and only updated within it: what that loses costs
+  // no accuracy. True if there is a pair that is not orthogonal; s_ is 1 there, else 0.
+  bool find_pairs() {
+    transpose(g_, ld_, gt_, ld_, r_);
+    multiply(g_, ld_, 1, gt_, ld_, s_, ld_, r_, r_, ld_, false);
+    for (std::size_t i = 0; i < r_; ++i) squares_[i] = s_[i * ld_ + i];
+    Vd any{};
+    for (std::size_t i = 0; i < r_; ++i) {
+      const double bound = tolerance() * squares_[i];
+      double* products = s_ + i * ld_;
+      std::fill(products, products + i + 1, 0.0);
+      for (std::size_t j = (i + 1) / kDoubles * kDoubles; j < ld_; j += kDoubles) {
+        const Vd product = load<Vd>(products + j);
+        const Vd bent = product * product > load<Vd>(squares_ + j) * bound ? Vd{} + 1 : Vd{};
+        store(products + j, bent);
+        any += bent;
+      }
+    }
+    return sum(any) > 0;
+  }
+
+  double tolerance() const { return kEpsilon * kEpsilon * static_cast<double>(r_); }
+
   // The pairs (i, round - i) for i from begin to end.
   bool rotate_group(std::size_t begin, std::size_t end, std::size_t round) {
-    const double tolerance = kEpsilon * kEpsilon * static_cast<double>(r_);
     std::size_t left[kGroup], count = 0;
     double d[kGroup], gap[kGroup], tangent[kGroup], cosine[kGroup];
     for (std::size_t i = begin; i < end; ++i) {
       const std::size_t j = round - i;
+      if (s_[i * ld_ + j] == 0) continue;
       const double product = dot(column(g_, i), column(g_, j), ld_);
       left[count] = i;
       d[count] = 2 * product;
       gap[count] = squares_[j] - squares_[i];
       // Without a branch: in the later sweeps it would be mispredicted half of the time.
-      count += product * product > tolerance * squares_[i] * squares_[j];
+      count += product * product > tolerance() * squares_[i] * squares_[j];
     }
     if (count == 0) return false;
     std::fill(d + count, d + kGroup, 1.0);
@@ -146,7 +201,9 @@ class JacobiSvd {
       const double x = squares_[i] - shift, y = squares_[j] + shift;
       // The longer column goes first: sorted columns need fewer sweeps.
       const bool swap = gap[p] > 0;
-      rotate(swap ? sine : cosine[p], swap ? -cosine[p] : sine, column(g_, i), column(g_, j), ld_);
+      const double c = swap ? sine : cosine[p], s = swap ? -cosine[p] : sine;
+      rotate(c, s, column(g_, i), column(g_, j), ld_);
+      if (right_) rotate(c, s, column(vt_, i), column(vt_, j), ld_);
       squares_[i] = swap ? y : x;
       squares_[j] = swap ? x : y;
     }
@@ -154,9 +211,12 @@ class JacobiSvd {
   }
 
   std::size_t r_ = 0, ld_ = 0;
+  int exponent_ = 0;
+  bool finite_ = true, right_ = false;
   SymmetricEigen eigen_;
-  Buffer<double> c_buffer_, g_buffer_, s_buffer_, squares_buffer_;
+  Buffer<double> c_buffer_, g_buffer_, gt_buffer_, vt_buffer_, s_buffer_, squares_buffer_, taus_buffer_;
   Buffer<std::size_t> order_buffer_, pivot_buffer_;
-  double *c_ = nullptr, *g_ = nullptr, *squares_ = nullptr;
+  double *c_ = nullptr, *g_ = nullptr, *gt_ = nullptr, *vt_ = nullptr, *s_ = nullptr, *squares_ = nullptr,
+         *taus_ = nullptr;
   std::size_t *order_ = nullptr, *pivot_ = nullptr;
 };

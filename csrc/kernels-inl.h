@@ -26,7 +26,14 @@ inline void recompose(RecomposeTask& task) {
     recompose_as<float>(task, work);
 }
 
-inline SvdStatus jacobi_svd(const double* m, double* wt, double* s, std::size_t r) {
-  thread_local JacobiSvd solve;
-  return solve(m, wt, s, r);
+// The matrices take turns: see SymmetricEigen. None changes another's bits.
+inline void jacobi_svd(const double* m, double* wt, double* s, double* vt, SvdStatus* status, std::size_t count,
+                       std::size_t r) {
+  thread_local JacobiSvd solvers[kTogether];
+  for (std::size_t k = 0; k < count; ++k) solvers[k].begin(m + k * r * r, r, true);
+  for (bool busy = true; busy;) {
+    busy = false;
+    for (std::size_t k = 0; k < count; ++k) busy |= solvers[k].advance();
+  }
+  for (std::size_t k = 0; k < count; ++k) status[k] = solvers[k].finish(wt + k * r * r, s + k * r, vt + k * r * r);
 }

@@ -61,6 +61,9 @@ struct SensitivityTask {
   float* out;
 };
 
+// How many small matrices one thread works on at once.
+constexpr std::size_t kTogether = 2;
+
 // The bodies, built once per instruction set.
 struct Kernels {
   const char* isa;
@@ -68,7 +71,9 @@ struct Kernels {
   void (*lowrank_svd)(SvdTask&);
   void (*recompose)(RecomposeTask&);
   void (*segment_products)(const SensitivityTask&, std::size_t segment);
-  SvdStatus (*jacobi_svd)(const double* m, double* wt, double* s, std::size_t r);
+  // Of at most kTogether matrices.
+  void (*jacobi_svd)(const double* m, double* wt, double* s, double* vt, SvdStatus* status, std::size_t count,
+                     std::size_t r);
 };
 
 extern const Kernels* const kImplementations[];  // best first
@@ -86,10 +91,10 @@ void lowrank_svd(std::vector<SvdTask>& tasks, int threads);
 void recompose(std::vector<RecomposeTask>& tasks, int threads);
 void segment_products(const SensitivityTask& task, std::size_t segments, int threads);
 
-// Singular values s (r, descending, not negative) and left singular vectors (row k of wt) of each of `count`
-// row-major r x r matrices m; the right ones follow from m's transpose. A row of wt whose s is zero is zero. status[i]
-// is the outcome for matrix i as an SvdStatus; a matrix with a NaN or an infinity leaves its outputs untouched.
-void jacobi_svd(const double* m, double* wt, double* s, std::int32_t* status, std::size_t count, std::size_t r,
+// M = W diag(s) V^T of each of `count` row-major r x r matrices m: s (r, descending, not negative), left and right
+// vectors in the rows of wt and vt. A row of wt whose s is zero is zero; V is orthogonal in any case. A matrix with a
+// NaN or an infinity leaves its outputs untouched.
+void jacobi_svd(const double* m, double* wt, double* s, double* vt, SvdStatus* status, std::size_t count, std::size_t r,
                 int threads);
 
 }  // namespace spectral_fast

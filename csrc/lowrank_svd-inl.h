@@ -59,7 +59,10 @@ class LowrankSvd {
     double* core = product + r * ld;
     multiply(triangles[0], ld, 1, product, ld, core, ld, r, r, ld, false);
     for (std::size_t i = 0; i < r; ++i) std::copy(core + i * ld, core + i * ld + r, small + i * r);
-    task.status = svd_(small, wt, task.s, r);
+    svd_.begin(small, r, false);
+    while (svd_.advance()) {
+    }
+    task.status = svd_.finish(wt, task.s, nullptr);
     if (task.status != SvdStatus::converged) {  // it may have overflowed
       task.status = SvdStatus::not_converged;
       return;

@@ -22,6 +22,7 @@ def jacobi_svd(
     m: NDArray[np.float64],
     wt: NDArray[np.float64],
     s: NDArray[np.float64],
+    vt: NDArray[np.float64],
     status: NDArray[np.int32],
     threads: int,
 ) -> None: ...

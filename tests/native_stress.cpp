@@ -123,15 +123,16 @@ std::vector<double> run(int threads) {
         }
   for (const std::size_t r : {1, 7, 16, 67}) {
     const auto words = random_values(DType::float64, 3 * r * r, generator);
-    std::vector<double> m(3 * r * r), wt(3 * r * r), s(3 * r);
+    std::vector<double> m(3 * r * r), wt(3 * r * r), s(3 * r), vt(3 * r * r);
     std::memcpy(m.data(), words.data(), words.size());
     std::fill(m.begin(), m.begin() + static_cast<std::ptrdiff_t>(r * r), 0.0);
     m.back() = std::nan("");
-    std::int32_t status[3];
-    jacobi_svd(m.data(), wt.data(), s.data(), status, 3, r, threads);
-    if (status[0] != 0 || status[1] != 0 || status[2] != static_cast<std::int32_t>(SvdStatus::b_not_finite))
+    SvdStatus status[3];
+    jacobi_svd(m.data(), wt.data(), s.data(), vt.data(), status, 3, r, threads);
+    if (status[0] != SvdStatus::converged || status[1] != SvdStatus::converged || status[2] != SvdStatus::b_not_finite)
       fail("a zero matrix, a plain one and one with a NaN");
     results.insert(results.end(), s.begin(), s.begin() + static_cast<std::ptrdiff_t>(2 * r));
+    results.insert(results.end(), vt.begin(), vt.begin() + static_cast<std::ptrdiff_t>(2 * r * r));
   }
   for (const DType dtype : {DType::bfloat16, DType::float16, DType::float32})
     for (const std::size_t r : {1, 7, 16, 64, 67, 130}) {

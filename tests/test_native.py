@@ -21,12 +21,12 @@ SIZES = (1, 2, 3, 7, 8, 9, 17, 64, 67, 130)
 Matrix = NDArray[np.float64]
 
 
-def svd(m: Matrix, threads: int = 1) -> tuple[Matrix, Matrix, NDArray[np.int32]]:
-    """s, wt and status, from outputs poisoned with NaN."""
-    wt, s = np.full_like(m, np.nan), np.full(m.shape[:2], np.nan)
+def svd(m: Matrix, threads: int = 1) -> tuple[Matrix, Matrix, Matrix, NDArray[np.int32]]:
+    """s, wt, vt and status, from outputs poisoned with NaN."""
+    wt, s, vt = np.full_like(m, np.nan), np.full(m.shape[:2], np.nan), np.full_like(m, np.nan)
     status = np.full(len(m), -1, np.int32)
-    _C.jacobi_svd(m, wt, s, status, threads)
-    return s, wt, status
+    _C.jacobi_svd(m, wt, s, vt, status, threads)
+    return s, wt, vt, status
 
 
 def kinds(r: int) -> dict[str, Matrix]:
@@ -58,9 +58,9 @@ def kinds(r: int) -> dict[str, Matrix]:
 
 @pytest.mark.parametrize("r", SIZES)
 @pytest.mark.parametrize("kind", kinds(1))
-def test_singular_values_and_left_vectors_are_as_good_as_lapacks(r: int, kind: str) -> None:
+def test_singular_values_and_vectors_are_as_good_as_lapacks(r: int, kind: str) -> None:
     m = kinds(r)[kind]
-    (s,), (wt,), (status,) = svd(m[None])
+    (s,), (wt,), (vt,), (status,) = svd(m[None])
     assert status == 0
     assert (np.diff(s) <= 0).all()
     assert (s >= 0).all()
@@ -73,16 +73,15 @@ def test_singular_values_and_left_vectors_are_as_good_as_lapacks(r: int, kind: s
     assert (wt[s == 0] == 0).all()
     rows = wt[s > 0]
     assert np.linalg.norm(rows @ rows.T - np.eye(len(rows))) <= bound
-    image = rows @ m  # diag(s) Zᵀ
-    assert np.linalg.norm(rows.T @ image - m) <= bound * oracle[0]
-    assert np.linalg.norm(image @ image.T - np.diag(s[s > 0] ** 2)) <= bound * oracle[0] ** 2
+    assert np.linalg.norm(vt @ vt.T - np.eye(r)) <= bound
+    assert np.linalg.norm((wt.T * s) @ vt - m) <= bound * oracle[0]
 
 
 @pytest.mark.parametrize("r", SIZES)
 def test_small_singular_values_keep_their_relative_accuracy_when_rows_are_graded(r: int) -> None:
     q, _ = np.linalg.qr(np.random.default_rng(r).standard_normal((r, r)))
     graded = np.logspace(0, -60, r)
-    (s,), _, _ = svd((graded[:, None] * q)[None])
+    (s,), _, _, _ = svd((graded[:, None] * q)[None])
     # q is orthogonal to about r roundoffs, and so are the rows: LAPACK's own SVD loses all below 1e-16.
     assert (np.abs(s - graded) <= RATIO * r * EPS * graded).all()
 
@@ -91,40 +90,40 @@ def test_every_matrix_of_a_batch_is_solved_by_itself_whatever_the_number_of_thre
     m = np.random.default_rng(0).standard_normal((37, 19, 19))
     one_by_one = [svd(x[None]) for x in m]
     for threads in (1, 2, 3, 8, 64):
-        s, wt, status = svd(m, threads)
+        *results, status = svd(m, threads)
         assert (status == 0).all()
-        for i, (s_i, wt_i, _) in enumerate(one_by_one):
-            assert s[i].tobytes() == s_i.tobytes()
-            assert wt[i].tobytes() == wt_i.tobytes()
+        for i, (*alone, _) in enumerate(one_by_one):
+            for together, x in zip(results, alone, strict=True):
+                assert together[i].tobytes() == x.tobytes()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_matrix_that_is_not_finite_is_reported_and_its_neighbours_are_solved(bad: float) -> None:
     m = np.random.default_rng(0).standard_normal((3, 5, 5))
     m[1, 4, 4] = bad
-    s, wt, status = svd(m, threads=2)
+    *results, status = svd(m, threads=2)
     assert status.tolist() == [0, 2, 0]
-    assert np.isnan(s[1]).all()
-    assert np.isnan(wt[1]).all()
-    assert np.isfinite(s[[0, 2]]).all()
+    for x in results:
+        assert np.isnan(x[1]).all()
+        assert np.isfinite(x[[0, 2]]).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 4), (3, 0, 0), (0, 0, 0)])
 def test_nothing_to_do_is_not_an_error(shape: tuple[int, int, int]) -> None:
-    _, _, status = svd(np.empty(shape), threads=4)
+    *_, status = svd(np.empty(shape), threads=4)
     assert (status == 0).all()
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     m, s, status = np.ones((2, 3, 3)), np.ones((2, 3)), np.zeros(2, np.int32)
     with pytest.raises(ValueError, match=r"m must have three axes, got 2"):
-        _C.jacobi_svd(m[0], m, s, status, 1)
+        _C.jacobi_svd(m[0], m, s, m.copy(), status, 1)
     with pytest.raises(ValueError, match=r"m must be 2 x 3 x 3, got \(2, 3, 4\)"):
-        _C.jacobi_svd(np.ones((2, 3, 4)), m.copy(), s, status, 1)
+        _C.jacobi_svd(np.ones((2, 3, 4)), m.copy(), s, m.copy(), status, 1)
     with pytest.raises(ValueError, match=r"s must be 2 x 3, got \(3, 2\)"):
-        _C.jacobi_svd(m, m.copy(), s.T.copy(), status, 1)
+        _C.jacobi_svd(m, m.copy(), s.T.copy(), m.copy(), status, 1)
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        _C.jacobi_svd(m, m.copy(), s, status, 0)
+        _C.jacobi_svd(m, m.copy(), s, m.copy(), status, 0)
     for wrong in (m.astype(np.float32), m.transpose(0, 2, 1)):
         with pytest.raises(TypeError):
-            _C.jacobi_svd(m, wrong, s, status, 1)
+            _C.jacobi_svd(m, wrong, s, m.copy(), status, 1)

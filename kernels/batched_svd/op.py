@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from spectral_fast.backends import Backend, define, pick, register
+from spectral_fast.kernels import native
+
+NOT_FINITE = 2  # of SvdStatus in csrc/kernels.h
 
 
 def batched_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,33 +28,57 @@ def batched_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Cost: about 50 r³ flops a matrix.
     """
-    u, s, vh = _op(x)
-    return u, s, vh
+    uh, s, vh = _op(x)
+    return uh.mT, s, vh
 
 
 def _batched_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uᵀ, s and Vᵀ: the rows of both are singular vectors."""
     if x.ndim != 3 or x.shape[1] != x.shape[2]:
         raise ValueError(f"x must be square matrices (batch, r, r), got {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x must be float32 or float64, got {x.dtype}")
-    u, s, vh = pick("batched_svd", x).call(x)
-    return u, s, vh
+    uh, s, vh = pick("batched_svd", x).call(x)
+    return uh, s, vh
 
 
 def reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The definition."""
     if x.numel() and not torch.stack(torch.aminmax(x)).isfinite().all():
-        i = int((~x.isfinite().all(-1).all(-1)).nonzero()[0])
-        raise ValueError(f"matrix {i} of x holds a NaN or an infinity")
+        raise _not_finite(~x.isfinite().all(-1).all(-1))
     u, s, vh = torch.linalg.svd(x)
-    return u, s, vh
+    return u.mT.contiguous(), s, vh.contiguous()
 
 
-register("batched_svd", Backend("reference", lambda *_: None, reference))
+def _not_finite(bad: Tensor) -> ValueError:
+    return ValueError(f"matrix {int(bad.nonzero()[0])} of x holds a NaN or an infinity")
+
+
+def _cpu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from spectral_fast import _C
+
+    m = x.double().contiguous()
+    uh, s, vh = torch.empty_like(m), m.new_empty(m.shape[:2]), torch.empty_like(m)
+    status = torch.empty(len(m), dtype=torch.int32)
+    _C.jacobi_svd(m.numpy(), uh.numpy(), s.numpy(), vh.numpy(), status.numpy(), torch.get_num_threads())
+    if (status == NOT_FINITE).any():
+        raise _not_finite(status == NOT_FINITE)
+    # Jacobi leaves no left vectors where s is zero.
+    redo = (status != 0) | (s == 0).any(-1)
+    if redo.any():
+        uh[redo], s[redo], vh[redo] = reference(m[redo])
+    return uh.to(x.dtype), s.to(x.dtype), vh.to(x.dtype)
+
+
+def _refuses(x: Tensor | None = None) -> str | None:
+    return native.refuses([] if x is None else [x])
+
+
+register("batched_svd", Backend("cpu", _refuses, _cpu), Backend("reference", lambda *_: None, reference))
 
 _op = define(
     "batched_svd",
-    "(Tensor x) -> (Tensor u, Tensor s, Tensor vh)",
+    "(Tensor x) -> (Tensor uh, Tensor s, Tensor vh)",
     _batched_svd,
-    lambda x: (torch.empty_like(x), x.new_empty(x.shape[:2]), torch.empty_like(x)),
+    lambda x: (x.new_empty(x.shape), x.new_empty(x.shape[:2]), x.new_empty(x.shape)),
 )
