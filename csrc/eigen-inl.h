@@ -22,6 +22,11 @@ inline void axpy(double alpha, const double* x, double* y, std::size_t n) {
   for (std::size_t i = 0; i < n; i += kDoubles) store(y + i, load<Vd>(y + i) + load<Vd>(x + i) * alpha);
 }
 
+// out <- the sum of a_i x_i over `count` rows x_i of n values.
+inline void combine(const double* x, const double* a, std::size_t count, std::size_t ld, std::size_t n, double* out) {
+  multiply(a, 0, 1, x, ld, out, 0, 1, count, n, false);
+}
+
 // (x, y) <- (c x - s y, s x + c y)
 inline void rotate(double c, double s, double* x, double* y, std::size_t n) {
   for (std::size_t i = 0; i < n; i += kDoubles) {
@@ -63,9 +68,9 @@ class SymmetricEigen {
     l_ = i_ = m_ = 0;
     steps_ = 0;
     converged_ = true;
-    e_ = vectors_.reserve(r + 2 * ld);
-    double *p = e_ + r, *tau = p + ld;
-    std::fill(e_, e_ + r + 2 * ld, 0.0);
+    e_ = vectors_.reserve(2 * r + 2 * ld);
+    double *p = e_ + r, *w = p + ld, *tau = w + ld;
+    std::fill(e_, e_ + 2 * r + 2 * ld, 0.0);
     for (std::size_t k = 0; k + 1 < r; ++k) {
       double* v = s + k * ld;
       d[k] = v[k];
@@ -79,8 +84,9 @@ class SymmetricEigen {
       tau[k] = h.tau;
       e_[k] = h.beta;
       const std::size_t first = (k + 1) / kDoubles * kDoubles, n = ld - first;
+      combine(s + (k + 1) * ld + first, v + k + 1, r - k - 1, ld, n, p + first);
       std::fill(p, p + k + 1, 0.0);
-      for (std::size_t i = k + 1; i < r; ++i) p[i] = h.tau * dot(s + i * ld + first, v + first, n);
+      for (std::size_t i = k + 1; i < r; ++i) p[i] *= h.tau;
       axpy(-h.tau / 2 * dot(p + first, v + first, n), v + first, p + first, n);
       for (std::size_t i = k + 1; i < r; ++i) {
         const double pi = p[i], vi = v[i];
@@ -89,15 +95,19 @@ class SymmetricEigen {
       }
     }
     if (r > 0) d[r - 1] = s[(r - 1) * ld + r - 1];
-    // Q = H_0 H_1 ..., built from the last: only columns that a reflector reaches have changed before it.
-    std::fill(qt, qt + r * ld, 0.0);
-    for (std::size_t i = 0; i < r; ++i) qt[i * ld + i] = 1;
+    // Q = H_0 H_1 ..., built from the last: only rows and columns that a reflector reaches have changed before it.
+    double* q = q_.reserve(r * ld);
+    std::fill(q, q + r * ld, 0.0);
+    for (std::size_t i = 0; i < r; ++i) q[i * ld + i] = 1;
     for (std::size_t k = r; k-- > 0;) {
       if (tau[k] == 0) continue;
       const std::size_t first = (k + 1) / kDoubles * kDoubles, n = ld - first;
-      const double* v = s + k * ld + first;
-      for (std::size_t j = k + 1; j < r; ++j) axpy(-tau[k] * dot(v, qt + j * ld + first, n), v, qt + j * ld + first, n);
+      const double* v = s + k * ld;
+      combine(q + (k + 1) * ld + first, v + k + 1, r - k - 1, ld, n, w);
+      for (std::size_t i = k + 1; i < r; ++i) axpy(-tau[k] * v[i], w, q + i * ld + first, n);
     }
+    std::fill(qt, qt + r * ld, 0.0);
+    transpose(q, ld, qt, ld, r);
   }
 
   // One rotation of an implicit QL step; false when all are done.
@@ -151,5 +161,5 @@ class SymmetricEigen {
   double g_ = 0, s_ = 1, c_ = 1, p_ = 0;
   int steps_ = 0;
   bool converged_ = true;
-  Buffer<double> vectors_;
+  Buffer<double> vectors_, q_;
 };

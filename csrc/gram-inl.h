@@ -24,10 +24,7 @@ inline void tall_gram(const Factor& b, double* gram, std::size_t ld, GramWorkspa
       widen(b.data, b.dtype, first * b.r, piece, count * b.r);
     else
       for (std::size_t k = 0; k < count; ++k) widen(b.data, b.dtype, (first + k) * b.r, piece + k * ld, b.r);
-    for (std::size_t j = 0; j < ld; j += kWidest * kDoubles) {
-      const std::size_t columns = std::min(kWidest * kDoubles, ld - j);
-      multiply(piece, 1, ld, piece + j, ld, gram + j, ld, std::min(b.r, j + columns), count, columns, true);
-    }
+    upper_product(piece, 1, ld, piece, ld, gram, ld, b.r, count, true);
   }
 }
 

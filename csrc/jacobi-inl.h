@@ -20,13 +20,6 @@ class JacobiSvd {
     r_ = r;
     ld_ = round_up(r, kDoubles);
     right_ = right;
-    double largest = 0;
-    finite_ = true;
-    for (std::size_t i = 0; i < r * r; ++i) {
-      finite_ &= std::isfinite(m[i]);
-      largest = std::max(largest, std::abs(m[i]));
-    }
-    if (!finite_) return;
     c_ = c_buffer_.reserve(r * ld_);
     g_ = g_buffer_.reserve(r * ld_);
     gt_ = gt_buffer_.reserve(r * ld_);
@@ -37,13 +30,24 @@ class JacobiSvd {
     taus_ = taus_buffer_.reserve(r);
     order_ = order_buffer_.reserve(r);
     pivot_ = pivot_buffer_.reserve(r);
+    Vd sizes{}, beyond{};
+    for (std::size_t i = 0; i < r; ++i) {
+      std::copy_n(m + i * r, r, c_ + i * ld_);
+      std::fill(c_ + i * ld_ + r, c_ + (i + 1) * ld_, 0.0);
+      for (std::size_t j = 0; j < ld_; j += kDoubles) {
+        const Vd x = load<Vd>(c_ + i * ld_ + j), size = x < 0 ? -x : x;
+        sizes = size > sizes ? size : sizes;
+        beyond += size <= std::numeric_limits<double>::max() ? Vd{} : Vd{} + 1;
+      }
+    }
+    finite_ = !(sum(beyond) > 0);
+    if (!finite_) return;
+    double largest = 0;
+    for (std::size_t i = 0; i < kDoubles; ++i) largest = std::max(largest, sizes[i]);
     // By a power of two: scaling then rounds nothing, and squares neither overflow nor underflow.
     exponent_ = largest > 0 ? std::ilogb(largest) : 0;
     const double up = std::scalbn(1.0, -exponent_ / 2), rest = std::scalbn(1.0, -exponent_ + exponent_ / 2);
-    for (std::size_t i = 0; i < r; ++i) {
-      for (std::size_t j = 0; j < r; ++j) c_[i * ld_ + j] = m[i * r + j] * up * rest;
-      std::fill(c_ + i * ld_ + r, c_ + (i + 1) * ld_, 0.0);
-    }
+    for (std::size_t i = 0; i < r * ld_; i += kDoubles) store(c_ + i, load<Vd>(c_ + i) * up * rest);
     // Row-major M is column-major M^T.
     multiply(c_, 1, ld_, c_, ld_, s_, ld_, r_, r_, ld_, false);
     eigen_.begin(s_, squares_, vt_, r_, ld_);
@@ -66,7 +70,8 @@ class JacobiSvd {
       const double length = std::sqrt(squares_[order_[k]]);
       const bool zero = length <= kTiny;
       s[k] = zero ? 0 : std::scalbn(length, exponent_);
-      for (std::size_t i = 0; i < r_; ++i) wt[k * r_ + pivot_[i]] = zero ? 0 : column(g_, order_[k])[i] / length;
+      const double inverse = zero ? 0 : 1 / length;
+      for (std::size_t i = 0; i < r_; ++i) wt[k * r_ + pivot_[i]] = column(g_, order_[k])[i] * inverse;
       if (right_) std::copy_n(column(vt_, order_[k]), r_, vt + k * r_);
     }
     return r_ > 0 && !std::isfinite(s[0]) ? SvdStatus::not_converged : status;  // s may overflow where M does not
@@ -139,11 +144,18 @@ class JacobiSvd {
   SvdStatus orthogonalise() {
     std::fill(gt_, gt_ + r_ * ld_, 0.0);
     for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
-      bool rotated = false;
       if (!find_pairs()) return SvdStatus::converged;
+      bool rotated = false;
       for (std::size_t round = 1; round + 2 < 2 * r_; ++round) {
+        std::size_t left[kGroup], count = 0;
         const std::size_t begin = round < r_ ? 0 : round - r_ + 1, end = (round + 1) / 2;
-        for (std::size_t i = begin; i < end; i += kGroup) rotated |= rotate_group(i, std::min(i + kGroup, end), round);
+        for (std::size_t i = begin; i < end; ++i) {
+          if (s_[i * ld_ + round - i] != 0) left[count++] = i;
+          if (count == kGroup || (count > 0 && i + 1 == end)) {
+            rotated |= rotate_group(left, count, round);
+            count = 0;
+          }
+        }
       }
       if (!rotated) return SvdStatus::converged;
     }
@@ -154,7 +166,7 @@ class JacobiSvd {
   // no accuracy. True if there is a pair that is not orthogonal; s_ is 1 there, else 0.
   bool find_pairs() {
     transpose(g_, ld_, gt_, ld_, r_);
-    multiply(g_, ld_, 1, gt_, ld_, s_, ld_, r_, r_, ld_, false);
+    upper_product(g_, ld_, 1, gt_, ld_, s_, ld_, r_, r_, false);
     for (std::size_t i = 0; i < r_; ++i) squares_[i] = s_[i * ld_ + i];
     Vd any{};
     for (std::size_t i = 0; i < r_; ++i) {
@@ -173,18 +185,16 @@ class JacobiSvd {
 
   double tolerance() const { return kEpsilon * kEpsilon * static_cast<double>(r_); }
 
-  // The pairs (i, round - i) for i from begin to end.
-  bool rotate_group(std::size_t begin, std::size_t end, std::size_t round) {
+  // The pairs (i, round - i) for the i in `candidates`; false if none needed it.
+  bool rotate_group(const std::size_t* candidates, std::size_t candidate_count, std::size_t round) {
     std::size_t left[kGroup], count = 0;
     double d[kGroup], gap[kGroup], tangent[kGroup], cosine[kGroup];
-    for (std::size_t i = begin; i < end; ++i) {
-      const std::size_t j = round - i;
-      if (s_[i * ld_ + j] == 0) continue;
+    for (std::size_t k = 0; k < candidate_count; ++k) {
+      const std::size_t i = candidates[k], j = round - i;
       const double product = dot(column(g_, i), column(g_, j), ld_);
       left[count] = i;
       d[count] = 2 * product;
       gap[count] = squares_[j] - squares_[i];
-      // Without a branch: in the later sweeps it would be mispredicted half of the time.
       count += product * product > tolerance() * squares_[i] * squares_[j];
     }
     if (count == 0) return false;
