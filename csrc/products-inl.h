@@ -62,13 +62,14 @@ inline void multiply(const T* l, std::size_t row, std::size_t step, const T* r, 
     if (j < n) multiply<T, kColumns - 1>(l, row, step, r + j, ldr, c + j, ldc, m, depth, n - j, add);
 }
 
-// The same for an L R that is symmetric, r x r: only what lies on and above the diagonal, and a little below.
+// The same for an L R that is symmetric, r x r: only what lies on and above the diagonal, and a little below, which is
+// less the narrower the tile.
 inline void upper_product(const double* l, std::size_t row, std::size_t step, const double* right, std::size_t ldr,
                           double* c, std::size_t ldc, std::size_t r, std::size_t depth, bool add) {
-  constexpr std::size_t kWidth = kWidest * kDoubles;
+  constexpr std::size_t kColumns = 2, kWidth = kColumns * kDoubles;
   for (std::size_t j = 0; j < r; j += kWidth)
-    multiply(l, row, step, right + j, ldr, c + j, ldc, std::min(r, j + kWidth), depth,
-             std::min(kWidth, round_up(r - j, kDoubles)), add);
+    multiply<double, kColumns>(l, row, step, right + j, ldr, c + j, ldc, std::min(r, j + kWidth), depth,
+                               std::min(kWidth, round_up(r - j, kDoubles)), add);
 }
 
 // Rows and columns of a tile of dot products.

@@ -12,6 +12,10 @@
 #include <new>
 #include <numeric>
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #include "kernels.h"
 
 #define SPECTRAL_FAST_PRAGMA(text) _Pragma(#text)

@@ -64,6 +64,25 @@ inline void prefetch(const void* p, std::size_t bytes) {
   for (std::size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(p) + i, kForWriting, 2);
 }
 
+// Bytes that are written whole, and not read soon: whole lines go past the caches.
+inline void stream(char* out, const char* from, std::size_t bytes) {
+#if defined(__x86_64__)
+  if (reinterpret_cast<std::uintptr_t>(out) % 64 == 0 && bytes % 64 == 0) {
+    for (std::size_t i = 0; i < bytes; i += sizeof(__m128i))
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), load<__m128i>(from + i));
+    return;
+  }
+#endif
+  std::memcpy(out, from, bytes);
+}
+
+// What was streamed is seen by other threads once this has returned.
+inline void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // Memory that starts at a cache line and is kept for the same thread's next task, since fresh pages cost more than the
 // work.
 template <class T>
