@@ -8,6 +8,8 @@ constexpr int kMaxSweeps = 30;
 // Smallest eigenvalue of M^T M, relative to the largest, for which its eigenvectors are a good start: singular values
 // down to 1e-7 of the largest, which then keep nine digits.
 constexpr double kWellConditioned = 1e-14;
+// Angle of which 512 squares are below a roundoff of 1.
+constexpr double kSlight = 0x1p-31;
 // Pairs of columns that are rotated together: their dependent square roots and divisions overlap, and for r up to 256
 // their columns stay in the first-level cache.
 constexpr std::size_t kGroup = 8;
@@ -60,7 +62,11 @@ class JacobiSvd {
     if (!finite_) return SvdStatus::b_not_finite;
     std::iota(pivot_, pivot_ + r_, std::size_t{0});
     const bool well_conditioned = start_from_eigenvectors();
-    if (!well_conditioned) pivoted_qr();
+    std::fill(gt_, gt_ + r_ * ld_, 0.0);
+    if (well_conditioned)
+      rotate_slightly();
+    else
+      pivoted_qr();
     const SvdStatus status = orthogonalise();
     if (right_ && !well_conditioned) reflect_right();
     for (std::size_t j = 0; j < r_; ++j) squares_[j] = dot(column(g_, j), column(g_, j), ld_);
@@ -130,6 +136,27 @@ class JacobiSvd {
     }
   }
 
+  // All rotations whose angles' squares are below rounding, at once: x <- x + a y and y <- y - a x, a = x.y / (x.x -
+  // y.y), for all pairs of G's columns, and V's alike.
+  void rotate_slightly() {
+    transpose(g_, ld_, gt_, ld_, r_);
+    multiply(g_, ld_, 1, gt_, ld_, s_, ld_, r_, r_, ld_, false);
+    for (std::size_t i = 0; i < r_; ++i) squares_[i] = s_[i * ld_ + i];
+    for (std::size_t i = 0; i < r_; ++i) {
+      for (std::size_t j = 0; j < ld_; j += kDoubles) {
+        const Vd product = load<Vd>(s_ + i * ld_ + j), gap = squares_[i] - load<Vd>(squares_ + j);
+        const Vd size = product < 0 ? -product : product, bound = kSlight * (gap < 0 ? -gap : gap);
+        store(s_ + i * ld_ + j, size < bound ? product / gap : Vd{});
+      }
+    }
+    for (double** x : {&g_, &vt_}) {
+      if (x == &vt_ && !right_) break;
+      std::copy_n(*x, r_ * ld_, gt_);
+      multiply(s_, ld_, 1, *x, ld_, gt_, ld_, r_, r_, ld_, true);
+      std::swap(*x, gt_);
+    }
+  }
+
   // vt_ <- Q times the rotations that it holds.
   void reflect_right() {
     for (std::size_t j = 0; j < r_; ++j) {
@@ -142,7 +169,6 @@ class JacobiSvd {
   // Rotates pairs of columns of G until all are orthogonal to rounding. The pairs (i, j) of a round have the same i +
   // j, and so no column in common; a sweep does the same as one row by row.
   SvdStatus orthogonalise() {
-    std::fill(gt_, gt_ + r_ * ld_, 0.0);
     for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
       if (!find_pairs()) return SvdStatus::converged;
       bool rotated = false;
