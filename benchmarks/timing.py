@@ -15,6 +15,8 @@ Result = TypeVar("Result")
 
 # Every threading runtime that torch, SciPy and NumPy may bring.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Seconds before each run: OpenBLAS' threads wait for work by spinning, and would take cores from what comes after them.
+SETTLE = 0.1
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -34,6 +36,7 @@ def interleave(runs: Mapping[Key, Callable[[], object]], rounds: int, budget: fl
     for _ in range(rounds):
         for key, run in runs.items():
             if sum(seconds[key]) < budget:
+                time.sleep(SETTLE)
                 seconds[key].append(timed(run)[0])
     return seconds
 
