@@ -123,8 +123,12 @@ def rebuild(
             raise ValueError(f"{name}: s_new must have shape {tuple(spectrum.s.shape)}, got {tuple(s.shape)}")
         if (b.dtype, a.dtype) != spectrum.dtypes:
             raise ValueError(f"{name}: out must have dtypes {spectrum.dtypes}, got {(b.dtype, a.dtype)}")
-    roots = [s.to(spectrum.s).sqrt() for spectrum, s in zip(spectra, s_new, strict=True)]  # of a negative value: NaN
-    if roots and not torch.cat(roots).isfinite().all():
+    if not spectra:
+        return []
+    # All at once, and of a negative value NaN.
+    joined = torch.cat([s.to(spectrum.s) for spectrum, s in zip(spectra, s_new, strict=True)]).sqrt()
+    roots = joined.split([len(s) for s in s_new])
+    if not joined.isfinite().all():
         i = next(i for i, root in enumerate(roots) if not root.isfinite().all())
         raise ValueError(f"{names[i]}: s_new must be finite and not negative, got {s_new[i].tolist()}")
     products = []
