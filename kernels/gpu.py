@@ -15,8 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spectral_fast.backends import ENVIRONMENT_VARIABLE
+
 # Triton's own switch: its kernels then run as Python on tensors in host memory.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# The ranks that kernels are compiled for; others take the next one, masked.
+RANKS = (16, 32, 64, 128, 256)
+
+
+def padded(r: int) -> int:
+    """The rank that a kernel for rank r is compiled for."""
+    return next(rank for rank in RANKS if r <= rank)
 
 
 class Architecture(NamedTuple):
@@ -102,9 +112,14 @@ def architecture(device: torch.device) -> str:
 
 
 def refuses(tensors: Iterable[Tensor] = ()) -> str | None:
-    """Wants Triton, and tensors on a GPU (in host memory under its interpreter); without tensors, for this machine."""
+    """Wants Triton and tensors on a GPU; in host memory under Triton's interpreter, which is too slow not to be asked for.
+
+    Without tensors it answers for this machine.
+    """
     if find_spec("triton") is None:
         return "triton is not installed; pip install 'spectral-fast[gpu]'"
+    if INTERPRETED and os.environ.get(ENVIRONMENT_VARIABLE) != "gpu":
+        return f"Triton's interpreter is on, which is for tests; {ENVIRONMENT_VARIABLE}=gpu takes it all the same"
     if INTERPRETED:
         wanted, missing = "cpu", None
     else:
