@@ -24,9 +24,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RANKS = (16, 32, 64, 128, 256)
 
 
-def padded(r: int) -> int:
-    """The rank that a kernel for rank r is compiled for."""
-    return next(rank for rank in RANKS if r <= rank)
+def padded(r: int, ranks: Iterable[int] = RANKS) -> int:
+    """The first of the ascending ranks that holds rank r."""
+    return next(rank for rank in ranks if r <= rank)
 
 
 class Architecture(NamedTuple):
@@ -88,7 +88,8 @@ class Shipped(NamedTuple):
     Attributes:
         name: the op, the kernel and what distinguishes the variant, in words.
         variant: the configuration.
-        signature: Triton's type of each argument that is no constant, in order: "*bf16", "i32", "i64" ...
+        signature: Triton's type of each argument that is no constant, in order: "*bf16", "i32", "i64" ... A pointer
+            is taken to be aligned to 16 bytes; a size that is always a multiple of 16 is "i32:16".
         matrix: whether its products must run on matrix units.
     """
 
