@@ -113,7 +113,7 @@ def architecture(device: torch.device) -> str:
 
 
 def refuses(tensors: Iterable[Tensor] = ()) -> str | None:
-    """Wants Triton and tensors on a GPU; in host memory under Triton's interpreter, which is too slow not to be asked for.
+    """Wants Triton and tensors on a GPU; in host memory under Triton's interpreter, which must be asked for.
 
     Without tensors it answers for this machine.
     """
