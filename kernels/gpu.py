@@ -71,15 +71,16 @@ class Variant:
     fusion: bool = True
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
-        """Runs the kernel on the current stream; a grid without programs launches nothing."""
+        """Runs the kernel on the current stream of its first argument's device; without programs, nothing."""
         if all(grid):
-            self.kernel[grid](
-                *args,
-                **self.constants,
-                num_warps=self.warps,
-                num_stages=self.stages,
-                enable_fp_fusion=self.fusion,
-            )
+            with torch.cuda.device_of(args[0]):
+                self.kernel[grid](
+                    *args,
+                    **self.constants,
+                    num_warps=self.warps,
+                    num_stages=self.stages,
+                    enable_fp_fusion=self.fusion,
+                )
 
 
 class Shipped(NamedTuple):
