@@ -4,7 +4,7 @@
 ``pytest benchmarks --benchmark-only`` times single kernels.
 
     cases.py      workloads, as data             factors.py  their tensors
-    peers.py      implementations compared       gate.py     what must hold before a time counts
+    peers.py      implementations compared       codegen.py  every GPU kernel, compiled
     workloads.py  both together, and floors      timing.py   interleaved repeats, pinning
     worker.py     one workload in one process    floors.py   measured bandwidth and peak
     files.py      commands, timed from outside   machine.py  where it ran

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.factors import Factors
 from spectral_fast import _C
+from spectral_fast.bench.factors import Factors
 from spectral_fast.kernels.lowrank_svd import reference
 from spectral_fast.kernels.sensitivity import op as sensitivity
 from spectral_fast.kernels.sensitivity import segment_products
