@@ -76,13 +76,15 @@ def expand_kernel(
         else:
             p_tile = p_factor + o.to(tl.int64) * r + o_r[:, None]
         b_factor = tl.load(p_tile, mask=m_r[:, None] & (o < length), other=0.0)  # (R, LENGTH)
+        m_out = m_token & (o < length)
+        o_out = o_token[:, None] * length + o
+        if not BACKWARD:  # asked for before the product, and there after it
+            b_y = tl.load(p_y + o_out, mask=m_out, other=0.0)  # (TOKENS, LENGTH)
         if WIDE:
             b_factor = b_factor.to(tl.float32)
         b_out = tl.dot(b_p, b_factor, input_precision="ieee")  # (TOKENS, LENGTH)
-        m_out = m_token & (o < length)
-        o_out = o_token[:, None] * length + o
         if not BACKWARD:
-            b_out += tl.load(p_y + o_out, mask=m_out, other=0.0).to(tl.float32)
+            b_out += b_y.to(tl.float32)
         tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
 
 
@@ -112,11 +114,11 @@ def expand_variant(arch: str, dtype: torch.dtype, rank: int, backward: bool) -> 
     constants = {
         "BACKWARD": backward,
         "WIDE": upcast(dtype),
-        "TOKENS": 64 if narrow else 32,
+        "TOKENS": 64 if narrow else 16,
         "LENGTH": 64 if narrow else 32,
         "R": rank,
     }
-    return Variant(expand_kernel, constants, warps=4 if rank <= 64 else 8, stages=2)
+    return Variant(expand_kernel, constants, warps=8 if narrow and rank > 64 else 4, stages=2)
 
 
 def parts(tokens: int, length: int, other: int, r: int, itemsize: int) -> int:
