@@ -150,8 +150,8 @@ def on_matrix_units(dtype: torch.dtype, basis: bool = False) -> bool:
     return dtype != torch.float32 and not basis
 
 
-def grouped_ranks(dtype: torch.dtype, basis: bool) -> tuple[int, ...]:
-    """The ranks that are compiled: fewer where the products are no great part of the traffic, or rare."""
+def ranks(dtype: torch.dtype, basis: bool = False) -> tuple[int, ...]:
+    """The ranks that are compiled: masked columns of a factor cost products, of which there is room, and no traffic."""
     return (16, 64, 128, 256) if on_matrix_units(dtype, basis) else (64, 256)
 
 
@@ -197,7 +197,7 @@ def grouped_products(modules: Sequence[Module], starts: Tensor) -> list[Tensor]:
     launches = defaultdict(list)
     for i, (x, _, u, vh) in enumerate(modules):
         basis = u.dtype != x.dtype or (x.dtype == torch.float32 and not vh.is_contiguous())
-        launches[x.dtype, padded(u.shape[1], grouped_ranks(x.dtype, basis)), basis].append(i)
+        launches[x.dtype, padded(u.shape[1], ranks(x.dtype, basis)), basis].append(i)
     out: dict[int, Tensor] = {}
     for (dtype, rank, basis), group in launches.items():
         device = modules[group[0]].x.device
@@ -243,7 +243,7 @@ def shipped(arch: str) -> Iterator[Shipped]:
     sizes = {"scaling": "fp32", "blocks": "i32", "segments": "i32", "r": "i32:16"}
     yield Shipped("sum of blocks", SUM, {"p_sums": "*fp32", "p_firsts": "*i64", "p_out": "*fp32", **sizes})
     for (dtype, kind), basis in itertools.product(TYPES.items(), (False, True)):
-        for rank in grouped_ranks(dtype, basis):
+        for rank in ranks(dtype, basis):
             variant = grouped_variant(arch, dtype, rank, basis)
             name = f"grouped, {kind}, R = {rank}" + ", LoRA basis" * basis
             yield Shipped(

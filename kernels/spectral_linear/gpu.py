@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_fast.kernels.gpu import RANKS, Shipped, Variant, architecture, padded
-from spectral_fast.kernels.sensitivity.gpu import TYPES, blocks, on_matrix_units, project, sum_blocks, upcast
+from spectral_fast.kernels.gpu import Shipped, Variant, architecture, padded
+from spectral_fast.kernels.sensitivity.gpu import TYPES, blocks, on_matrix_units, project, ranks, sum_blocks, upcast
 
 PROGRAMS = 256  # that fill a machine: about two per multiprocessor
-WIDE_RANKS = (64, 256)  # of float32
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -86,11 +85,6 @@ def expand_kernel(
         if not BACKWARD:
             b_out += b_y.to(tl.float32)
         tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_out)
-
-
-def ranks(dtype: torch.dtype) -> tuple[int, ...]:
-    """The ranks that are compiled for a dtype."""
-    return RANKS if on_matrix_units(dtype) else WIDE_RANKS
 
 
 def project_variant(arch: str, dtype: torch.dtype, rank: int, backward: bool) -> Variant:
