@@ -44,7 +44,7 @@ def of_cubin(cubin: bytes, shared: int | None = None) -> dict[str, Resources]:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         usage = _tool("cuobjdump", "-res-usage", str(file))
-        code = _tool("nvdisasm", str(file))
+        code = _tool("nvdisasm", "-ndf", str(file))
     found = {}
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     sections = dict(_sections(code))

@@ -108,7 +108,7 @@ def _row(case: Case, who: str, device: torch.device, known: Card | None) -> dict
         state = f"{type(error).__name__}: {error}"
         if os.environ.get("SPECTRAL_FAST_DEBUG"):
             state = traceback.format_exc()
-    bound = known.bound(case.nbytes, case.flops) * 1e3 if known else None
+    bound = known.bound(*case.least) * 1e3 if known else None
     return {
         "kernel": case.kernel,
         "workload": case.name,
@@ -118,9 +118,9 @@ def _row(case: Case, who: str, device: torch.device, known: Card | None) -> dict
         "min_ms": min(times) if times else None,
         "max_ms": max(times) if times else None,
         "repeats": len(times),
-        "bytes": case.nbytes,
-        "flops": dict(case.flops),
-        "bytes_per_second": case.nbytes / median(times) * 1e3 if times else None,
+        "bytes": case.least.nbytes,
+        "flops": case.least.flops,
+        "bytes_per_second": case.least.nbytes / median(times) * 1e3 if times else None,
         "bound_ms": bound,
     }
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_fast.bench import gate, peers
+from spectral_fast.bench import gate, least, peers
 from spectral_fast.bench.factors import Factors, adapter_factors, conditioned, with_outputs
+from spectral_fast.bench.least import Shape, Work
 from spectral_fast.kernels.batched_svd import batched_svd
 from spectral_fast.kernels.lowrank_svd import Factored, reference
 from spectral_fast.kernels.sensitivity import Module, grouped_products, segment_products
@@ -20,7 +21,6 @@ from spectral_fast.spectrum import Spectrum, lowrank_svd, rebuild
 
 OURS = "spectral_fast"
 SCALING = 2.0
-Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ class Case:
         ops: the registered ops that it consists of.
         runs: implementation -> call, ours first.
         check: (implementation, what its call returned) -> raises ``gate.WrongResult`` if that is wrong.
-        nbytes: bytes that must be read and written.
-        flops: that must be done, by what they run on (see ``cards.Card``).
+        least: what cannot be avoided.
     """
 
     kernel: str
@@ -79,8 +78,7 @@ class Case:
     ops: tuple[str, ...]
     runs: Mapping[str, Callable[[], Any]]
     check: Callable[[str, Any], None]
-    nbytes: int
-    flops: Mapping[str, int]
+    least: Work
 
 
 def cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
@@ -107,9 +105,8 @@ def _branch(sizes: Sizes, name: str, shape: Shape, rank: int, device: torch.devi
     with torch.no_grad():
         truth = gate.branch_in_float64(x, y, dy, u, s, vh, SCALING)
     branch = x, y, u, s, vh, SCALING
-    e, flops = x.element_size(), 2 * tokens * (m + n) * rank
-    moved = tokens * (n + 2 * m + rank) + (m + n) * rank  # x, y, out and p; and the factors
-    back = tokens * (m + n + rank) + (m + n) * rank  # dy, dx and p
+    there = least.forward(shape, tokens, rank, x.element_size())
+    back = least.backward(shape, tokens, rank, x.element_size())
     yield Case(
         "spectral_linear, forward",
         f"{name}, {tokens} tokens",
@@ -119,8 +116,7 @@ def _branch(sizes: Sizes, name: str, shape: Shape, rank: int, device: torch.devi
             "torch": partial(peers.forward_only, spectral_linear_reference, *branch),
         },
         partial(gate.check_terms, truth),
-        moved * e,
-        {"bfloat16": flops},
+        there,
     )
     yield Case(
         "spectral_linear, forward and backward with g",
@@ -132,8 +128,7 @@ def _branch(sizes: Sizes, name: str, shape: Shape, rank: int, device: torch.devi
             "torch hooks": partial(peers.by_hooks, *branch, dy),
         },
         partial(gate.check_terms, truth),
-        (moved + back) * e,
-        {"bfloat16": 2 * flops},
+        Work(there.nbytes + back.nbytes, {unit: there.flops[unit] + back.flops[unit] for unit in there.flops}),
     )
 
 
@@ -147,8 +142,7 @@ def _sensitivity(sizes: Sizes, name: str, shapes: tuple[Shape, ...], rank: int, 
         ("sensitivity",),
         {OURS: partial(segment_products, p, q, starts), "torch": partial(peers.products_per_sample, p, q, starts)},
         lambda who, g: gate.check_sensitivity(who, [(p, q)], starts, [g]),
-        p.nbytes + q.nbytes + 4 * sizes.samples * rank,
-        {"float32": 2 * p.numel()},
+        least.products(tokens, sizes.samples, rank, p.element_size()),
     )
     modules = []
     for m, n in shapes:
@@ -161,8 +155,7 @@ def _sensitivity(sizes: Sizes, name: str, shapes: tuple[Shape, ...], rank: int, 
         ("grouped_products",),
         {OURS: partial(grouped_products, modules, starts), "torch hooks": partial(peers.hooked, modules, starts)},
         partial(gate.check_grouped, modules, starts),
-        sum(t.nbytes for module in modules for t in module) + 4 * len(modules) * sizes.samples * rank,
-        {"bfloat16": sum(2 * tokens * (m + n) * rank for m, n in shapes)},
+        least.grouped(shapes, tokens, sizes.samples, rank, p.element_size()),
     )
 
 
@@ -172,7 +165,6 @@ def _adapter(name: str, shapes: tuple[Shape, ...], rank: int, device: torch.devi
     factors = with_outputs(bs, as_)
     true_s = [reference.factor(b, a, "a module").s for b, a in zip(bs, as_, strict=True)]
     factors = replace(factors, s_new=[gate.amplified(s) for s in true_s])
-    size, length = sum(b.nbytes + a.nbytes for b, a in zip(bs, as_, strict=True)), sum(m + n for m, n in shapes)
 
     def check_spectra(who: str, found: Any) -> None:
         if who == OURS:
@@ -191,9 +183,7 @@ def _adapter(name: str, shapes: tuple[Shape, ...], rank: int, device: torch.devi
             for driver in peers.drivers(device)
         },
         check_spectra,
-        size,
-        # Half of each Gram matrix; what is done to r × r matrices is left out.
-        {"bfloat16": length * rank**2},
+        least.spectra(shapes, rank, bs[0].element_size()),
     )
     # Not by our SVD: if that is broken here, this must be measured all the same.
     spectra = [_spectrum(b, a) for b, a in zip(bs, as_, strict=True)]
@@ -206,8 +196,7 @@ def _adapter(name: str, shapes: tuple[Shape, ...], rank: int, device: torch.devi
             "torch, a product each": partial(peers.products, spectra, factors),
         },
         lambda who, _: gate.check_rebuilt(who, factors, true_s, [x.s for x in spectra]),
-        2 * size,
-        {"bfloat16": 2 * length * rank**2},
+        least.recomposed(shapes, rank, bs[0].element_size()),
     )
 
 
@@ -238,7 +227,5 @@ def _cores(count: int, rank: int, device: torch.device) -> Case:
             f"torch.linalg.svd {driver or 'default'}": partial(peers.svd, x, driver) for driver in peers.drivers(device)
         },
         lambda who, usv: gate.check_svd(who, x, usv),
-        3 * x.nbytes + x.nbytes // rank,
-        # Golub and Van Loan's count for a square matrix (Matrix Computations, on the SVD).
-        {"float32": 21 * count * rank**3},
+        least.svds(count, rank, x.element_size()),
     )
