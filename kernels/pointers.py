@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from spectral_fast.kernels.gpu import INTERPRETED
 
-# Triton's interpreter truncates where it should round to bfloat16, and multiplies matrices of bfloat16 wrongly.
+# Triton's interpreter truncates where it should round to bfloat16, and multiplies matrices of it wrongly.
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
@@ -33,8 +33,8 @@ def aligned(x: Tensor) -> Tensor:
 
 def table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """(len(rows), columns) int64 on a device, without waiting for it. The caller keeps what it points to alive."""
-    rows = torch.tensor(rows, dtype=torch.int64)
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+    host = torch.tensor(rows, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 def current(device: torch.device) -> Any:
@@ -49,10 +49,20 @@ def pointer(address, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def from_bfloat16(x):  # type: ignore[no-untyped-def]
+    """Bfloat16 to float32; Triton's interpreter would lose the subnormal ones."""
+    if _INTERPRETED:
+        y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
 def load(address, offsets, mask, code, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Elements as TYPE, float32 or float64; float64 elements as float64 only. Zero where masked."""
     if code == 0:
-        x = tl.load(pointer(address, tl.bfloat16) + offsets, mask=mask, other=0.0).to(tl.float32).to(TYPE)
+        x = from_bfloat16(tl.load(pointer(address, tl.bfloat16) + offsets, mask=mask, other=0.0)).to(TYPE)
     elif code == 1:
         x = tl.load(pointer(address, tl.float16) + offsets, mask=mask, other=0.0).to(tl.float32).to(TYPE)
     elif code == 2 or TYPE == tl.float32:
@@ -77,7 +87,9 @@ def to_bfloat16(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def is_finite(x):  # type: ignore[no-untyped-def]
     """Whether all elements are finite."""
-    return tl.min((tl.abs(x.to(tl.float32 if x.dtype.primitive_bitwidth < 32 else x.dtype)) < float("inf")).to(tl.int32)) != 0
+    if x.dtype == tl.bfloat16:
+        x = from_bfloat16(x)
+    return tl.min((tl.abs(x) < float("inf")).to(tl.int32)) != 0
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spectral_fast.kernels.gpu import ARCHITECTURES, RANKS, Shipped, Variant, architecture, padded
 from spectral_fast.kernels.native import CODES
-from spectral_fast.kernels.pointers import _INTERPRETED, aligned, current, is_aligned, load, pointer, store, table
+from spectral_fast.kernels.pointers import _INTERPRETED, aligned, current, from_bfloat16, is_aligned, load, pointer, store, table
 
 if TYPE_CHECKING:
     from spectral_fast.kernels.recompose.op import Product
@@ -60,7 +60,7 @@ def transform_kernel(p_transforms, p_scaled, W, SPLIT: tl.constexpr):  # type: i
 def dot(x, t, b_sum, FLAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """b_sum + x t, or + t x if FLAT: exact products of bfloat16, summed in float32, or all in float64."""
     if _INTERPRETED and x.dtype == tl.bfloat16:
-        x, t = x.to(tl.float32), t.to(tl.float32)
+        x, t = from_bfloat16(x), from_bfloat16(t)
     if FLAT:
         b_sum = tl.dot(t, x, b_sum, input_precision="ieee")
     else:
