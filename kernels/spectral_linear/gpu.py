@@ -177,16 +177,19 @@ def _launch(
 
 
 def shipped(arch: str) -> Iterator[Shipped]:
-    """All that the launchers may choose."""
-    sizes = {"tokens": "i32", "length": "i32:16", "r": "i32:16"}
+    """All that the launchers may choose where m and n are multiples of 16, and r is, or is below."""
     for dtype, t in TYPES.items():
         narrow, x = on_matrix_units(dtype), f"*{t}"
-        first = {"p_x": x, "p_factor": x, "p_parts": "*fp32", **sizes, "part": "i32:16"}
-        second = {"p_parts": "*fp32", "p_s": "*fp32", **dict.fromkeys(("p_factor", "p_y", "p_p", "p_out"), x)}
-        second |= {"p_blocks": "*i64", "p_sums": "*fp32", "scaling": "fp32", **sizes, "parts": "i32", "share": "i32:16"}
-        for rank in ranks(dtype):
-            for backward, names in enumerate((("x V", "out"), ("dy U", "dx and g"))):
-                variant = project_variant(arch, dtype, rank, bool(backward))
-                yield Shipped(f"{names[0]}, {t}, R = {rank}", variant, first, narrow)
-                variant = expand_variant(arch, dtype, rank, bool(backward))
-                yield Shipped(f"{names[1]}, {t}, R = {rank}", variant, second, narrow)
+        classes = [(rank, f"R = {rank}", "i32:16") for rank in ranks(dtype)]
+        for rank, name, r in [(16, "r < 16", "i32"), *classes] if narrow else classes:
+            sizes = {"tokens": "i32", "length": "i32:16", "r": r}
+            first = {"p_x": x, "p_factor": x, "p_parts": "*fp32", **sizes, "part": "i32:16"}
+            tables = {"p_blocks": "*i64", "p_sums": "*fp32", "scaling": "fp32"}
+            second = {"p_parts": "*fp32", "p_s": "*fp32", "p_factor": x, "p_y": x, "p_p": x, "p_out": x, **tables}
+            second |= {**sizes, "parts": "i32", "share": "i32:16"}
+            for backward in (False, True):
+                projected, expanded = ("dy U", "dx and g") if backward else ("x V", "out")
+                variant = project_variant(arch, dtype, rank, backward)
+                yield Shipped(f"{projected}, {t}, {name}", variant, first, narrow)
+                variant = expand_variant(arch, dtype, rank, backward)
+                yield Shipped(f"{expanded}, {t}, {name}", variant, second, narrow)
