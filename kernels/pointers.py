@@ -27,7 +27,7 @@ def is_aligned(x: Tensor) -> bool:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x itself, or a copy that is aligned, with zeros in up to 7 columns more."""
+    """The matrix itself, or a copy that is aligned, with zeros in up to 7 columns more."""
     return x if is_aligned(x) else pad(x, (0, -x.shape[1] % 8)).clone(memory_format=torch.contiguous_format)
 
 
@@ -65,7 +65,7 @@ def load(address, offsets, mask, code, TYPE: tl.constexpr):  # type: ignore[no-u
         x = from_bfloat16(tl.load(pointer(address, tl.bfloat16) + offsets, mask=mask, other=0.0)).to(TYPE)
     elif code == 1:
         x = tl.load(pointer(address, tl.float16) + offsets, mask=mask, other=0.0).to(tl.float32).to(TYPE)
-    elif code == 2 or TYPE == tl.float32:
+    elif code == 2 or tl.float32 == TYPE:
         x = tl.load(pointer(address, tl.float32) + offsets, mask=mask, other=0.0).to(TYPE)
     else:
         x = tl.load(pointer(address, tl.float64) + offsets, mask=mask, other=0.0).to(TYPE)

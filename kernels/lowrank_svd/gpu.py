@@ -1,9 +1,10 @@
 """The Gram route on a GPU: Gram matrices of all factors in two launches by Triton, what follows batched, in float64.
 
 A program sums the products of a tile of a factor's columns over a piece of its rows, and leaves them as a partial Gram
-matrix; a second kernel adds the pieces in order. Products are exact and sums are in float64, or, where the card's float64
-is slow, in three float32 numbers each. All r × r steps after that are the batched routines of cuSOLVER and cuBLAS by way of
-torch, on (modules, 2, R, R) at once, and ``batched_svd``. The host asks for nothing but the losses, at the end.
+matrix; a second kernel adds the pieces in order. Products are exact and sums are in float64, or, where the card's
+float64 is slow, in three float32 numbers each. All r × r steps after that are the batched routines of cuSOLVER and
+cuBLAS by way of torch, on (modules, 2, R, R) at once, and ``batched_svd``. The host asks for nothing but the losses,
+at the end.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ _PIECE, _CHUNK, _BLOCK = tl.constexpr(PIECE), tl.constexpr(CHUNK), tl.constexpr(
 
 
 @triton.jit
-def offsets(i, l, length, r, FLAT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where rows l of columns i lie, and which of them do: (i, l) of a flat factor, (l, i) of a tall one."""
+def offsets(i, o_l, length, r, FLAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where rows o_l of columns i lie, and a mask: (i, o_l) of a flat factor, (o_l, i) of a tall one."""
     if FLAT:
         n = tl.multiple_of(length, 8)
-        o, mask = i[:, None].to(tl.int64) * n + l[None, :], (i < r)[:, None] & (l < n)[None, :]
+        o, mask = i[:, None].to(tl.int64) * n + o_l[None, :], (i < r)[:, None] & (o_l < n)[None, :]
     else:
         r = tl.multiple_of(r, 8)
-        o, mask = l[:, None] * r + i[None, :], (l < length)[:, None] & (i < r)[None, :]
+        o, mask = o_l[:, None] * r + i[None, :], (o_l < length)[:, None] & (i < r)[None, :]
     return o, mask
 
 
@@ -63,13 +64,13 @@ def gram_kernel(  # type: ignore[no-untyped-def]
     for chunk in range(first, last, _CHUNK):
         b_sum = tl.zeros((T, T), tl.float64)
         for at in range(chunk, tl.minimum(chunk + _CHUNK, last), ROWS):
-            l = at + tl.arange(0, ROWS)  # (ROWS,) int64
-            o, mask = offsets(i, l, length, r, FLAT)
+            o_l = at + tl.arange(0, ROWS)  # (ROWS,) int64
+            o, mask = offsets(i, o_l, length, r, FLAT)
             x = load(address, o, mask, code, tl.float64)  # (T, ROWS) if FLAT, else (ROWS, T)
             if ONE:
                 y = x
             else:
-                o, mask = offsets(j, l, length, r, FLAT)
+                o, mask = offsets(j, o_l, length, r, FLAT)
                 y = load(address, o, mask, code, tl.float64)
             b_sum = tl.dot(x, tl.trans(y), b_sum) if FLAT else tl.dot(tl.trans(x), y, b_sum)
         # A sum over a piece in one go would be too long, should its rounding go one way.
@@ -80,7 +81,7 @@ def gram_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def two_sum(x, y):  # type: ignore[no-untyped-def]
-    """x + y, and what its rounding lost: exact if nothing is fused."""
+    """The sum, and what its rounding lost: exact if nothing is fused."""
     z = x + y
     v = z - x
     return z, (x - (z - v)) + (y - v)
@@ -97,13 +98,13 @@ def narrow_gram_kernel(p_factors, p_partials, R, FLAT: tl.constexpr, T: tl.const
         return
     i, j = o_i + tl.arange(0, T), o_j + tl.arange(0, T)  # (T,)
     last = tl.minimum(first + _PIECE, length)
-    stride, step = (length, 1) if FLAT else (1, r)  # of i and of l
+    stride, step = (length, 1) if FLAT else (1, r)  # of i and of o_l
     total = tl.zeros((T, T), tl.float64)
     for chunk in range(first, last, _CHUNK):
         high, middle, low = tl.zeros((T, T), tl.float32), tl.zeros((T, T), tl.float32), tl.zeros((T, T), tl.float32)
-        for l in range(chunk, tl.minimum(chunk + _CHUNK, last)):
-            x = load(address, i * stride + l * step, i < r, code, tl.float32)[:, None]  # (T, 1)
-            y = load(address, j * stride + l * step, j < r, code, tl.float32)[None, :]  # (1, T)
+        for o_l in range(chunk, tl.minimum(chunk + _CHUNK, last)):
+            x = load(address, i * stride + o_l * step, i < r, code, tl.float32)[:, None]  # (T, 1)
+            y = load(address, j * stride + o_l * step, j < r, code, tl.float32)[None, :]  # (1, T)
             product = x * y
             high, lost = two_sum(high, product)
             middle, lost = two_sum(middle, lost)
@@ -167,18 +168,17 @@ def solve(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> Solved:
     groups = []
     for (device, width), chosen in members.items():
         with current(device):
-            factors = [[bs[i] for i in chosen], [as_[i] for i in chosen]]
+            gram = grams([bs[i] for i in chosen], [as_[i] for i in chosen], width)
             ranks = table([[bs[i].shape[1]] for i in chosen], device)
             lengths = table([(bs[i].shape[0], as_[i].shape[1]) for i in chosen], device)
             narrow = not ARCHITECTURES[architecture(device)].float64
-            groups.append(_Group(chosen, *_factor(grams(*factors, width), ranks, lengths, narrow)))
-    solutions: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(bs)
-    quality = [[]] * len(bs)
+            groups.append(_Group(chosen, *_factor(gram, ranks, lengths, narrow)))
+    found = {}
     for group in groups:
         for i, s, t, losses in zip(group.chosen, group.s, group.t, group.quality.tolist(), strict=True):
             r = bs[i].shape[1]
-            solutions[i], quality[i] = (s[:r], t[0, :r, :r], t[1, :r, :r]), losses
-    return Solved(solutions, quality)
+            found[i] = (s[:r], t[0, :r, :r], t[1, :r, :r]), losses
+    return Solved([found[i][0] for i in range(len(bs))], [found[i][1] for i in range(len(bs))])
 
 
 def grams(bs: Sequence[Tensor], as_: Sequence[Tensor], width: int) -> Tensor:
@@ -206,7 +206,7 @@ def grams(bs: Sequence[Tensor], as_: Sequence[Tensor], width: int) -> Tensor:
 
 
 def _factor(gram: Tensor, ranks: Tensor, lengths: Tensor, narrow: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """From Gram matrices (modules, 2, R, R) s (modules, R), T_B and T_A (modules, 2, R, R), and quality (modules, 2)."""
+    """From Gram matrices (modules, 2, R, R): s (modules, R), T_B and T_A (modules, 2, R, R), quality (modules, 2)."""
     eye = torch.eye(gram.shape[-1], dtype=torch.float64, device=gram.device)
     inside = torch.arange(gram.shape[-1], device=gram.device) < ranks  # (modules, R)
     squares = gram.diagonal(dim1=-2, dim2=-1)  # (modules, 2, R)
@@ -231,8 +231,10 @@ def shipped(arch: str) -> Iterator[Shipped]:
     """All that `solve` may launch, but for what the SVD of the cores does."""
     signature = {"p_factors": "*i64", "p_partials": "*fp64", "R": "i32:16"}
     fast = ARCHITECTURES[arch].float64
+    widths = (16, 32, 64, 128) if fast else (16, 32)
     for flat in (False, True):
-        for width in (16, 32, 64, 128) if fast else (16, 32):
-            name = f"gram, {'flat' if flat else 'tall'}, rank {width}{' and more' if width == (128 if fast else 32) else ''}"
-            yield Shipped(name, gram_variant(arch, flat, width), signature, matrix=fast)
+        for width in widths:
+            title = f"gram, {'flat' if flat else 'tall'}, rank {width}"
+            more = " and more" if width == widths[-1] else ""
+            yield Shipped(title + more, gram_variant(arch, flat, width), signature, matrix=fast)
     yield Shipped("reduce", REDUCE, {**signature, "p_grams": "*fp64", "R": "i32:16"})

@@ -21,7 +21,17 @@ from torch import Tensor
 
 from spectral_fast.kernels.gpu import ARCHITECTURES, RANKS, Shipped, Variant, architecture, padded
 from spectral_fast.kernels.native import CODES
-from spectral_fast.kernels.pointers import _INTERPRETED, aligned, current, from_bfloat16, is_aligned, load, pointer, store, table
+from spectral_fast.kernels.pointers import (
+    _INTERPRETED,
+    aligned,
+    current,
+    from_bfloat16,
+    is_aligned,
+    load,
+    pointer,
+    store,
+    table,
+)
 
 if TYPE_CHECKING:
     from spectral_fast.kernels.recompose.op import Product
@@ -35,7 +45,7 @@ TILES = 16  # that a program of `resident_kernel` multiplies by the transform it
 
 @triton.jit
 def transform_kernel(p_transforms, p_scaled, W, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """transform · diag(scale), zero beyond (k, r): (products, W, W) float64, or if SPLIT (products, 3, W, W) bfloat16."""
+    """T, zero beyond (k, r), of each product: (products, W, W) float64, or if SPLIT (products, 3, W, W) bfloat16."""
     i_product = tl.program_id(1).to(tl.int64)
     p = p_transforms + 7 * i_product
     transform = tl.load(p).to(tl.pointer_type(tl.float64))
@@ -61,11 +71,7 @@ def dot(x, t, b_sum, FLAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """b_sum + x t, or + t x if FLAT: exact products of bfloat16, summed in float32, or all in float64."""
     if _INTERPRETED and x.dtype == tl.bfloat16:
         x, t = from_bfloat16(x), from_bfloat16(t)
-    if FLAT:
-        b_sum = tl.dot(t, x, b_sum, input_precision="ieee")
-    else:
-        b_sum = tl.dot(x, t, b_sum, input_precision="ieee")
-    return b_sum
+    return tl.dot(t, x, b_sum, input_precision="ieee") if FLAT else tl.dot(x, t, b_sum, input_precision="ieee")
 
 
 @triton.jit
@@ -102,19 +108,19 @@ def resident_kernel(  # type: ignore[no-untyped-def]
     t_0, t_1, t_2 = tl.load(p_t), tl.load(p_t + W * W), tl.load(p_t + 2 * W * W)  # (W, W), transposed if FLAT
     ok = first >= 0
     for at in range(first, tl.minimum(first + ROWS * TILES, length), ROWS):
-        l = at + tl.arange(0, ROWS)  # (ROWS,) int64
+        o_l = at + tl.arange(0, ROWS)  # (ROWS,) int64
         if FLAT:
             n = tl.multiple_of(length, 8)
-            o_x = i[:, None].to(tl.int64) * n + l[None, :]  # (W, ROWS)
-            m_x, m_y = (i < k)[:, None] & (l < n)[None, :], (i < r)[:, None] & (l < n)[None, :]
+            o_x = i[:, None].to(tl.int64) * n + o_l[None, :]  # (W, ROWS)
+            m_x, m_y = (i < k)[:, None] & (o_l < n)[None, :], (i < r)[:, None] & (o_l < n)[None, :]
             o_y = o_x
         else:
             k, r = tl.multiple_of(k, 8), tl.multiple_of(r, 8)
-            o_x, o_y = l[:, None] * k + i[None, :], l[:, None] * r + i[None, :]  # (ROWS, W)
-            m_x, m_y = (l < length)[:, None] & (i < k)[None, :], (l < length)[:, None] & (i < r)[None, :]
+            o_x, o_y = o_l[:, None] * k + i[None, :], o_l[:, None] * r + i[None, :]  # (ROWS, W)
+            m_x, m_y = (o_l < length)[:, None] & (i < k)[None, :], (o_l < length)[:, None] & (i < r)[None, :]
         x = tl.load(basis + o_x, mask=m_x, other=0.0)
         y = split_dot(x, t_0, t_1, t_2, tl.zeros(x.shape, tl.float32), FLAT)
-        ok &= store(out, o_y, y, m_y, 1 if TYPE == tl.float16 else 0)
+        ok &= store(out, o_y, y, m_y, 1 if tl.float16 == TYPE else 0)
     if not ok:
         tl.store(p_finite + tl.load(p + 7), 0)
 
@@ -124,7 +130,7 @@ def streaming_kernel(  # type: ignore[no-untyped-def]
     p_products, p_scaled, p_finite,
     FLAT: tl.constexpr, TYPE: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """INNER rows of the transform at a time. TYPE float64: sums in float64, of any dtypes; else as `resident_kernel`."""
+    """INNER rows of T at a time. TYPE float64: sums in float64, of any dtypes; else as `resident_kernel`."""
     i_product = tl.program_id(1).to(tl.int64)
     p = p_products + 8 * i_product
     length = tl.load(p + 2)
@@ -133,19 +139,19 @@ def streaming_kernel(  # type: ignore[no-untyped-def]
         return
     basis, out, k, r, code = tl.load(p), tl.load(p + 1), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
     i = tl.arange(0, W)
-    l = at + tl.arange(0, ROWS)  # (ROWS,) int64
-    y = tl.zeros((W, ROWS) if FLAT else (ROWS, W), tl.float64 if TYPE == tl.float64 else tl.float32)
+    o_l = at + tl.arange(0, ROWS)  # (ROWS,) int64
+    y = tl.zeros((W, ROWS) if FLAT else (ROWS, W), tl.float64 if tl.float64 == TYPE else tl.float32)
     for inner in range(0, k, INNER):
         o_k = inner + tl.arange(0, INNER)  # (INNER,)
         if FLAT:
             n = tl.multiple_of(length, 8)
-            o_x, mask = o_k[:, None] * n + l[None, :], (o_k < k)[:, None] & (l < n)[None, :]  # (INNER, ROWS)
+            o_x, mask = o_k[:, None] * n + o_l[None, :], (o_k < k)[:, None] & (o_l < n)[None, :]  # (INNER, ROWS)
             o_t = o_k[None, :] * W + i[:, None]  # (W, INNER)
         else:
             k = tl.multiple_of(k, 8)
-            o_x, mask = l[:, None] * k + o_k[None, :], (l < length)[:, None] & (o_k < k)[None, :]  # (ROWS, INNER)
+            o_x, mask = o_l[:, None] * k + o_k[None, :], (o_l < length)[:, None] & (o_k < k)[None, :]  # (ROWS, INNER)
             o_t = o_k[:, None] * W + i[None, :]  # (INNER, W)
-        if TYPE == tl.float64:
+        if tl.float64 == TYPE:
             y = dot(load(basis, o_x, mask, code, tl.float64), tl.load(p_scaled + i_product * W * W + o_t), y, FLAT)
         else:
             x = tl.load(pointer(basis, TYPE) + o_x, mask=mask, other=0.0)
@@ -153,11 +159,11 @@ def streaming_kernel(  # type: ignore[no-untyped-def]
             y = split_dot(x, tl.load(p_t), tl.load(p_t + W * W), tl.load(p_t + 2 * W * W), y, FLAT)
     if FLAT:
         n = tl.multiple_of(length, 8)
-        o_y, mask = i[:, None].to(tl.int64) * n + l[None, :], (i < r)[:, None] & (l < n)[None, :]  # (W, ROWS)
+        o_y, mask = i[:, None].to(tl.int64) * n + o_l[None, :], (i < r)[:, None] & (o_l < n)[None, :]  # (W, ROWS)
     else:
         r = tl.multiple_of(r, 8)
-        o_y, mask = l[:, None] * r + i[None, :], (l < length)[:, None] & (i < r)[None, :]  # (ROWS, W)
-    ok = store(out, o_y, y, mask, tl.load(p + 6) if TYPE == tl.float64 else (1 if TYPE == tl.float16 else 0))
+        o_y, mask = o_l[:, None] * r + i[None, :], (o_l < length)[:, None] & (i < r)[None, :]  # (ROWS, W)
+    ok = store(out, o_y, y, mask, tl.load(p + 6) if tl.float64 == TYPE else (1 if tl.float16 == TYPE else 0))
     if not ok:
         tl.store(p_finite + tl.load(p + 7), 0)
 
