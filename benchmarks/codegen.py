@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks.resources import Resources, of_amdgcn, of_cubin
 from benchmarks.timing import ROOT
+from benchmarks.traffic import Launch
 from spectral_fast.kernels.gpu import ARCHITECTURES, INTERPRETED, Shipped, Variant
 
 CSV = ROOT / "benchmarks/results/codegen.csv"
@@ -93,6 +94,16 @@ def kernel_modules() -> list[str]:
 def shipped(module: str, arch: str) -> tuple[Shipped, ...]:
     """What a module ships for an architecture."""
     return tuple(importlib.import_module(module).shipped(arch))
+
+
+def uncompiled(launches: Iterable[Launch], arch: str) -> list[str]:
+    """Launches that no shipped variant fits: what would run there is not what is compiled here."""
+    everything = [item for module in kernel_modules() for item in shipped(module, arch)]
+    return [
+        f"{launch.kernel} with {dict(launch.variant.constants)}, {launch.variant.warps} warps"
+        for launch in launches
+        if not any(launch.fits(item) for item in everything)
+    ]
 
 
 def compile_shipped(module: str, arch: str, index: int) -> Result:

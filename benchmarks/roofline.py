@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import traffic
 from benchmarks.cases import ALL_LINEAR, LLAMA2_7B, LLAMA3_70B, Adapter, Model, Shape
+from benchmarks.codegen import uncompiled
 from benchmarks.timing import ROOT
 from benchmarks.traffic import Launch, Traffic
 from spectral_fast.bench import least
@@ -86,6 +87,8 @@ def row(kernel: str, workload: str, parts: Sequence[Part]) -> Row:
     """The sum of some parts, each with its launches and its least work."""
     total, flops, floor, worst = Traffic(), 0, Work(0, {}), 0.0
     for launches, work in parts:
+        if missing := uncompiled(launches, "sm_90"):
+            raise SystemExit(f"{kernel}, {workload}: launches what is not shipped: {'; '.join(missing)}")
         moved = sum((launch.traffic() for launch in launches), Traffic())
         total, flops = total + moved, flops + sum(launch.flops() for launch in launches)
         worst = max(worst, moved.memory / work.nbytes)

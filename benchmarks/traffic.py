@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from spectral_fast.backends import register, registered
-from spectral_fast.kernels.gpu import Variant
+from spectral_fast.kernels.gpu import Shipped, Variant
 
 WORD = 8  # bytes of an entry of a table
 
@@ -60,14 +62,19 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid and its arguments by name, constants included."""
+    """A variant of a kernel, its grid and its arguments by name, constants included."""
 
-    kernel: str
+    variant: Variant
     grid: tuple[int, ...]
     args: dict[str, Any]
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
+
+    @property
+    def kernel(self) -> str:
+        """Its name."""
+        return str(self.variant.kernel.__name__)
 
     @property
     def programs(self) -> int:
@@ -78,9 +85,34 @@ class Launch:
         """By the kernel's model."""
         return MODELS[self.kernel](self)
 
+    def fits(self, shipped: Shipped) -> bool:
+        """Whether it is what a shipped variant was compiled for: the variant, and the type of every argument."""
+        return self.variant == shipped.variant and all(
+            _is_of(self[name], kind) for name, kind in shipped.signature.items()
+        )
+
     def flops(self) -> int:
         """Of its matrix products, with the padding of their tiles."""
         return 2 * FLOPS[self.kernel](self) if self.kernel in FLOPS else 0
+
+
+TYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "i32": torch.int32,
+    "i64": torch.int64,
+}
+
+
+def _is_of(x: Any, kind: str) -> bool:
+    if kind.startswith("*"):
+        return isinstance(x, Tensor) and x.dtype == TYPES[kind[1:]] and x.data_ptr() % 16 == 0
+    if kind == "fp32":
+        return isinstance(x, float)
+    # As Triton sees a number: 64 bits only where it needs them.
+    return isinstance(x, int) and abs(x) < 2**31 and kind in ("i32", "i32:16") and (kind == "i32" or x % 16 == 0)
 
 
 @contextmanager
@@ -98,7 +130,7 @@ def recorded(around: Callable[[Launch, Callable[[], None]], None] | None = None)
             return
         names = [name for name in variant.kernel.arg_names if name not in variant.constants]
         named = dict(zip(names, args, strict=True)) | dict(variant.constants)
-        launches.append(Launch(variant.kernel.__name__, grid, named))
+        launches.append(Launch(variant, grid, named))
         if around is not None:
             around(launches[-1], lambda: run(variant, grid, *args))
 

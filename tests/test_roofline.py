@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ if "benchmarks" not in sys.modules:
     sys.modules["benchmarks"] = module_from_spec(spec)
 
 from benchmarks import roofline, traffic  # noqa: E402
+from benchmarks.codegen import uncompiled  # noqa: E402
 from spectral_fast.kernels import gpu  # noqa: E402
 from spectral_fast.kernels.recompose import Product, recompose  # noqa: E402
 from spectral_fast.kernels.sensitivity import Module, grouped_products, segment_products  # noqa: E402
@@ -30,6 +33,7 @@ from spectral_fast.kernels.spectral_linear import spectral_linear  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not gpu.INTERPRETED, reason="a GPU is here: these are the interpreter's tests")
 
+# Sizes are multiples of 16, as the shipped variants want them, and not of the kernels' blocks.
 STARTS = torch.tensor([0, 23, 23, 90])
 
 
@@ -46,8 +50,9 @@ class Counter:
         return len(active) * max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
 
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """What the interpreter loads, stores and multiplies within the context."""
     from triton.runtime.interpreter import interpreter_builder as builder
 
     count, dot = Counter(), builder.create_dot
@@ -65,10 +70,11 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
         count.flops += 2 * a.data.size * b.data.shape[-1]
         return dot(a, b, *args)
 
-    monkeypatch.setattr(builder, "create_dot", counted_dot)
-    monkeypatch.setattr(builder, "create_masked_load", counted_load)
-    monkeypatch.setattr(builder, "create_masked_store", counted_store)
-    return count
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_masked_load", counted_load)
+        patch.setattr(builder, "create_masked_store", counted_store)
+        patch.setattr(builder, "create_dot", counted_dot)
+        yield count
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -76,14 +82,14 @@ def randn(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 
 def branch() -> None:
-    x, y = randn(90, 600).requires_grad_(), randn(90, 72)
-    s = torch.ones(3, 8, requires_grad=True)
-    out = spectral_linear(x, y, randn(72, 8), s, randn(8, 600), 2.0, STARTS)
-    out.backward(randn(90, 72))
+    x, y = randn(90, 608).requires_grad_(), randn(90, 80)
+    s = torch.ones(3, 48, requires_grad=True)
+    out = spectral_linear(x, y, randn(80, 48), s, randn(48, 608), 2.0, STARTS)
+    out.backward(randn(90, 80))
 
 
 def products() -> None:
-    segment_products(randn(1100, 40), randn(1100, 40), torch.tensor([0, 23, 1100]))
+    segment_products(randn(1100, 48), randn(1100, 48), torch.tensor([0, 23, 1100]))
 
 
 def grouped() -> None:
@@ -131,30 +137,48 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_what_a_kernel_loads_and_stores_is_what_is_counted(name: str, counter: Counter) -> None:
-    seen: list[str] = []
-
-    def around(launch: traffic.Launch, run: Callable[[], None]) -> None:
-        counter.loaded = counter.stored = counter.flops = 0
-        run()
-        model = launch.traffic()
-        assert (counter.loaded, counter.stored) == (model.loaded, model.written), launch.kernel
-        assert counter.flops == launch.flops(), launch.kernel
-        seen.append(launch.kernel)
-
-    with traffic.recorded(around):
-        RUNS[name]()
-    assert seen
+Counted = dict[str, list[tuple[traffic.Launch, Counter]]]
 
 
-def test_every_model_is_compared(counter: Counter) -> None:
-    del counter
-    seen: set[str] = set()
-    with traffic.recorded(lambda launch, run: (seen.add(launch.kernel), run())):  # type: ignore[arg-type]
-        for run in RUNS.values():
+@pytest.fixture(scope="module")
+def counted() -> Counted:
+    """Every run's launches, each with what the interpreter did for it."""
+    found: Counted = {}
+    for name, run in RUNS.items():
+
+        def around(launch: traffic.Launch, start: Callable[[], None], name: str = name) -> None:
+            with counting() as count:
+                start()
+            found.setdefault(name, []).append((launch, count))
+
+        with traffic.recorded(around):
             run()
-    assert seen == set(traffic.MODELS)
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_a_kernel_loads_stores_and_multiplies_is_what_is_counted(name: str, counted: Counted) -> None:
+    for launch, count in counted[name]:
+        model = launch.traffic()
+        assert (count.loaded, count.stored) == (model.loaded, model.written), launch.kernel
+        assert count.flops == launch.flops(), launch.kernel
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_launched_is_what_is_compiled_ahead_of_time(name: str, counted: Counted) -> None:
+    assert uncompiled([launch for launch, _ in counted[name]], "sm_90") == []
+
+
+def test_a_launch_that_is_not_shipped_is_noticed(counted: Counted) -> None:
+    first, _ = counted["segment_products"][0]
+    other = replace(first, variant=replace(first.variant, warps=1))
+    assert len(uncompiled([other], "sm_90")) == 1
+    odd = replace(first, args=first.args | {"r": 8})
+    assert len(uncompiled([odd], "sm_90")) == 1
+
+
+def test_every_model_is_compared(counted: Counted) -> None:
+    assert {launch.kernel for launches in counted.values() for launch, _ in launches} == set(traffic.MODELS)
 
 
 def test_what_moves_more_than_it_may_is_a_failure() -> None:
