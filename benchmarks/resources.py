@@ -12,7 +12,6 @@ from pathlib import Path
 
 # Matrix instructions: of tensor cores up to Ada and for float64, of Hopper's, of Blackwell's, and of AMD's CDNA.
 MATRIX = re.compile(r"\b(HMMA|DMMA|HGMMA|UTC\w*MMA|v_mfma)")
-LOCAL = re.compile(r"\b(LDL|STL)\b")  # loads and stores of a thread's own memory: what registers cannot hold
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,7 @@ class Resources:
 
     Attributes:
         registers: of 32 bits, per thread.
-        spills: instructions that move registers to and from memory (NVIDIA), or registers spilled (AMD), with the
-            bytes of a thread's own stack where there are any.
+        spills: bytes of a thread's own memory, which is where registers go that are too many.
         shared: bytes of shared memory.
         matrix: matrix instructions in the code by kind.
     """
@@ -33,26 +31,25 @@ class Resources:
     matrix: dict[str, int]
 
 
-def of_cubin(cubin: bytes, shared: int | None = None) -> dict[str, Resources]:
+def of_cubin(cubin: bytes, shared: int | None = None, *, matrix: bool = True) -> dict[str, Resources]:
     """Resources of each kernel of a cubin.
 
     Args:
         cubin: the ELF file.
         shared: bytes of shared memory that the launch asks for; None where the code declares what it uses.
+        matrix: whether to look for matrix instructions, which takes longer than all the rest.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
         usage = _tool("cuobjdump", "-res-usage", str(file))
-        code = _tool("nvdisasm", "-ndf", str(file))
+        code = dict(_sections(_tool("nvdisasm", "-ndf", str(file)))) if matrix else {}
     found = {}
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    sections = dict(_sections(code))
     for name, *numbers in re.findall(pattern, usage):
         registers, stack, static, local = map(int, numbers)
-        text = sections[name]
-        spills = len(LOCAL.findall(text)) + stack + local
-        found[name] = Resources(registers, spills, static if shared is None else shared, _matrix(text))
+        instructions = _matrix(code[name]) if matrix else {}
+        found[name] = Resources(registers, stack + local, static if shared is None else shared, instructions)
     return found
 
 
@@ -63,7 +60,8 @@ def of_amdgcn(assembly: str, shared: int) -> Resources:
         [value] = re.findall(rf"^\s+-? *\.{key}: +(\d+)$", assembly, re.MULTILINE)
         return int(value)
 
-    spills = sum(map(number, ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")))
+    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    spills = max(spilled, number("private_segment_fixed_size"))
     return Resources(number("vgpr_count"), spills, shared, _matrix(assembly))
 
 

@@ -35,7 +35,7 @@ def test_a_good_kernel_passes_on_every_architecture_and_its_figures_are_kept(tmp
         assert 32 <= int(row["registers"]) <= 255
         # Of x, 64 × 64 in two bytes, at least one stage.
         assert 64 * 64 * 2 <= int(row["shared_bytes"]) <= 64 * 1024
-        assert row["spills"] == "0"
+        assert row["spill_bytes"] == "0"
         assert not any("second" in column for column in row)
 
 
@@ -45,7 +45,7 @@ def test_each_wrong_kernel_is_named_with_what_is_wrong_and_fails_the_command(tmp
     assert done.returncode == 1
     assert not out.exists()
     spilling, deep, scalar, unnamed = done.stderr.splitlines()
-    assert "a sum of 512 registers a thread for sm_90: spills: " in spilling
+    assert "a sum of 512 registers a thread for sm_90: spills " in spilling
     assert "16 stages of 16 KiB for sm_90: 262144 bytes of shared memory; a program can have 232448" in deep
     assert "float32 has no matrix instruction for sm_90: its products must run on matrix units" in scalar
     assert "an argument without a type for sm_90: does not compile: " in unnamed
