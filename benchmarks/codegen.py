@@ -34,6 +34,8 @@ NVCC_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 REGISTERS = {"cuda": 255, "hip": 512}  # of 32 bits, that one thread can have
 # That all warps of a multiprocessor share: 64 Ki for warps of 32 (CUDA), 128 Ki for waves of 64 (CDNA).
 REGISTERS_OF_ALL_WARPS = 2048
+# Compiled for sizes that are no multiples of 16, too; for all architectures it would take too long.
+ANY_SIZES = "sm_90"
 TENSOR_MEMORY = 512  # columns, of Blackwell's
 
 
@@ -92,8 +94,18 @@ def kernel_modules() -> list[str]:
 
 @lru_cache
 def shipped(module: str, arch: str) -> tuple[Shipped, ...]:
-    """What a module ships for an architecture."""
-    return tuple(importlib.import_module(module).shipped(arch))
+    """What a module ships for an architecture, and, for one, also as Triton compiles it for sizes such as r = 8."""
+    items = tuple(importlib.import_module(module).shipped(arch))
+    if arch != ANY_SIZES:
+        return items
+    general = [
+        x._replace(signature={name: kind.removesuffix(":16") for name, kind in x.signature.items()}) for x in items
+    ]
+    return items + tuple(
+        y._replace(name=f"{y.name}, any sizes")
+        for x, y in zip(items, general, strict=True)
+        if x.signature != y.signature
+    )
 
 
 def uncompiled(launches: Iterable[Launch], arch: str) -> list[str]:

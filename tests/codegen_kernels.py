@@ -25,7 +25,7 @@ def gram(p_x, p_out, tokens, R: tl.constexpr, BLOCK: tl.constexpr):
 
 def _gram(name: str, dtype: str, rank: int, *, block: int = 64, warps: int = 4, stages: int = 2) -> Shipped:
     variant = Variant(gram, {"R": rank, "BLOCK": block}, warps, stages)
-    return Shipped(name, variant, {"p_x": f"*{dtype}", "p_out": "*fp32", "tokens": "i32"}, matrix=True)
+    return Shipped(name, variant, {"p_x": f"*{dtype}", "p_out": "*fp32", "tokens": "i32:16"}, matrix=True)
 
 
 KERNELS = {
