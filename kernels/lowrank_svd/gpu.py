@@ -39,10 +39,8 @@ _PIECE, _CHUNK, _BLOCK = tl.constexpr(PIECE), tl.constexpr(CHUNK), tl.constexpr(
 def offsets(i, o_l, length, r, FLAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where rows o_l of columns i lie, and a mask: (i, o_l) of a flat factor, (o_l, i) of a tall one."""
     if FLAT:
-        n = tl.multiple_of(length, 8)
-        o, mask = i[:, None].to(tl.int64) * n + o_l[None, :], (i < r)[:, None] & (o_l < n)[None, :]
+        o, mask = i[:, None].to(tl.int64) * length + o_l[None, :], (i < r)[:, None] & (o_l < length)[None, :]
     else:
-        r = tl.multiple_of(r, 8)
         o, mask = o_l[:, None] * r + i[None, :], (o_l < length)[:, None] & (i < r)[None, :]
     return o, mask
 
@@ -60,6 +58,11 @@ def gram_kernel(  # type: ignore[no-untyped-def]
         return
     i, j = o_i + tl.arange(0, T), o_j + tl.arange(0, T)  # (T,)
     last = tl.minimum(first + _PIECE, length)
+    # What the launcher has seen to: said of what is loaded here, as no hint reaches a function's argument.
+    if FLAT:
+        length = tl.multiple_of(length, 8)
+    else:
+        r = tl.multiple_of(r, 8)
     total = tl.zeros((T, T), tl.float64)
     for chunk in range(first, last, _CHUNK):
         b_sum = tl.zeros((T, T), tl.float64)
