@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint format embedded bench bench-smoke sanitize neon clean
+.PHONY: demo test lint format embedded bench bench-smoke codegen roofline sanitize neon clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -43,6 +43,14 @@ bench: $(VENV)/installed-test
 
 bench-smoke: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks --quick --cores 2
+
+# Every Triton and CUDA kernel for every architecture, compiled without a GPU; results/codegen.csv.
+codegen: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.codegen
+
+# Bytes and flops of every kernel beside the least possible, and the bound that public peaks give; results/roofline.csv.
+roofline: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.roofline
 
 NATIVE := csrc/batch.cpp csrc/dispatch.cpp $(wildcard csrc/isa_*.cpp)
 STRESS := -std=c++17 -g -O1 -ffp-contract=fast -Wno-psabi tests/native_stress.cpp $(NATIVE) -pthread

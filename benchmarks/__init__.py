@@ -4,10 +4,14 @@
 ``pytest benchmarks --benchmark-only`` times single kernels.
 
     cases.py      workloads, as data             factors.py  their tensors
-    peers.py      implementations compared       gate.py     what must hold before a time counts
+    peers.py      implementations compared       figures.py  the figures to reach
     workloads.py  both together, and floors      timing.py   interleaved repeats, pinning
     worker.py     one workload in one process    floors.py   measured bandwidth and peak
     files.py      commands, timed from outside   machine.py  where it ran
-    records.py    rows of the CSV                figures.py  the figures to reach
-    run.py        all of it, in order
+    records.py    rows of the CSV                run.py      all of it, in order
+
+Without a GPU, of the kernels for GPUs:
+
+    codegen.py    compiled for every architecture resources.py  what they use, from the machine code
+    roofline.py   bytes beside the least possible traffic.py    bytes of each launch, by models of the kernels
 """

@@ -18,9 +18,9 @@ from torch import Tensor
 from benchmarks.cases import ALL_LINEAR, Task
 from benchmarks.cases import Adapter as Case
 from benchmarks.factors import adapter_factors
-from benchmarks.gate import EPS32, RATIO, WrongResult, probe_error
 from benchmarks.machine import software
 from spectral_fast.adapter import Adapter
+from spectral_fast.bench.gate import EPS32, RATIO, WrongResult, probe_error
 from spectral_fast.kernels.lowrank_svd import reference
 from spectral_fast.policies import POLICIES
 from spectral_fast.sensitivity import ModuleSensitivity, Sensitivity

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.factors import Factors
+from spectral_fast.bench.factors import Factors
 from spectral_fast.kernels.batched_svd import batched_svd
 from spectral_fast.kernels.lowrank_svd import reference
 from spectral_fast.kernels.sensitivity import op as sensitivity

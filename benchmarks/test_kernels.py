@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import gate, peers
+from benchmarks import peers
 from benchmarks.cases import LLAMA3_70B, SURGERY, Adapter, Cores, Projections
 from benchmarks.factors import Factors, core_matrices, projections, with_outputs
+from spectral_fast.bench import gate
 from spectral_fast.spectrum import lowrank_svd, rebuild
 
 LAYERS = replace(LLAMA3_70B, name="4 layers of Llama-3-70B", layers=4)

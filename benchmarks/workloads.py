@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gate, peers
+from benchmarks import peers
 from benchmarks.cases import TINY, Adapter, Cores, Projections
 from benchmarks.factors import core_matrices, projections, with_outputs
+from spectral_fast.bench import gate
 
 
 @dataclass(frozen=True)

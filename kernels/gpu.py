@@ -15,8 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from spectral_fast.backends import ENVIRONMENT_VARIABLE
+
 # Triton's own switch: its kernels then run as Python on tensors in host memory.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# The ranks that kernels are compiled for; others take the next one, masked.
+RANKS = (16, 32, 64, 128, 256)
+
+
+def padded(r: int, ranks: Iterable[int] = RANKS) -> int:
+    """The first of the ascending ranks that holds rank r."""
+    return next(rank for rank in ranks if r <= rank)
 
 
 class Architecture(NamedTuple):
@@ -61,15 +71,16 @@ class Variant:
     fusion: bool = True
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
-        """Runs the kernel on the current stream; a grid without programs launches nothing."""
+        """Runs the kernel on the current stream of its first argument's device; without programs, nothing."""
         if all(grid):
-            self.kernel[grid](
-                *args,
-                **self.constants,
-                num_warps=self.warps,
-                num_stages=self.stages,
-                enable_fp_fusion=self.fusion,
-            )
+            with torch.cuda.device_of(args[0]):
+                self.kernel[grid](
+                    *args,
+                    **self.constants,
+                    num_warps=self.warps,
+                    num_stages=self.stages,
+                    enable_fp_fusion=self.fusion,
+                )
 
 
 class Shipped(NamedTuple):
@@ -78,7 +89,8 @@ class Shipped(NamedTuple):
     Attributes:
         name: the op, the kernel and what distinguishes the variant, in words.
         variant: the configuration.
-        signature: Triton's type of each argument that is no constant, in order: "*bf16", "i32", "i64" ...
+        signature: Triton's type of each argument that is no constant, in order: "*bf16", "i32", "i64" ... A pointer
+            is taken to be aligned to 16 bytes; a size that is always a multiple of 16 is "i32:16".
         matrix: whether its products must run on matrix units.
     """
 
@@ -102,9 +114,14 @@ def architecture(device: torch.device) -> str:
 
 
 def refuses(tensors: Iterable[Tensor] = ()) -> str | None:
-    """Wants Triton, and tensors on a GPU (in host memory under its interpreter); without tensors, for this machine."""
+    """Wants Triton and tensors on a GPU; in host memory under Triton's interpreter, which must be asked for.
+
+    Without tensors it answers for this machine.
+    """
     if find_spec("triton") is None:
         return "triton is not installed; pip install 'spectral-fast[gpu]'"
+    if INTERPRETED and os.environ.get(ENVIRONMENT_VARIABLE) != "gpu":
+        return f"Triton's interpreter is on, which is for tests; {ENVIRONMENT_VARIABLE}=gpu takes it all the same"
     if INTERPRETED:
         wanted, missing = "cpu", None
     else:

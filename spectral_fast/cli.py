@@ -17,6 +17,7 @@ from spectral_fast.adapter.selection import SelectionOptions
 from spectral_fast.options import add_flags, flag_name, take
 from spectral_fast.policies import POLICIES, Policy
 from spectral_fast.progress import bar, counter
+from spectral_fast.usage import UsageError, check_inputs_kept, check_report, unused
 
 SHARED_POLICY_FLAGS = {"seed"}  # accepted with every mode: the seed of the run as a whole
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result, text = args.run(args)
         print(json.dumps(result, indent=2) if args.json else text, flush=True)
+        return 1 if result.get("failures") else 0
     except BrokenPipeError:  # the reader went away; the work is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UsageError as error:
@@ -50,10 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class UsageError(Exception):
-    """A combination of flags that cannot be meant."""
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spectral-fast",
@@ -61,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"spectral-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_edit, _add_probe, _add_eval, _add_demo, _add_info):
+    for add in (_add_edit, _add_probe, _add_eval, _add_demo, _add_bench, _add_info):
         command = add(commands)
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
         command.set_defaults(parser=command)
@@ -158,9 +156,9 @@ def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     selection = take(SelectionOptions, vars(args))
     adapter, modules = selection.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
     adapter.check_out_dir(args.out_dir, overwrite=args.overwrite)
-    _check_inputs_kept(args)
-    _check_report(args, adapter.path)
-    _warn([*adapter.warnings, *_unused(args, policy, needs_probe)])
+    check_inputs_kept(args)
+    check_report(args, adapter.path)
+    _warn([*adapter.warnings, *unused(args, policy, needs_probe)])
     if args.eval_gsm8k:  # its mistakes are better known before the edit
         take(EvaluationOptions, vars(args), prefix="eval_").load()
     sensitivity = None
@@ -203,39 +201,6 @@ def _edit(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, text
 
 
-def _check_inputs_kept(args: argparse.Namespace) -> None:
-    """Refuse to replace a folder that holds what the run reads."""
-    out_dir = args.out_dir.resolve()
-    for flag in ("sensitivity", "base_model", "calib_data", "eval_data", "eval_fewshot_data"):
-        value = getattr(args, flag, None)
-        if value is not None and Path(value).exists() and out_dir in (p := Path(value).resolve(), *p.parents):
-            raise UsageError(f"--{flag} {value} is inside --out_dir {args.out_dir}, which is replaced")
-
-
-def _check_report(args: argparse.Namespace, source: Path) -> None:
-    """Refuse to lose what stands where the report shall be."""
-    if args.report is None:
-        return
-    report = args.report.resolve()
-    if source.resolve() in report.parents or args.out_dir.resolve() in report.parents:
-        raise UsageError(f"--report {args.report} is inside an adapter's folder; put it elsewhere")
-    if report.is_dir() or (report.exists() and not args.overwrite):
-        raise UsageError(f"--report {args.report} exists; choose another name, or --overwrite a file")
-
-
-def _unused(args: argparse.Namespace, policy: Policy, needs_probe: bool) -> list[str]:
-    """Warnings about flags that were given and have no effect."""
-    from spectral_fast.calibration.probe import CalibrationOptions
-
-    unused = [] if needs_probe else [f.name for f in fields(CalibrationOptions)]
-    unused += [] if needs_probe or args.eval_gsm8k else ["base_model", "dtype", "device"]
-    unused += [] if policy.needs_sensitivity else ["sensitivity"]
-    given = [name for name in unused if vars(args).get(name) is not None]
-    if not args.eval_gsm8k:
-        given += [name for name in vars(args) if name.startswith("eval_") and name != "eval_gsm8k"]
-    return [f"--{name} has no effect here" for name in given]
-
-
 def _run_probe(args: argparse.Namespace, adapter: Any, modules: Any) -> Any:
     from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.calibration.probe import CalibrationOptions, probe
@@ -274,7 +239,7 @@ def _probe(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     adapter, modules = selection.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
     target = {"source": adapter.path, "overwrite": args.overwrite, "marker": RECORD}
     check_out_dir(args.out_dir, **target)
-    _check_inputs_kept(args)
+    check_inputs_kept(args)
     _warn(adapter.warnings)
     sensitivity = _run_probe(args, adapter, modules)
     with replace_directory(args.out_dir, **target) as directory:
@@ -376,6 +341,37 @@ def _demo(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     result = run_demo(args.out_dir, overwrite=args.overwrite, max_samples=args.max_samples, bar=bar, counter=counter)
     return result, as_text(result)
+
+
+def _add_bench(commands: Any) -> argparse.ArgumentParser:
+    parser = _command(
+        commands,
+        "bench",
+        _bench,
+        "check and time every kernel on this GPU, beside what torch offers",
+        "spectral-fast bench --device cuda --out_json bench.json",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "interpreter"],
+        default="cuda",
+        help="interpreter: tiny sizes on the CPU, no times; wants TRITON_INTERPRET=1 (default: cuda)",
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="only workloads with this in their name")
+    parser.add_argument("--out_json", type=Path, default=Path("bench.json"), help="(default: bench.json)")
+    return parser
+
+
+def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.bench.run import as_text, run
+    from spectral_fast.environment import describe
+
+    if args.out_json.exists():
+        raise UsageError(f"--out_json {args.out_json} exists; choose another name")
+    result = run(args.device, args.only, report=lambda name: print(name, file=sys.stderr, flush=True))
+    result["environment"] = describe()
+    args.out_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result, f"{as_text(result)}\n\nwrote {args.out_json}"
 
 
 def _add_info(commands: Any) -> argparse.ArgumentParser:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-import spectral_fast.kernels.lowrank_svd  # imported for its registration
+import spectral_fast.kernels.batched_svd  # imported for its registration
+import spectral_fast.kernels.lowrank_svd
 import spectral_fast.kernels.recompose
-import spectral_fast.kernels.sensitivity  # noqa: F401
-from spectral_fast.backends import native_missing, registered
+import spectral_fast.kernels.sensitivity
+import spectral_fast.kernels.spectral_linear  # noqa: F401
+from spectral_fast.backends import Backend, native_missing, pick, registered
 from spectral_fast.provenance import versions
 
 
@@ -24,11 +27,22 @@ def describe() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "isa": _isa(),
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "ops": {
-            op: {backend.name: backend.refuses() or "available" for backend in backends}
-            for op, backends in registered().items()
-        },
+        "ops": {op: {"takes": _taken(op), **_states(backends)} for op, backends in registered().items()},
     }
+
+
+def _taken(op: str) -> str:
+    """The backend that an op would take, or why it would take none, as when one is forced that refuses."""
+    try:
+        return pick(op).name
+    except RuntimeError as error:
+        return f"none: {error}"
+
+
+def _states(backends: Sequence[Backend]) -> dict[str, Any]:
+    """Reasons of the backends that refuse on this machine, and whether there is one for tensors on a GPU."""
+    refusals = {backend.name: reason for backend in backends if (reason := backend.refuses())}
+    return {"refusals": refusals, "gpu": any(x.name == "gpu" and x.name not in refusals for x in backends)}
 
 
 def _isa() -> dict[str, Any] | str:
@@ -48,5 +62,7 @@ def as_text(facts: dict[str, Any]) -> str:
     isa = facts["isa"]
     lines += [isa if isinstance(isa, str) else f"instruction set: {isa['chosen']} (of {', '.join(isa['supported'])})"]
     for op, backends in facts["ops"].items():
-        lines += [f"{op}: " + "; ".join(f"{name} {state}" for name, state in backends.items())]
+        refusals = [f"; {name} refuses: {reason}" for name, reason in backends["refusals"].items()]
+        on_gpu = "; gpu for tensors on a GPU" if backends["gpu"] and backends["takes"] != "gpu" else ""
+        lines += [f"{op} takes {backends['takes']}{on_gpu}" + "".join(refusals)]
     return "\n".join(lines)

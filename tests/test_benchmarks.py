@@ -19,10 +19,11 @@ spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py"
 assert spec is not None
 sys.modules["benchmarks"] = module_from_spec(spec)
 
-from benchmarks import cases, factors, files, gate, peers, timing  # noqa: E402
+from benchmarks import cases, factors, files, peers, timing  # noqa: E402
 from benchmarks.cases import Adapter, Cores, Task  # noqa: E402
 from benchmarks.figures import FIGURES  # noqa: E402
 from benchmarks.records import Measurement, Table, write_csv  # noqa: E402
+from spectral_fast.bench import gate  # noqa: E402
 
 TINY = Adapter(cases.TINY, cases.ALL_LINEAR, 8, "bfloat16")
 

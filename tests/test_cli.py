@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spectral_fast import embedded
+from spectral_fast import backends, embedded
+from spectral_fast.backends import Backend
 from spectral_fast.cli import main
 
 BASE = ["--base_model", str(embedded.base_model_dir())]
@@ -260,11 +261,21 @@ def test_gsm8k_itself_can_be_probed_on(gsm8k: Path, tmp_path: Path, capsys: pyte
     assert json.loads(out)["samples_used"] == 3
 
 
-def test_info_names_every_op_with_its_backends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_tells_which_backend_every_op_takes_and_why_others_refuse(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = run(capsys, "info")[1]
+    for op in ("lowrank_svd", "recompose", "sensitivity", "batched_svd", "spectral_linear_forward"):
+        assert f"\n{op} takes " in text
+    reasons = {"cpu": "no AVX", "gpu": "torch sees no GPU", "reference": None}
+    row = tuple(Backend(name, lambda *_, reason=reason: reason, print) for name, reason in reasons.items())
+    monkeypatch.setitem(backends._registered, "a", row)
     status, out, _ = run(capsys, "info", "--json")
     assert status == 0
-    assert json.loads(out)["ops"]["lowrank_svd"]["reference"] == "available"
-    assert "lowrank_svd" in run(capsys, "info")[1]
+    refusals = {"cpu": "no AVX", "gpu": "torch sees no GPU"}
+    assert json.loads(out)["ops"]["a"] == {"takes": "reference", "refusals": refusals, "gpu": False}
+    text = "a takes reference; cpu refuses: no AVX; gpu refuses: torch sees no GPU"
+    assert text in run(capsys, "info")[1].splitlines()
 
 
 def test_what_a_run_reads_is_not_lost_by_overwriting(

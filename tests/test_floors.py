@@ -33,10 +33,12 @@ FLOORS = {
     "embedded": 6,
     "evaluation": 6,
     "report": 6,
+    "bench": 7,
     "demo": 7,
     "__main__": 8,
     "cli": 8,
     "environment": 7,
+    "usage": 7,
     "": 9,
 }
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from spectral_fast.backends import ENVIRONMENT_VARIABLE, chosen_backends, native_missing, registered
 from spectral_fast.kernels.lowrank_svd import Factored, cpu, lowrank_svd, reference
+
+# Triton's interpreter computes with numpy, which warns of what the tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 EPS = torch.finfo(torch.float32).eps
 RATIO = 30
@@ -28,7 +32,14 @@ needs_native = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=needs_native), "reference"])
+needs_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None, reason="wants Triton's interpreter"
+)
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu", marks=needs_native), pytest.param("gpu", marks=needs_interpreter), "reference"]
+)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each backend by force, so that a test of one cannot pass by way of another."""
     name: str = request.param
@@ -257,7 +268,7 @@ def test_the_estimated_loss_covers_the_true_one() -> None:
     for condition in CONDITIONS:
         for m, r, n in [*SHAPES, (5000, 4, 3000)]:
             b, a = factors(m, r, n, condition)
-            flat, quality, _ = cpu.gram_svd([b], [a])
+            flat, quality = cpu.gram_svd([b], [a])
             t_b, t_a = flat[r:].view(2, r, r)
             u, v = b.double() @ t_b, a.double().mT @ t_a
             eye = torch.eye(r, dtype=torch.float64)
@@ -306,7 +317,7 @@ def test_the_estimated_loss_covers_rounding_that_goes_one_way(n: int) -> None:
     a = torch.linspace(0.7, 1.3, r)[:, None].repeat(1, n)
     a[:, :r] += 100 * torch.randn(r, r, generator=generator)
     b = a.mT.contiguous()
-    flat, quality, _ = cpu.gram_svd([b], [a])
+    flat, quality = cpu.gram_svd([b], [a])
     for basis, t in zip((b.double(), a.double().mT), flat[r:].view(2, r, r), strict=True):
         u = basis @ t
         assert (u.mT @ u - torch.eye(r, dtype=torch.float64)).norm() <= 2 * float(quality[0, 0])
@@ -359,7 +370,7 @@ def test_on_this_machine_the_cpu_backend_is_the_first_choice(monkeypatch: pytest
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     lowrank_svd(*([x] for x in factors(30, 4, 20)))
     assert chosen_backends()["lowrank_svd"] == "cpu"
-    assert [backend.name for backend in registered()["lowrank_svd"]] == ["cpu", "reference"]
+    assert [backend.name for backend in registered()["lowrank_svd"]] == ["cpu", "gpu", "reference"]
 
 
 @needs_native

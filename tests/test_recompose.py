@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import Tensor
 
-from spectral_fast.backends import ENVIRONMENT_VARIABLE, native_missing
+from spectral_fast.backends import ENVIRONMENT_VARIABLE, native_missing, registered
 from spectral_fast.kernels.recompose import Product, recompose
+
+# Triton's interpreter computes with numpy, which warns of what the tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Around the tiles of 6, 8 and 12 rows, the vectors of 2 to 16 lanes, the pieces of 64 rows and 128 columns.
@@ -19,12 +23,19 @@ LENGTHS = (0, 1, 5, 6, 63, 64, 65, 127, 128, 129, 300)
 RANKS = ((1, 1), (2, 3), (7, 8), (8, 7), (16, 16), (17, 33), (64, 64), (67, 1), (0, 3), (3, 0), (130, 131))
 
 
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
+@pytest.fixture(params=["cpu", "gpu", "reference"], autouse=True)
 def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each backend by force, so that a test of one cannot pass by way of another."""
     if request.param == "cpu" and native_missing() and os.environ.get("CI") != "true":
         pytest.skip(str(native_missing()))
+    if request.param == "gpu" and (os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None):
+        pytest.skip("wants Triton's interpreter")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, request.param)
+
+
+def interpreted() -> bool:
+    """Whether the backend under test is Triton's interpreter, which takes milliseconds for a few rows."""
+    return os.environ[ENVIRONMENT_VARIABLE] == "gpu"
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +77,8 @@ def check(product: Product, basis: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_of_every_shape_are_right_and_may_come_in_one_call(dtype: torch.dtype, flat: bool, wide: bool) -> None:
     products = []
-    for length in LENGTHS:
-        for k, r in RANKS:
+    for length in (0, 65) if interpreted() else LENGTHS:
+        for k, r in ((2, 3), (16, 16), (33, 17), (0, 3), (3, 0)) if interpreted() else RANKS:
             basis, transform = operands(length, k, r, flat, dtype)
             out = torch.empty((r, length) if flat else (length, r), dtype=dtype)
             products.append(Product(basis, transform, scales(transform), out, flat, wide))
@@ -110,7 +121,7 @@ def test_bases_and_transforms_need_not_be_contiguous() -> None:
 def test_every_sixteen_bit_value_is_widened_exactly_and_narrowed_to_itself(dtype: torch.dtype) -> None:
     """Subnormal numbers and both zeros too."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    finite = every[every.isfinite()]
+    finite = every[every.isfinite()][:: 127 if interpreted() else 1]
     for flat in (False, True):
         column = finite[None] if flat else finite[:, None]
         for wide in (False, True):
@@ -126,7 +137,7 @@ def test_every_sixteen_bit_value_is_widened_exactly_and_narrowed_to_itself(dtype
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_values_between_two_sixteen_bit_values_are_rounded_to_nearest_ties_to_even(dtype: torch.dtype) -> None:
     every = torch.arange(0, 2**15).to(torch.int16).view(dtype)
-    finite = every[every.isfinite()].double()
+    finite = every[every.isfinite()].double()[-700 if interpreted() else 0 :]
     middles = (finite[1:] + finite[:-1]) / 2
     quarters = (finite[1:] * 3 + finite[:-1]) / 4
     for values in (middles, quarters, -middles):
@@ -227,3 +238,55 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         recompose([Product(basis, transform.float(), scale, out, False, False)])
     with pytest.raises(TypeError, match=r"got torch\.int64"):
         recompose([Product(basis.long(), transform, scale, out, False, False)])
+
+
+def edges() -> list[tuple[torch.dtype, bool, bool, int, int]]:
+    """Lengths around a tile, a program's tiles and one row, for each kernel and class of ranks on a GPU."""
+    narrow = [(dtype, False, r) for dtype in (torch.bfloat16, torch.float16) for r in (16, 32, 64, 128)]
+    wide = [(torch.float32, True, r) for r in (16, 64, 128)]
+    tile = {(False, 16): 256, (False, 32): 128, (False, 64): 64, (False, 128): 128}
+    return [
+        (dtype, flat, wide_sums, r, tile.get((wide_sums, r), min(4096 // r, 128)) + more)
+        for dtype, wide_sums, r in narrow + wide
+        for flat, more in ((False, -1), (False, 1), (True, 0), (True, 8))
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "flat", "wide", "r", "length"), edges())
+def test_rows_at_the_edge_of_a_tile_are_neither_lost_nor_shared(
+    dtype: torch.dtype, flat: bool, wide: bool, r: int, length: int
+) -> None:
+    """In place, where a row that two programs shared would be wrong."""
+    basis, transform = operands(length, r, r, flat, dtype)
+    before = basis.clone()
+    product = Product(basis, transform, scales(transform), basis, flat, wide)
+    assert recompose([product]) == [True]
+    check(product, before)
+
+
+def test_a_program_multiplies_all_its_tiles_and_the_next_one_goes_on_behind_them() -> None:
+    for flat in (False, True):
+        basis, transform = operands(16 * 256 + 8, 16, 16, flat, torch.bfloat16)
+        before = basis.clone()
+        product = Product(basis, transform, scales(transform), basis, flat, False)
+        assert recompose([product]) == [True]
+        check(product, before)
+
+
+def test_terms_of_very_different_size_keep_the_digits_of_float32() -> None:
+    """A transform rounded to sixteen bits, or scaled to fit them, would lose the small ones."""
+    for dtype in (torch.bfloat16, torch.float16):
+        basis, transform = operands(64, 16, 16, False, dtype)
+        size = torch.logspace(-6, 4, 16, dtype=torch.float64)
+        basis = (basis.double() / size.clamp(1e-4, 1e3)).to(dtype)
+        transform = transform * size[:, None]
+        product = Product(basis, transform, scales(transform), torch.empty(64, 16, dtype=dtype), False, False)
+        assert recompose([product]) == [True]
+        check(product, basis)
+
+
+def test_a_gpu_refuses_transforms_larger_than_its_kernels() -> None:
+    [backend] = [x for x in registered()["recompose"] if x.name == "gpu"]
+    basis, transform = operands(20, 300, 4, False, torch.float32)
+    product = Product(basis, transform, scales(transform), torch.empty(20, 4), False, False)
+    assert backend.refuses([product]) == "a transform has a side of 300; kernels are compiled for up to 256"

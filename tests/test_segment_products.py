@@ -19,7 +19,7 @@ STARTS = {
 }
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "gpu", "reference"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each backend by force, so that a test of one cannot pass by way of another."""
     name: str = request.param

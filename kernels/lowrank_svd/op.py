@@ -8,14 +8,32 @@ import torch
 from torch import Tensor
 
 from spectral_fast.backends import Backend, pick, register
-from spectral_fast.kernels.lowrank_svd import cpu, reference
+from spectral_fast.kernels import gpu
+from spectral_fast.kernels.lowrank_svd import cpu, gram, reference
 from spectral_fast.kernels.lowrank_svd.reference import Factored
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
+MAX_GPU_RANK = 512  # of `batched_svd` on a GPU
+
+
+def _gpu_refuses(bs: Sequence[Tensor] = (), as_: Sequence[Tensor] = (), names: Sequence[str] = ()) -> str | None:  # noqa: ARG001
+    largest = max((b.shape[1] for b in bs), default=0)
+    if largest > MAX_GPU_RANK:
+        return f"a module has rank {largest}; the SVD of cores is made for up to {MAX_GPU_RANK}"
+    return gpu.refuses((*bs, *as_))
+
+
+def _gpu(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str]) -> list[Factored]:
+    from spectral_fast.kernels.lowrank_svd.gpu import solve  # importing triton takes its time
+
+    return gram.lowrank_svd(bs, as_, names, solve, reference.factor)
+
+
 register(
     "lowrank_svd",
     Backend("cpu", cpu.refuses, cpu.lowrank_svd),
+    Backend("gpu", _gpu_refuses, _gpu),
     Backend("reference", lambda *_: None, reference.lowrank_svd),
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_fast.backends import Backend, pick, register
-from spectral_fast.kernels import native
+from spectral_fast.kernels import gpu, native
 
 
 class Product(NamedTuple):
@@ -111,4 +111,22 @@ def _refuses(products: Sequence[Product] = ()) -> str | None:
     return native.refuses(x for product in products for x in product[:4])
 
 
-register("recompose", Backend("cpu", _refuses, _cpu), Backend("reference", lambda *_: None, _reference))
+def _gpu_refuses(products: Sequence[Product] = ()) -> str | None:
+    largest = max((n for product in products for n in product.transform.shape), default=0)
+    if largest > gpu.RANKS[-1]:
+        return f"a transform has a side of {largest}; kernels are compiled for up to {gpu.RANKS[-1]}"
+    return gpu.refuses(x for product in products for x in product[:4])
+
+
+def _gpu(products: Sequence[Product]) -> list[bool]:
+    from spectral_fast.kernels.recompose.gpu import recompose as call  # importing triton takes its time
+
+    return call(products)
+
+
+register(
+    "recompose",
+    Backend("cpu", _refuses, _cpu),
+    Backend("gpu", _gpu_refuses, _gpu),
+    Backend("reference", lambda *_: None, _reference),
+)

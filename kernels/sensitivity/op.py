@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
 from spectral_fast.backends import Backend, define, pick, register
-from spectral_fast.kernels import native
+from spectral_fast.kernels import gpu, native
 
 
 def segment_products(p: Tensor, q: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -34,12 +36,13 @@ def _segment_products(p: Tensor, q: Tensor, starts: Tensor) -> Tensor:
         raise ValueError(f"p and q must be matrices (tokens, r) of one shape, got {tuple(p.shape)}, {tuple(q.shape)}")
     if p.dtype != q.dtype or p.dtype not in native.CODES:
         raise TypeError(f"p and q must share one of {', '.join(map(str, native.CODES))}; got {p.dtype}, {q.dtype}")
-    _check_starts(starts, len(p))
+    check_starts(starts, len(p))
     result: Tensor = pick("sensitivity", p, q, starts).call(p, q, starts)
     return result
 
 
-def _check_starts(starts: Tensor, tokens: int) -> None:
+def check_starts(starts: Tensor, tokens: int) -> None:
+    """Raises unless these are the bounds of segments that cover all tokens."""
     if starts.dtype != torch.int64 or starts.ndim != 1 or starts.device.type != "cpu":
         raise TypeError(
             f"starts must be a vector of int64 on the CPU, got {starts.dtype} {tuple(starts.shape)} on {starts.device}"
@@ -67,13 +70,27 @@ def _cpu(p: Tensor, q: Tensor, starts: Tensor) -> Tensor:
     return out
 
 
-def _refuses(p: Tensor | None = None, q: Tensor | None = None, starts: Tensor | None = None) -> str | None:  # noqa: ARG001
-    if p is not None and p.dtype == torch.float64:
-        return "sums are in float32, and p is float64"
-    return native.refuses([x for x in (p, q) if x is not None])
+def _gpu(p: Tensor, q: Tensor, starts: Tensor) -> Tensor:
+    from spectral_fast.kernels.sensitivity.gpu import segment_products
+
+    return segment_products(p, q, starts)
 
 
-register("sensitivity", Backend("cpu", _refuses, _cpu), Backend("reference", lambda *_: None, reference))
+def _refuses(elsewhere: Callable[[Iterable[Tensor]], str | None]) -> Callable[..., str | None]:
+    def refuses(p: Tensor | None = None, q: Tensor | None = None, starts: Tensor | None = None) -> str | None:  # noqa: ARG001
+        if p is not None and p.dtype == torch.float64:
+            return "sums are in float32, and p is float64"
+        return elsewhere([x for x in (p, q) if x is not None])
+
+    return refuses
+
+
+register(
+    "sensitivity",
+    Backend("cpu", _refuses(native.refuses), _cpu),
+    Backend("gpu", _refuses(gpu.refuses), _gpu),
+    Backend("reference", lambda *_: None, reference),
+)
 
 _op = define(
     "segment_products",

@@ -1,4 +1,4 @@
-"""The autograd function: two products forward, two backward, and g from what they leave."""
+"""The autograd function, the two registered ops under it, and their backends."""
 
 from __future__ import annotations
 
@@ -8,59 +8,138 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spectral_fast.kernels.sensitivity import segment_products
+from spectral_fast.backends import Backend, define, pick, register
+from spectral_fast.kernels import gpu
+from spectral_fast.kernels.sensitivity import check_starts
+from spectral_fast.kernels.spectral_linear import reference
 
 
-def spectral_linear(x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> Tensor:
+def spectral_linear(
+    x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float, starts: Tensor | None = None
+) -> Tensor:
     """Add a LoRA branch in spectral form to a base layer's output: y + scaling · ((x V) ⊙ s) Uᵀ.
 
     Differentiable in x, y and s; u and vh are constants. The gradient of s is the sensitivity
     g_k = scaling · Σ_n ⟨∂L/∂y_n, u_k⟩⟨x_n, v_k⟩, summed over all tokens in float32 (float64 for float64 inputs).
+    With `starts` every segment of tokens, such as a sample, has singular values of its own, and so a sensitivity:
+    `s.expand(segments, r)` has the gradient per segment, and s their sum.
 
     Args:
         x: input of the layer, (..., n), the model's dtype.
         y: output of the base layer, (..., m), same leading shape.
         u: left singular vectors, (m, r), dtype of x.
-        s: singular values, (r,), float32 or float64.
+        s: singular values, (r,), or (segments, r) with `starts`: float32 or float64.
         vh: right singular vectors as rows, (r, n), dtype of x.
         scaling: LoRA scale, alpha/r or alpha/sqrt(r).
+        starts: first token of each segment and, last, the number of tokens, in the order of the leading dimensions:
+            (segments + 1,) int64, on the CPU, starting at 0 and not descending.
 
     Returns:
         (..., m) in the dtype of y.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not fit together, or starts do not go from 0 to the number of tokens.
+        TypeError: if starts is of another dtype.
+
+    Cost: 2 · tokens · (n + m) · r flops in each direction; x, y and ∂L/∂y are read once.
     """
     m, r = u.shape
     n = vh.shape[1]
-    if x.shape[-1] != n or y.shape[-1] != m or s.shape != (r,) or vh.shape[0] != r or x.shape[:-1] != y.shape[:-1]:
+    singular = (r,) if starts is None else (len(starts) - 1, r)
+    if x.shape[-1] != n or y.shape[-1] != m or s.shape != singular or vh.shape[0] != r or x.shape[:-1] != y.shape[:-1]:
+        rows, number = ("(r,)", "") if starts is None else ("(segments, r)", f" and {len(starts) - 1} segments")
         raise ValueError(
-            f"spectral_linear wants x (..., n), y (..., m), u (m, r), s (r,), vh (r, n); got x {tuple(x.shape)}, "
-            f"y {tuple(y.shape)}, u {tuple(u.shape)}, s {tuple(s.shape)}, vh {tuple(vh.shape)}"
+            f"spectral_linear wants x (..., n), y (..., m), u (m, r), s {rows}, vh (r, n); got x {tuple(x.shape)}, "
+            f"y {tuple(y.shape)}, u {tuple(u.shape)}, s {tuple(s.shape)}, vh {tuple(vh.shape)}{number}"
         )
-    out: Tensor = _SpectralLinear.apply(x, y, u, s, vh, scaling)  # type: ignore[no-untyped-call]
+    out: Tensor = _SpectralLinear.apply(x, y, u, s, vh, scaling, starts)  # type: ignore[no-untyped-call]
     return out
 
 
 class _SpectralLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> Tensor:
-        p = x.reshape(-1, vh.shape[1]) @ vh.mT
-        ctx.save_for_backward(p, u, s, vh)
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float, starts: Tensor | None
+    ) -> Tensor:
+        (m, _), (_, n) = u.shape, vh.shape
+        out, p = _forward_op(x.reshape(-1, n), y.reshape(-1, m), u, s, vh, scaling, starts)
+        ctx.save_for_backward(p, u, s, vh, starts)
         ctx.scaling = scaling
-        weighted = p * (scaling * s).to(p.dtype)
-        if y.dtype == p.dtype:
-            return torch.addmm(y.reshape(-1, u.shape[0]), weighted, u.mT).view(y.shape)
-        return y + (weighted @ u.mT).view(y.shape).to(y.dtype)
+        return out.view(y.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        p, u, s, vh = ctx.saved_tensors
-        scaling: float = ctx.scaling
-        q = dy.reshape(-1, u.shape[0]).to(u.dtype) @ u
-        [g] = scaling * segment_products(p, q)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = ((q * (scaling * s).to(q.dtype)) @ vh).view(*dy.shape[:-1], vh.shape[1])
-        return dx, dy, None, g.to(s.dtype), None, None
+        p, u, s, vh, starts = ctx.saved_tensors
+        wanted: bool = ctx.needs_input_grad[0]
+        dx, g = _backward_op(dy.reshape(-1, u.shape[0]), p, u, s, vh, ctx.scaling, starts, wanted)
+        return dx.view(*dy.shape[:-1], vh.shape[1]) if wanted else None, dy, None, g, None, None, None
+
+
+def _forward(
+    x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if starts is not None:
+        check_starts(starts, len(x))
+    out, p = pick("spectral_linear_forward", x, y, u, vh).call(x, y, u, s, vh, scaling, starts)
+    return out, p
+
+
+def _backward(
+    dy: Tensor, p: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float, starts: Tensor | None, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    backend = pick("spectral_linear_backward", dy, p, u, vh)
+    dx, g = backend.call(dy, p, u, s, vh, scaling, starts, wanted)
+    return dx, g
+
+
+def _gpu_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    from spectral_fast.kernels.spectral_linear.gpu import forward
+
+    return forward(*args)
+
+
+def _gpu_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    from spectral_fast.kernels.spectral_linear.gpu import backward
+
+    return backward(*args)
+
+
+def _refuses(*tensors: Tensor) -> str | None:
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) > 1:
+        return f"one dtype is wanted, and there are {', '.join(sorted(map(str, dtypes)))}"
+    if torch.float64 in dtypes:
+        return "sums are in float32, and x is float64"
+    if tensors and (r := len(tensors[-1])) > gpu.RANKS[-1]:
+        return f"rank {r} is above {gpu.RANKS[-1]}"
+    return gpu.refuses(tensors)
+
+
+register(
+    "spectral_linear_forward",
+    Backend("gpu", _refuses, _gpu_forward),
+    Backend("reference", lambda *_: None, reference.forward),
+)
+register(
+    "spectral_linear_backward",
+    Backend("gpu", _refuses, _gpu_backward),
+    Backend("reference", lambda *_: None, reference.backward),
+)
+
+_forward_op = define(
+    "spectral_linear_forward",
+    "(Tensor x, Tensor y, Tensor u, Tensor s, Tensor vh, float scaling, Tensor? starts) -> (Tensor out, Tensor p)",
+    _forward,
+    lambda x, y, u, s, vh, scaling, starts: (y.new_empty(y.shape), x.new_empty(len(x), len(vh))),  # noqa: ARG005
+)
+_backward_op = define(
+    "spectral_linear_backward",
+    "(Tensor dy, Tensor p, Tensor u, Tensor s, Tensor vh, float scaling, Tensor? starts, bool wanted)"
+    " -> (Tensor dx, Tensor g)",
+    _backward,
+    lambda dy, p, u, s, vh, scaling, starts, wanted: (  # noqa: ARG005
+        vh.new_empty(len(dy) if wanted else 0, vh.shape[1]),
+        s.new_empty(s.shape),
+    ),
+)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.factors import Factors
+from spectral_fast.bench.factors import Factors
 
-EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+EPS32 = torch.finfo(torch.float32).eps
 RATIO = 30  # LAPACK's own limit of a test ratio
 PROBES = 8
+SIGMAS = 8
 
 
 class WrongResult(AssertionError):
@@ -35,7 +36,7 @@ def probe_error(b: Tensor, a: Tensor, wanted: Callable[[Tensor], Tensor]) -> Ten
         wanted: Ω (n, 8) -> X Ω (m, 8).
     """
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(a.shape[1], PROBES, generator=generator, dtype=a.dtype)
+    probes = torch.randn(a.shape[1], PROBES, generator=generator, dtype=a.dtype).to(a.device)
     estimate: Tensor = (b @ (a @ probes) - wanted(probes)).norm() / PROBES**0.5
     return estimate
 
@@ -68,10 +69,11 @@ def check_rebuilt(implementation: str, factors: Factors, s: Sequence[Tensor], fo
 
 
 def check_svd(implementation: str, matrices: Tensor, usv: tuple[Tensor, Tensor, Tensor]) -> None:
-    """LAPACK's test ratios of every matrix in float64: residual, orthogonality of U and V, order of s."""
-    u, s, vh = usv
-    eye = torch.eye(matrices.shape[-1], dtype=torch.float64)
-    unit = matrices.shape[-1] * EPS64
+    """LAPACK's test ratios of every matrix, taken in float64: residual, orthogonality of U and V, order of s."""
+    unit = matrices.shape[-1] * torch.finfo(matrices.dtype).eps
+    matrices = matrices.double()
+    u, s, vh = (x.double() for x in usv)
+    eye = torch.eye(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
     residual = (matrices - (u * s[..., None, :]) @ vh).norm(dim=(-2, -1)) / matrices.norm(dim=(-2, -1))
     ratios = {
         "residual": residual,
@@ -98,3 +100,71 @@ def check_sensitivity(
         if not ((mine - exact).abs() <= bound).all():
             worst = float(((mine - exact).abs() / bound).amax())
             raise WrongResult(f"{implementation}, module {i}: a sum errs by {worst:.3g} of its bound")
+
+
+def projected(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The product x V in float64, and how large it and its rounding errors are: |x V| + √(x² V²), elementwise.
+
+    Errors of many roundings have random signs: a sum Σ a_i δ_i of independent |δ_i| ≤ u exceeds SIGMAS u √Σ a_i² once
+    in 10¹³ times (Hoeffding). The worst case, u Σ |a_i|, is √n times as much, and would hide a wrong result.
+    """
+    x, v = x.double(), v.double()
+    p = x @ v
+    return p, p.abs() + (x.square() @ v.square()).sqrt()
+
+
+def branch_in_float64(
+    x: Tensor, y: Tensor, dy: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """out, dx and g of ``spectral_linear`` in float64, each with its bound, for any order of the products.
+
+    Roundings to the dtype of x on the way: of a factor that has s in it, of the projection, of s, of their product,
+    each u = ε / 2, and sums of n, m or r terms in float32; then of the branch, of its scaling, and of out. For g: of
+    both projections, of the scaled one, and of their product; then of the sum, and of the scaled sum.
+    """
+    (m, r), n, tokens = u.shape, vh.shape[1], len(x)
+    eps = torch.finfo(x.dtype).eps
+    relative = 4 * eps / 2 + (m + n + r) * EPS32
+    (p, p_size), (q, q_size), sd = projected(x, vh.mT), projected(dy, u), s.double()
+
+    def expanded(p: Tensor, size: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        branch = scaling * (p * sd) @ u.double().mT
+        error = scaling * ((size * sd).square() @ u.double().square().mT).sqrt()
+        return branch, SIGMAS * relative * error + eps * branch.abs()
+
+    (out, out_bound), (dx, dx_bound) = expanded(p, p_size, u), expanded(q, q_size, vh.mT)
+    out += y.double()
+    g, terms = scaling * (p * q).sum(0), scaling * (p_size * q_size)
+    g_bound = SIGMAS * relative * terms.square().sum(0).sqrt() + tokens * EPS32 * terms.sum(0) + eps * g.abs()
+    return {"out": (out, out_bound + eps / 2 * out.abs()), "dx": (dx, dx_bound + eps / 2 * dx.abs()), "g": (g, g_bound)}
+
+
+def check_grouped(
+    modules: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    starts: Tensor,
+    implementation: str,
+    sums: Sequence[Tensor],
+) -> None:
+    """Sums of (x V) ⊙ (dy U) per sample, against float64; both projections may be rounded to the dtype of x."""
+    lengths = starts.diff().tolist()
+    for i, ((x, dy, u, vh), mine) in enumerate(zip(modules, sums, strict=True)):
+        (p, p_size), (q, q_size) = projected(x, vh.mT), projected(dy, u)
+        relative = torch.finfo(x.dtype).eps + (len(u) + vh.shape[1]) * EPS32
+        for j, (terms, size) in enumerate(
+            zip(torch.split(p * q, lengths), torch.split(p_size * q_size, lengths), strict=True)
+        ):
+            bound = SIGMAS * relative * size.square().sum(0).sqrt() + len(size) * EPS32 * size.sum(0)
+            _within(implementation, f"module {i}, sample {j}", mine[j].double() - terms.sum(0), bound)
+
+
+def check_terms(truth: dict[str, tuple[Tensor, Tensor]], implementation: str, found: dict[str, Tensor]) -> None:
+    """Tensors by name, against those in float64 and their bounds."""
+    for name, mine in found.items():
+        exact, bound = truth[name]
+        _within(implementation, name, mine.double() - exact, bound)
+
+
+def _within(implementation: str, what: str, error: Tensor, bound: Tensor) -> None:
+    if not (error.abs() <= bound).all():
+        worst = float((error.abs() / bound).amax())
+        raise WrongResult(f"{implementation}, {what}: an element errs by {worst:.3g} of its bound")

@@ -1,0 +1,46 @@
+"""Command lines that cannot be meant, found before the work begins."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from spectral_fast.policies import Policy
+
+
+class UsageError(Exception):
+    """A combination of flags that cannot be meant."""
+
+
+def check_inputs_kept(args: argparse.Namespace) -> None:
+    """Refuses to replace a folder that holds what the run reads."""
+    out_dir = args.out_dir.resolve()
+    for flag in ("sensitivity", "base_model", "calib_data", "eval_data", "eval_fewshot_data"):
+        value = getattr(args, flag, None)
+        if value is not None and Path(value).exists() and out_dir in (p := Path(value).resolve(), *p.parents):
+            raise UsageError(f"--{flag} {value} is inside --out_dir {args.out_dir}, which is replaced")
+
+
+def check_report(args: argparse.Namespace, source: Path) -> None:
+    """Refuses to lose what stands where the report shall be."""
+    if args.report is None:
+        return
+    report = args.report.resolve()
+    if source.resolve() in report.parents or args.out_dir.resolve() in report.parents:
+        raise UsageError(f"--report {args.report} is inside an adapter's folder; put it elsewhere")
+    if report.is_dir() or (report.exists() and not args.overwrite):
+        raise UsageError(f"--report {args.report} exists; choose another name, or --overwrite a file")
+
+
+def unused(args: argparse.Namespace, policy: Policy, needs_probe: bool) -> list[str]:
+    """Warnings about flags that were given and have no effect."""
+    from spectral_fast.calibration.probe import CalibrationOptions
+
+    unused = [] if needs_probe else [f.name for f in fields(CalibrationOptions)]
+    unused += [] if needs_probe or args.eval_gsm8k else ["base_model", "dtype", "device"]
+    unused += [] if policy.needs_sensitivity else ["sensitivity"]
+    given = [name for name in unused if vars(args).get(name) is not None]
+    if not args.eval_gsm8k:
+        given += [name for name in vars(args) if name.startswith("eval_") and name != "eval_gsm8k"]
+    return [f"--{name} has no effect here" for name in given]
