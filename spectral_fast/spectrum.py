@@ -127,7 +127,7 @@ def rebuild(
         return []
     # All at once, and of a negative value NaN.
     joined = torch.cat([s.to(spectrum.s) for spectrum, s in zip(spectra, s_new, strict=True)]).sqrt()
-    roots = joined.split([len(s) for s in s_new])
+    roots = torch.split(joined, [len(s) for s in s_new])
     if not joined.isfinite().all():
         i = next(i for i, root in enumerate(roots) if not root.isfinite().all())
         raise ValueError(f"{names[i]}: s_new must be finite and not negative, got {s_new[i].tolist()}")
