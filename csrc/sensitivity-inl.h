@@ -1,6 +1,6 @@
 // Elementwise products summed over the tokens of a segment: p and q are read once, sums are in float32, in the order of
-// the tokens, in runs of 64 whose sums are then added: an error of 64 + tokens / 64 roundoffs rather than of all
-// tokens.
+// the tokens, in runs of at least 64 and of the root of all, whose sums are then added: an error of twice the longer of
+// the two in roundoffs, rather than of all tokens.
 
 struct Float32 {
   using Stored = float;
@@ -17,10 +17,10 @@ struct As16 {
 template <class Type, std::size_t kVectors>
 inline void sum_products(const typename Type::Stored* p, const typename Type::Stored* q, std::size_t r,
                          std::size_t tokens, float* out) {
-  constexpr std::size_t kRun = 64;
-  for (std::size_t first = 0; first < tokens; first += kRun) {
+  const std::size_t run = piece_length(64, tokens);
+  for (std::size_t first = 0; first < tokens; first += run) {
     Vf sums[kVectors] = {};
-    for (std::size_t n = first; n < std::min(first + kRun, tokens); ++n)
+    for (std::size_t n = first; n < std::min(first + run, tokens); ++n)
       for (std::size_t v = 0; v < kVectors; ++v)
         sums[v] += Type::at(p + n * r + v * kFloats) * Type::at(q + n * r + v * kFloats);
     for (std::size_t v = 0; v < kVectors; ++v) store(out + v * kFloats, load<Vf>(out + v * kFloats) + sums[v]);

@@ -21,6 +21,11 @@ def refuses(tensors: Iterable[Tensor] = ()) -> str | None:
     return f"tensors are on {', '.join(sorted(elsewhere))}" if elsewhere else native_missing()
 
 
+def readable(x: Tensor) -> Tensor:
+    """The same values as the native module reads them: contiguous, not negated lazily; where they lie if they are."""
+    return x.detach().resolve_neg().contiguous()
+
+
 def table(rows: Sequence[Sequence[int]], columns: int) -> NDArray[np.int64]:
     """Tasks as the native module takes them: (len(rows), columns) int64. The caller keeps the tensors alive."""
     return np.array(rows, dtype=np.int64).reshape(len(rows), columns)

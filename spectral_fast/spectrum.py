@@ -118,6 +118,9 @@ def rebuild(
     names = [f"module {i}" for i in range(len(spectra))] if names is None else names
     if out is None:
         out = [x._new_factors() for x in spectra]
+    if not len(spectra) == len(s_new) == len(out) == len(names):
+        counts = f"{len(spectra)}, {len(s_new)}, {len(out)} and {len(names)}"
+        raise ValueError(f"one s_new, one out and one name per spectrum; got {counts}")
     for spectrum, s, (b, a), name in zip(spectra, s_new, out, names, strict=True):
         if s.shape != spectrum.s.shape:
             raise ValueError(f"{name}: s_new must have shape {tuple(spectrum.s.shape)}, got {tuple(s.shape)}")

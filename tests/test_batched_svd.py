@@ -112,3 +112,11 @@ def test_what_is_no_batch_of_square_matrices_is_refused() -> None:
 
 def test_the_op_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.spectral_fast.batched_svd.default, (torch.randn(2, 5, 5, dtype=torch.float64),))
+
+
+def test_a_gradient_is_neither_needed_nor_promised_and_a_lazy_negation_is_carried_out() -> None:
+    x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, vh = batched_svd(x.clone().requires_grad_())
+    assert not s.requires_grad
+    for got, wanted in zip(batched_svd(torch._neg_view(-x)), (u, s, vh), strict=True):
+        assert torch.equal(got, wanted)

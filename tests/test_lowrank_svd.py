@@ -391,3 +391,17 @@ def test_the_reference_is_the_definition() -> None:
     assert torch.allclose(f.basis_b @ f.t_b * signs, u[:, :5], rtol=0, atol=1e-12)
     assert torch.allclose((f.t_a.mT @ f.basis_a) * signs[:, None], vh[:5], rtol=0, atol=1e-12)
     assert torch.allclose(f.s, s[:5], rtol=0, atol=1e-14)
+
+
+def test_a_lazy_negation_is_carried_out(backend: str) -> None:  # noqa: ARG001
+    b, a = factors(50, 8, 40)
+    [negated], [plain] = lowrank_svd([torch._neg_view(b)], [a]), lowrank_svd([-b], [a])
+    assert torch.equal(negated.t_b, plain.t_b)
+
+
+def test_float64_factors_whose_product_overflows_are_refused_by_name(backend: str) -> None:  # noqa: ARG001
+    b, a = (x.double() * 1e200 for x in factors(50, 8, 40))
+    with pytest.raises(ValueError, match="down: the product of B and A is beyond the range of float64"):
+        lowrank_svd([b], [a], ["down"])
+    with pytest.raises(ValueError, match="down: the product"):
+        lowrank_svd([b * 1e107], [a / 1e190], ["down"])

@@ -13,7 +13,7 @@ NOT_FINITE = 2  # of SvdStatus in csrc/kernels.h
 
 
 def batched_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decompositions x = u diag(s) vh of a batch of square matrices.
+    """Singular value decompositions x = u diag(s) vh of a batch of square matrices; x is detached.
 
     Args:
         x: (batch, r, r), float32 or float64, finite.
@@ -29,7 +29,7 @@ def batched_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Cost: about 50 r³ flops a matrix.
     """
-    uh, s, vh = _op(x)
+    uh, s, vh = _op(x.detach())
     return uh.mT, s, vh
 
 
@@ -58,7 +58,7 @@ def _not_finite(bad: Tensor) -> ValueError:
 def _cpu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from spectral_fast import _C
 
-    m = x.double().contiguous()
+    m = native.readable(x.double())
     # NumPy asks for large pages, where torch does not: the faults of small ones would cost a quarter of the time.
     uh, s, vh = (torch.from_numpy(np.empty(shape)) for shape in (m.shape, m.shape[:2], m.shape))
     status = torch.empty(len(m), dtype=torch.int32)

@@ -59,7 +59,7 @@ def gram_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> tuple[Tensor, Tenso
 
     if any(b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] for b, a in zip(bs, as_, strict=True)):
         raise ValueError("each b (m, r) and a (r, n) must share r")
-    bs, as_ = [b.contiguous() for b in bs], [a.contiguous() for a in as_]
+    bs, as_ = [native.readable(b) for b in bs], [native.readable(a) for a in as_]
     rows = [
         (b.data_ptr(), a.data_ptr(), b.shape[0], a.shape[1], b.shape[1], native.CODES[b.dtype], native.CODES[a.dtype])
         for b, a in zip(bs, as_, strict=True)

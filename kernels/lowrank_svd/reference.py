@@ -40,7 +40,10 @@ def factor(b: Tensor, a: Tensor, name: str) -> Factored:
             raise not_finite(name, which)
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().mT)
-    w, s, zh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    core = r_b @ r_a.mT
+    if not core.isfinite().all():
+        raise ValueError(f"{name}: the product of B and A is beyond the range of float64; make the factors smaller")
+    w, s, zh = torch.linalg.svd(core, full_matrices=False)
     surplus = (0, b.shape[1] - s.shape[0])
     return Factored(q_b, pad(w, surplus), pad(s, surplus), pad(zh.mT, surplus), q_a.mT)
 

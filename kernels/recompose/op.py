@@ -57,7 +57,7 @@ def recompose(products: Sequence[Product]) -> list[bool]:
 
 
 def _check(basis: Tensor, transform: Tensor, scale: Tensor, out: Tensor, flat: bool, wide: bool) -> None:  # noqa: ARG001
-    if any(x.ndim != n for x, n in ((basis, 2), (transform, 2), (scale, 1), (out, 2))):
+    if (basis.ndim, transform.ndim, scale.ndim, out.ndim) != (2, 2, 1, 2):
         raise ValueError("basis, transform and out must be matrices, and scale a vector")
     inner, length = basis.shape if flat else basis.shape[::-1]
     k, r = transform.shape
@@ -67,7 +67,7 @@ def _check(basis: Tensor, transform: Tensor, scale: Tensor, out: Tensor, flat: b
             f"{tuple(scale.shape)} and out {tuple(out.shape)} do not fit together"
         )
     if (
-        {transform.dtype, scale.dtype} != {torch.float64}
+        not (transform.dtype == scale.dtype == torch.float64)
         or basis.dtype not in native.CODES
         or out.dtype not in native.CODES
     ):
@@ -75,8 +75,9 @@ def _check(basis: Tensor, transform: Tensor, scale: Tensor, out: Tensor, flat: b
             f"a basis and an out of {', '.join(map(str, native.CODES))} and a transform and scale of "
             f"torch.float64; got {basis.dtype}, {out.dtype}, {transform.dtype}, {scale.dtype}"
         )
-    if not out.is_contiguous():
-        raise ValueError(f"out must be contiguous, got strides {out.stride()} for shape {tuple(out.shape)}")
+    if not out.is_contiguous() or out.is_neg():
+        strides = "a lazy negation" if out.is_neg() else f"strides {out.stride()}"
+        raise ValueError(f"out must be contiguous, got {strides} for shape {tuple(out.shape)}")
 
 
 def _reference(products: Sequence[Product]) -> list[bool]:
@@ -91,7 +92,7 @@ def _reference(products: Sequence[Product]) -> list[bool]:
 def _cpu(products: Sequence[Product]) -> list[bool]:
     from spectral_fast import _C
 
-    kept = [tuple(x.contiguous() for x in product[:3]) for product in products]
+    kept = [tuple(native.readable(x) for x in product[:3]) for product in products]
     rows = [
         (
             *(basis.data_ptr(), native.CODES[basis.dtype], flat, basis.shape[flat], basis.shape[not flat]),

@@ -14,6 +14,8 @@ from spectral_fast.kernels import gpu, native
 def segment_products(p: Tensor, q: Tensor, starts: Tensor | None = None) -> Tensor:
     """Sums of p ⊙ q over the tokens of each segment: out[t] = Σ p[n] ⊙ q[n] for starts[t] ≤ n < starts[t + 1].
 
+    Has no gradient: p and q are detached.
+
     Args:
         p: projections of the inputs, (tokens, r): bfloat16, float16, float32 or float64.
         q: projections of the outputs' gradients, same shape, dtype and device.
@@ -27,7 +29,7 @@ def segment_products(p: Tensor, q: Tensor, starts: Tensor | None = None) -> Tens
         ValueError: shapes or starts do not fit.
         TypeError: dtypes do not fit.
     """
-    out: Tensor = _op(p, q, torch.tensor([0, len(p)]) if starts is None else starts)
+    out: Tensor = _op(p.detach(), q.detach(), torch.tensor([0, len(p)]) if starts is None else starts)
     return out
 
 
@@ -63,7 +65,7 @@ def reference(p: Tensor, q: Tensor, starts: Tensor) -> Tensor:
 def _cpu(p: Tensor, q: Tensor, starts: Tensor) -> Tensor:
     from spectral_fast import _C
 
-    p, q, starts = p.contiguous(), q.contiguous(), starts.contiguous()
+    p, q, starts = native.readable(p), native.readable(q), starts.contiguous()
     out = torch.empty(len(starts) - 1, p.shape[1])
     threads = torch.get_num_threads()
     _C.segment_products(p.data_ptr(), q.data_ptr(), native.CODES[p.dtype], starts.numpy(), out.numpy(), threads)
