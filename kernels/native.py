@@ -23,7 +23,7 @@ def refuses(tensors: Iterable[Tensor] = ()) -> str | None:
 
 def readable(x: Tensor) -> Tensor:
     """The same values as the native module reads them: contiguous, not negated lazily; where they lie if they are."""
-    return x.detach().resolve_neg().contiguous()
+    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 def table(rows: Sequence[Sequence[int]], columns: int) -> NDArray[np.int64]:

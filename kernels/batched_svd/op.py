@@ -58,7 +58,7 @@ def _not_finite(bad: Tensor) -> ValueError:
 def _cpu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from spectral_fast import _C
 
-    m = native.readable(x.double())
+    m = native.readable(x.detach().double())
     # NumPy asks for large pages, where torch does not: the faults of small ones would cost a quarter of the time.
     uh, s, vh = (torch.from_numpy(np.empty(shape)) for shape in (m.shape, m.shape[:2], m.shape))
     status = torch.empty(len(m), dtype=torch.int32)
