@@ -51,7 +51,7 @@ def test_each_wrong_kernel_is_named_with_what_is_wrong_and_fails_the_command(tmp
     assert "float32 has no matrix instruction for sm_90: its products must run on matrix units" in scalar
     assert "an argument without a type for sm_90: does not compile: " in unnamed
     assert "9 kernels in" in done.stdout
-    assert "7 failures" in done.stdout
+    assert "6 failures" in done.stdout  # for any sizes, spills are none
 
 
 def test_nothing_is_compiled_under_the_interpreter() -> None:
