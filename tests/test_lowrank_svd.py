@@ -95,6 +95,8 @@ def check_contract(b: Tensor, a: Tensor, f: Factored, eps: float = EPS) -> None:
     assert torch.allclose(f.s[:k], dense, rtol=0, atol=RATIO * r * eps * float(dense[:1].sum()))
 
 
+# On a GPU's kernels, whose interpreter is slow, with fewer: test_lowrank_svd_gpu.py.
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_native), "reference"], indirect=True)
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize(("m", "r", "n"), SHAPES)
 def test_the_contract_holds_for_every_condition(backend: str, m: int, r: int, n: int, condition: float) -> None:
