@@ -29,10 +29,10 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/* tests/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/* tests/*.cpp
 
 format: $(VENV)/installed-test
-	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i csrc/* tests/*.cpp
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i csrc/*.* csrc/cuda/* tests/*.cpp
 
 embedded: $(VENV)/installed
 	$(BIN)/python -m spectral_fast.embedded.make --out_dir embedded-output
@@ -72,6 +72,14 @@ neon: $(VENV)/installed
 	mkdir -p build
 	$(BIN)/python -m ziglang c++ -target aarch64-linux-musl -static $(STRESS) -o build/stress-neon
 	if command -v qemu-aarch64 > /dev/null; then qemu-aarch64 build/stress-neon; fi
+
+# The Jacobi in CUDA, by nvcc, for who wants it in place of the Triton one: SPECTRAL_FAST_CUDA=build/libspectral_fast_cuda.so
+cuda: build/libspectral_fast_cuda.so
+
+CUDA_ARCHITECTURES := 80 90a 100
+build/libspectral_fast_cuda.so: csrc/cuda/jacobi.cu
+	mkdir -p build
+	nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) $< -o $@
 
 clean:
 	rm -rf build dist *.egg-info demo-output embedded-output $(VENV)

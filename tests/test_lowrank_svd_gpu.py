@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
-from test_lowrank_svd import CONDITIONS, check_contract, factors, needs_interpreter
+from test_lowrank_svd import SHAPES, check_contract, factors, needs_interpreter
 from torch import Tensor
 
-from spectral_fast.backends import ENVIRONMENT_VARIABLE, registered
+from spectral_fast.backends import ENVIRONMENT_VARIABLE, chosen_backends, registered
 from spectral_fast.kernels.lowrank_svd import lowrank_svd
 
 # Triton's interpreter computes with numpy, which warns of what the tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("shape", "condition"),
+    [*product([x for x in SHAPES if x[1] <= 16], (1, 1e4, 1e8)), *product([x for x in SHAPES if x[1] > 16], (1e4,))],
+)
+def test_the_contract_holds(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int], condition: float) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "gpu")
+    b, a = factors(*shape, condition)
+    [result] = lowrank_svd([b], [a])
+    check_contract(b, a, result)
+    assert chosen_backends()["lowrank_svd"] == "gpu"
 
 
 def gram_error(gram: Tensor, exact: Tensor) -> float:
@@ -27,7 +41,7 @@ def gram_error(gram: Tensor, exact: Tensor) -> float:
 
 # One of each kernel, over several chunks; of the first also several pieces, the last one short.
 GRAMS = [
-    ("sm_90", 4103, 5),
+    ("sm_90", 2070, 5),
     ("sm_90", 150, 32),
     ("sm_90", 70, 64),
     ("sm_90", 90, 130),
@@ -63,7 +77,7 @@ def test_a_gpu_keeps_the_factors_as_bases_up_to_condition_ten_thousand(
 
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "gpu")
     monkeypatch.setattr(gpu, "architecture", lambda _: arch)
-    b, a = factors(100, 16, 90, 1e4)
+    b, a = factors(30, 8, 25, 1e4)
     [result] = lowrank_svd([b], [a])
     assert result.basis_b.data_ptr() == b.data_ptr()
     assert result.basis_a.data_ptr() == a.data_ptr()
@@ -79,7 +93,7 @@ def test_a_gpu_with_slow_float64_takes_the_qr_where_float32_has_too_small_a_rang
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "gpu")
     monkeypatch.setattr(gpu, "architecture", lambda _: "sm_120")
     for scale in (1e-20, 1e25):
-        b, a = factors(40, 4, 30)
+        b, a = factors(12, 4, 10)
         b *= scale
         [result] = lowrank_svd([b], [a])
         assert result.basis_b.dtype == torch.float64
@@ -93,7 +107,7 @@ def test_the_loss_that_a_gpu_estimates_covers_the_true_one() -> None:
     generator = torch.Generator().manual_seed(0)
     equal = torch.linspace(0.7, 1.3, 8)[:, None].repeat(1, 5000)
     equal[:, :8] += 100 * torch.randn(8, 8, generator=generator)  # rounding then goes one way
-    pairs = [(equal.mT.contiguous(), equal), *(factors(120, 16, 100, condition) for condition in CONDITIONS)]
+    pairs = [(equal.mT.contiguous(), equal), *(factors(120, 16, 100, condition) for condition in (1e2, 1e5))]
     for b, a in pairs:
         [(_, t_b, t_a)], [(loss, _)] = gpu.solve([b], [a])
         eye = torch.eye(len(t_b), dtype=torch.float64)
@@ -105,7 +119,7 @@ def test_the_loss_that_a_gpu_estimates_covers_the_true_one() -> None:
 def test_a_gpu_gives_the_same_bits_whatever_else_is_solved() -> None:
     from spectral_fast.kernels.lowrank_svd import gpu
 
-    modules = [factors(*shape) for shape in ((61, 8, 97), (97, 12, 61), (2100, 8, 80))]
+    modules = [factors(*shape) for shape in ((61, 8, 97), (97, 12, 61), (2050, 8, 80))]
     together = gpu.grams([b for b, _ in modules], [a for _, a in modules], 16)
     for (b, a), gram in zip(modules, together, strict=True):
         assert torch.equal(gpu.grams([b], [a], 16)[0], gram)

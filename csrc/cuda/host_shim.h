@@ -118,6 +118,15 @@ SHIM_UNSEEN inline void run_thread() {
   setcontext(&b.host);
 }
 
+inline void prepare(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.stack.reset(new char[kStack]);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStack;
+  SHIM_TSAN(fiber.tsan = __tsan_create_fiber(0));
+  makecontext(&fiber.context, run_thread, 0);
+}
+
 // Shared memory starts as NaNs.
 inline void run_block(int i, int threads, std::size_t shared_bytes, const std::function<void()>& body) {
   Block b;
@@ -133,14 +142,7 @@ inline void run_block(int i, int threads, std::size_t shared_bytes, const std::f
   SHIM_TSAN(b.host_tsan = __tsan_get_current_fiber());
   std::vector<Fiber> fibers(threads);
   b.fibers = fibers.data();
-  for (Fiber& fiber : fibers) {
-    getcontext(&fiber.context);
-    fiber.stack.reset(new char[kStack]);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    SHIM_TSAN(fiber.tsan = __tsan_create_fiber(0));
-    makecontext(&fiber.context, run_thread, 0);
-  }
+  for (Fiber& fiber : fibers) prepare(fiber);
   thread_index.x = 0;
   SHIM_TSAN(__tsan_switch_to_fiber(b.fibers[0].tsan, 0));
   swapcontext(&b.host, &b.fibers[0].context);

@@ -22,13 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_fast.kernels import gpu
+from spectral_fast.kernels.batched_svd import cuda
 from spectral_fast.kernels.gpu import ARCHITECTURES, Shipped, Variant
 
 MAX_RANK = 512
 # 4 to 10 are needed for r up to 512.
 MAX_SWEEPS = 20
-# What `svd_launch` says of each matrix.
+# What `svd_launch` says of each matrix; Status in csrc/cuda/jacobi.cu.
 CONVERGED, NOT_FINITE, NOT_CONVERGED = 0, 1, 2
 
 
@@ -243,12 +243,14 @@ def svd_launch(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, r = x.shape[:2]
     if x.numel() == 0:
         return torch.empty_like(x), x.new_empty(count, r), torch.empty_like(x), x.new_zeros(count, dtype=torch.int32)
+    if cuda.chosen(r):
+        return cuda.svd_launch(x)
     largest = x.abs().amax((1, 2))
     finite = largest.isfinite()
     # By a power of two: nothing is rounded, and squares neither overflow nor underflow. In two factors, since one
     # may be out of range.
     up = torch.ldexp(torch.ones_like(largest), -torch.frexp(torch.where(finite, largest, 0)).exponent // 2)
-    x = torch.where(finite[:, None, None], x, 0) * up[:, None, None] * up[:, None, None]
+    x = (torch.where(finite[:, None, None], x, 0) * up[:, None, None] * up[:, None, None]).contiguous()
     order = torch.linalg.vector_norm(x, dim=1).argsort(dim=1, descending=True, stable=True)
     g, v, busy = (_whole if padded(r) in _WHOLE[x.dtype] else _by_blocks)(x, order, finite)
     # Rounding of the rotations made G V's and V's columns longer alike.
@@ -282,14 +284,15 @@ def _limits(dtype: torch.dtype, rank: int) -> dict[str, float]:
     }
 
 
-# Padded ranks that one program holds, and its warps; above, columns of a block and warps.
+# Padded ranks that one program holds, and the warps of its two kernels; above, columns of a block, and warps. With
+# these none spills on any architecture of ARCHITECTURES.
 _WHOLE = {
-    torch.float32: {16: 1, 32: 2, 64: 8},
-    torch.float64: {16: 1, 32: 4, 64: 16},
+    torch.float32: {16: (1, 1), 32: (4, 2), 64: (8, 8)},
+    torch.float64: {16: (2, 1), 32: (4, 4), 64: (16, 16)},
 }
 _BLOCKS = {
-    torch.float32: {128: (16, 4), 256: (16, 8), 512: (16, 8)},
-    torch.float64: {128: (8, 4), 256: (8, 8), 512: (8, 16)},
+    torch.float32: {128: (16, 4), 256: (8, 8), 512: (8, 8)},
+    torch.float64: {128: (8, 4), 256: (8, 16), 512: (8, 8)},
 }
 
 
@@ -299,13 +302,13 @@ def _variant(kernel: Any, dtype: torch.dtype, rank: int, warps: int, **constants
 
 
 def _whole_variants(dtype: torch.dtype, rank: int) -> tuple[Variant, Variant]:
-    warps = _WHOLE[dtype][rank]
-    return _variant(triangular_kernel, dtype, rank, warps), _variant(whole_kernel, dtype, rank, warps)
+    triangular, whole = _WHOLE[dtype][rank]
+    return _variant(triangular_kernel, dtype, rank, triangular), _variant(whole_kernel, dtype, rank, whole)
 
 
 def _block_variant(dtype: torch.dtype, rank: int) -> Variant:
     width, warps = _BLOCKS[dtype][rank]
-    return _variant(pair_kernel, dtype, rank, warps, C=width, CHUNK=min(64, rank))
+    return _variant(pair_kernel, dtype, rank, warps, C=width, CHUNK=min(32, rank))
 
 
 def _whole(x: Tensor, order: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -354,19 +357,6 @@ def shipped(arch: str) -> Iterator[Shipped]:
             else:
                 signature = {"p_g": name, "p_v": name, "p_busy": "*i32", "r": "i32", "sweep": "i32", "step": "i32"}
                 yield Shipped(f"{label} pair", _block_variant(dtype, rank), signature)
-
-
-def refuses(x: Tensor | None = None) -> str | None:
-    """Wants Triton, a matrix on a GPU, r up to 512, and no float64 where that is slow."""
-    reason = gpu.refuses(() if x is None else (x,))
-    if reason or x is None:
-        return reason
-    if x.shape[-1] > MAX_RANK:
-        return f"r = {x.shape[-1]} exceeds {MAX_RANK}"
-    arch = gpu.architecture(x.device)
-    if x.dtype == torch.float64 and not ARCHITECTURES[arch].float64:
-        return f"float64 is slow on this device ({arch})"
-    return None
 
 
 def batched_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spectral_fast.backends import Backend, define, pick, register
-from spectral_fast.kernels import native
+from spectral_fast.kernels import gpu, native
 
 NOT_FINITE = 2  # of SvdStatus in csrc/kernels.h
 
@@ -76,7 +76,30 @@ def _refuses(x: Tensor | None = None) -> str | None:
     return native.refuses([] if x is None else [x])
 
 
-register("batched_svd", Backend("cpu", _refuses, _cpu), Backend("reference", lambda *_: None, reference))
+def _gpu_refuses(x: Tensor | None = None) -> str | None:
+    reason = gpu.refuses(() if x is None else (x,))
+    if reason is None and x is not None and x.shape[-1] > 512:
+        reason = f"r is {x.shape[-1]}, more than 512"
+    elif reason is None and x is not None and x.dtype == torch.float64:
+        architecture = gpu.architecture(x.device)
+        if not gpu.ARCHITECTURES[architecture].float64:
+            reason = f"float64 is slow on {architecture}"
+    return reason
+
+
+def _gpu(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from spectral_fast.kernels.batched_svd.gpu import batched_svd
+
+    u, s, vh = batched_svd(x)
+    return u.mT.contiguous(), s, vh
+
+
+register(
+    "batched_svd",
+    Backend("cpu", _refuses, _cpu),
+    Backend("gpu", _gpu_refuses, _gpu),
+    Backend("reference", lambda *_: None, reference),
+)
 
 _op = define(
     "batched_svd",

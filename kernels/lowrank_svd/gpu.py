@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_fast.kernels.batched_svd import batched_svd
+from spectral_fast.kernels.batched_svd.gpu import CONVERGED, svd_launch
 from spectral_fast.kernels.gpu import ARCHITECTURES, Shipped, Variant, architecture
 from spectral_fast.kernels.lowrank_svd.gram import Solved
 from spectral_fast.kernels.native import CODES
@@ -218,7 +218,12 @@ def _factor(gram: Tensor, ranks: Tensor, lengths: Tensor, narrow: bool) -> tuple
     if narrow:
         sound &= ((squares > LEAST_SQUARE) | ~inside[:, None]).flatten(1).all(1)
     lower = torch.where(sound[:, None, None, None], lower, eye)
-    w, s, zh = batched_svd((lower[:, 0].mT @ lower[:, 1]) * inside[:, :, None] * inside[:, None])
+    core = (lower[:, 0].mT @ lower[:, 1]) * inside[:, :, None] * inside[:, None]
+    if narrow:  # the Jacobi kernels are not shipped in float64 there
+        w, s, zh = torch.linalg.svd(core)
+    else:
+        w, s, zh, status = svd_launch(core)
+        sound &= status == CONVERGED
     t = torch.linalg.solve_triangular(lower.mT, torch.stack([w, zh.mT], 1), upper=True)
     t = t * inside[:, None, :, None] * inside[:, None, None]
     # What the steps lost shows in Tᵀ G T − I. What the Gram matrices had lost before does not show: G errs by about
