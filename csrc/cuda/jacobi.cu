@@ -269,7 +269,7 @@ int launch(const T* x, T* u, T* s, T* vh, int* status, int count, int r, cudaStr
 #ifdef __CUDACC__
   const cudaError_t error =
       cudaFuncSetAttribute(jacobi_svd<T, kEach>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return cudaGetLastError();  // the same, and forgotten: it is the caller's now
   jacobi_svd<T, kEach><<<count, warps * kWarp, bytes, stream>>>(x, u, s, vh, status, r);
   return cudaGetLastError();
 #else
