@@ -100,13 +100,13 @@ def shipped(module: str, arch: str) -> tuple[Shipped, ...]:
     items = tuple(importlib.import_module(module).shipped(arch))
     if arch != ANY_SIZES:
         return items
+    # Float16 is compiled as bfloat16 is.
+    items_once = [x for x in items if "*fp16" not in x.signature.values()]
     general = [
-        x._replace(signature={name: kind.removesuffix(":16") for name, kind in x.signature.items()}) for x in items
+        x._replace(signature={name: kind.removesuffix(":16") for name, kind in x.signature.items()}) for x in items_once
     ]
     return items + tuple(
-        y._replace(name=y.name + MARK)
-        for x, y in zip(items, general, strict=True)
-        if x.signature != y.signature
+        y._replace(name=y.name + MARK) for x, y in zip(items_once, general, strict=True) if x.signature != y.signature
     )
 
 

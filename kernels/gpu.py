@@ -22,6 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The ranks that kernels are compiled for; others take the next one, masked.
 RANKS = (16, 32, 64, 128, 256)
+FEWER_RANKS = (16, 64, 256)  # of float16, which few adapters still are
 
 
 def padded(r: int, ranks: Iterable[int] = RANKS) -> int:

@@ -41,7 +41,9 @@ def run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", [isa for isa in _C.isa()["supported"] if isa != _C.isa()["chosen"]])
 def test_every_other_instruction_set_of_this_processor_passes_the_kernels_tests(isa: str) -> None:
     files = [str(TESTS / name) for name in KERNEL_TESTS]
-    result = run(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", "not gpu", *files)
+    result = run(
+        isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", "not gpu", *files
+    )
     assert result.returncode == 0, result.stdout[-3000:]
     assert "skipped" not in result.stdout.splitlines()[-1]
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_fast.kernels.gpu import ARCHITECTURES, RANKS, Shipped, Variant, architecture, padded
+from spectral_fast.kernels.gpu import ARCHITECTURES, FEWER_RANKS, RANKS, Shipped, Variant, architecture, padded
 from spectral_fast.kernels.native import CODES
 from spectral_fast.kernels.pointers import (
     _INTERPRETED,
@@ -180,6 +180,10 @@ def variant(arch: str, dtype: torch.dtype | None, flat: bool, width: int) -> Var
     return Variant(streaming_kernel, {**shape, "ROWS": rows, "INNER": 32}, warps=8)
 
 
+def _ranks(dtype: torch.dtype | None) -> tuple[int, ...]:
+    return FEWER_RANKS if dtype == torch.float16 else RANKS
+
+
 SPLIT, SCALED = (Variant(transform_kernel, {"SPLIT": split}) for split in (True, False))
 
 
@@ -201,9 +205,9 @@ def _on_device(products: Sequence[Product], device: torch.device) -> Tensor:
     bases = [aligned(x.basis) for x in products]
     outs = [x.out if is_aligned(x.out) else aligned(torch.zeros_like(x.out)) for x in products]
     for i, (basis, transform, _, out, flat, wide) in enumerate(products):
-        width = padded(max(transform.shape))
         narrow = not wide and basis.dtype == out.dtype and basis.dtype in NARROW
-        groups[basis.dtype if narrow else None, flat, width].append(i)
+        dtype = basis.dtype if narrow else None
+        groups[dtype, flat, padded(max(transform.shape), _ranks(dtype))].append(i)
     finite = torch.ones(len(products), dtype=torch.int32, device=device)
     with current(device):
         for (dtype, flat, width), chosen in groups.items():
@@ -240,7 +244,7 @@ def shipped(arch: str) -> Iterator[Shipped]:
             name = f"{'flat' if flat else 'tall'}, rank {width}"
             fast = ARCHITECTURES[arch].float64
             yield Shipped(f"float64, {name}", variant(arch, None, flat, width), signature, matrix=fast)
-            for dtype in NARROW:
+            for dtype in (dtype for dtype in NARROW if width in _ranks(dtype)):
                 signature = {"p_products": "*i64", "p_scaled": "*bf16", "p_finite": "*i32"}
                 title = f"{str(dtype).removeprefix('torch.')}, {name}"
                 yield Shipped(title, variant(arch, dtype, flat, width), signature, matrix=True)

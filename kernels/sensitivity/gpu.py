@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectral_fast.kernels import pointers
-from spectral_fast.kernels.gpu import INTERPRETED, Shipped, Variant, architecture, padded
+from spectral_fast.kernels.gpu import FEWER_RANKS, INTERPRETED, Shipped, Variant, architecture, padded
 from spectral_fast.kernels.sensitivity.grouped import Module
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -152,7 +152,9 @@ def on_matrix_units(dtype: torch.dtype, basis: bool = False) -> bool:
 
 def ranks(dtype: torch.dtype, basis: bool = False) -> tuple[int, ...]:
     """The ranks that are compiled: masked columns of a factor cost products, of which there is room, and no traffic."""
-    return (16, 64, 128, 256) if on_matrix_units(dtype, basis) else (64, 256)
+    if not on_matrix_units(dtype, basis):
+        return (64, 256)
+    return FEWER_RANKS if dtype == torch.float16 else (16, 64, 128, 256)
 
 
 def grouped_variant(arch: str, dtype: torch.dtype, rank: int, basis: bool) -> Variant:
