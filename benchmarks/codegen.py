@@ -11,6 +11,7 @@ import argparse
 import csv
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -201,9 +202,21 @@ def compile_cuda(file: Path, arch: str) -> list[Result]:
         kernels = of_cubin(cubin.read_bytes(), matrix=False)
     seconds = (time.perf_counter() - start) / max(1, len(kernels))
     return [
-        Result("csrc/cuda", f"{file.name}: {name}", arch, seconds, x, (f"spills {x.spills} bytes",) if x.spills else ())
+        Result(
+            "csrc/cuda",
+            f"{file.name}: {_plain(name)}",
+            arch,
+            seconds,
+            x,
+            (f"spills {x.spills} bytes",) if x.spills else (),
+        )
         for name, x in kernels.items()
     ]
+
+
+def _plain(name: str) -> str:
+    """A mangled name without its unnamed namespace, which differs from build to build, and without its arguments."""
+    return re.sub(r"^_ZN\d+_GLOBAL__N__\w*?_cu_[0-9a-f]{8}\d+|EE\w*$", "", name)
 
 
 def _worker(cache: str) -> None:

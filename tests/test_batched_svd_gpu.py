@@ -143,6 +143,8 @@ def test_what_is_shipped_is_what_can_be_launched(arch: str) -> None:
     for dtype in dtypes:
         for rank in sorted({gpu.padded(r) for r in range(1, gpu.MAX_RANK + 1)}):
             launched += (
-                gpu._whole_variants(dtype, rank) if rank in gpu._WHOLE[dtype] else [gpu._block_variant(dtype, rank)]
+                gpu._whole_variants(arch, dtype, rank)
+                if rank in gpu._WHOLE[dtype]
+                else [gpu._block_variant(dtype, rank)]
             )
     assert shipped == launched

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectral_fast.kernels.batched_svd import cuda
-from spectral_fast.kernels.gpu import ARCHITECTURES, Shipped, Variant
+from spectral_fast.kernels.gpu import ARCHITECTURES, Shipped, Variant, architecture
 
 MAX_RANK = 512
 # 4 to 10 are needed for r up to 512.
@@ -285,14 +285,14 @@ def _limits(dtype: torch.dtype, rank: int) -> dict[str, float]:
 
 
 # Padded ranks that one program holds, and the warps of its two kernels; above, columns of a block, and warps. With
-# these none spills on any architecture of ARCHITECTURES.
+# these none spills on any architecture of ARCHITECTURES; one exception is in `_whole_variants`.
 _WHOLE = {
-    torch.float32: {16: (1, 1), 32: (4, 2), 64: (8, 8)},
-    torch.float64: {16: (2, 1), 32: (4, 4), 64: (16, 16)},
+    torch.float32: {16: (1, 1), 32: (4, 1), 64: (4, 4)},
+    torch.float64: {16: (2, 1), 32: (4, 4), 64: (8, 16)},
 }
 _BLOCKS = {
     torch.float32: {128: (16, 4), 256: (8, 8), 512: (8, 8)},
-    torch.float64: {128: (8, 4), 256: (8, 16), 512: (8, 8)},
+    torch.float64: {128: (8, 4), 256: (8, 8), 512: (8, 8)},
 }
 
 
@@ -301,8 +301,10 @@ def _variant(kernel: Any, dtype: torch.dtype, rank: int, warps: int, **constants
     return Variant(kernel, {name: values[name] for name in kernel.arg_names if name in values}, warps)
 
 
-def _whole_variants(dtype: torch.dtype, rank: int) -> tuple[Variant, Variant]:
+def _whole_variants(arch: str, dtype: torch.dtype, rank: int) -> tuple[Variant, Variant]:
     triangular, whole = _WHOLE[dtype][rank]
+    if (arch, dtype, rank) == ("sm_120", torch.float32, 64):
+        whole = 8
     return _variant(triangular_kernel, dtype, rank, triangular), _variant(whole_kernel, dtype, rank, whole)
 
 
@@ -316,7 +318,7 @@ def _whole(x: Tensor, order: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Te
     count, r = x.shape[:2]
     rank = padded(r)
     g, v, busy = x.new_empty(count, rank, rank), x.new_empty(count, rank, rank), finite.to(torch.int32)
-    triangular, rotations = _whole_variants(x.dtype, rank)
+    triangular, rotations = _whole_variants(architecture(x.device), x.dtype, rank)
     triangular.launch((count,), x, order, g, v, r)
     rotations.launch((count,), g, v, busy, r)
     return g, v, busy
@@ -350,7 +352,7 @@ def shipped(arch: str) -> Iterator[Shipped]:
         for rank in (16, 32, 64, 128, 256, 512):
             label = f"batched_svd {name[1:]} r={rank}"
             if rank in _WHOLE[dtype]:
-                triangular, rotations = _whole_variants(dtype, rank)
+                triangular, rotations = _whole_variants(arch, dtype, rank)
                 signature = {"p_x": name, "p_order": "*i64", "p_g": name, "p_w": name, "r": "i32"}
                 yield Shipped(f"{label} triangular", triangular, signature)
                 yield Shipped(f"{label} whole", rotations, {"p_g": name, "p_v": name, "p_busy": "*i32", "r": "i32"})
