@@ -85,10 +85,16 @@ class Launch:
         """By the kernel's model."""
         return MODELS[self.kernel](self)
 
-    def fits(self, shipped: Shipped) -> bool:
-        """Whether it is what a shipped variant was compiled for: the variant, and the type of every argument."""
+    def fits(self, shipped: Shipped, *, any_sizes: bool = False) -> bool:
+        """Whether it is what a shipped variant was compiled for: the variant, and the type of every argument.
+
+        With `any_sizes` the variant stands for sizes of which some are multiples of 16, and some are not.
+        """
+        kernel = self.variant.kernel  # as Triton's compiler has it, or its interpreter
+        options = getattr(kernel, "kwargs", None) or vars(kernel)
+        general = options.get("do_not_specialize") or ()
         return self.variant == shipped.variant and all(
-            _is_of(self[name], kind) for name, kind in shipped.signature.items()
+            _is_of(self[name], kind, general=any_sizes or name in general) for name, kind in shipped.signature.items()
         )
 
     def flops(self) -> int:
@@ -106,13 +112,16 @@ TYPES = {
 }
 
 
-def _is_of(x: Any, kind: str) -> bool:
+def _is_of(x: Any, kind: str, *, general: bool) -> bool:
+    """Whether an argument is of a kind; a number that is not `general` is compiled as a multiple of 16, or as none."""
     if kind.startswith("*"):
         return isinstance(x, Tensor) and x.dtype == TYPES[kind[1:]] and x.data_ptr() % 16 == 0
     if kind == "fp32":
         return isinstance(x, float)
     # As Triton sees a number: 64 bits only where it needs them.
-    return isinstance(x, int) and abs(x) < 2**31 and kind in ("i32", "i32:16") and (kind == "i32" or x % 16 == 0)
+    if not isinstance(x, int) or abs(x) >= 2**31 or not kind.startswith("i32"):
+        return False
+    return kind == "i32" if general else x != 1 and kind == ("i32" if x % 16 else "i32:16")
 
 
 @contextmanager

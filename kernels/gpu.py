@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from spectral_fast.backends import ENVIRONMENT_VARIABLE
 
 # Triton's own switch: its kernels then run as Python on tensors in host memory.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_one_at_a_time = Lock()  # the interpreter is not made for several threads
 
 # The ranks that kernels are compiled for; others take the next one, masked.
 RANKS = (16, 32, 64, 128, 256)
@@ -74,7 +77,7 @@ class Variant:
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
         """Runs the kernel on the current stream of its first argument's device; without programs, nothing."""
         if all(grid):
-            with torch.cuda.device_of(args[0]):
+            with torch.cuda.device_of(args[0]), _one_at_a_time if INTERPRETED else nullcontext():
                 self.kernel[grid](
                     *args,
                     **self.constants,
@@ -102,16 +105,22 @@ class Shipped(NamedTuple):
 
 
 def architecture(device: torch.device) -> str:
-    """The key of ``ARCHITECTURES`` whose configurations suit a device; under the interpreter, that of an H100."""
+    """The key of ``ARCHITECTURES`` whose configurations suit a device; under the interpreter, that of an H100.
+
+    Raises:
+        RuntimeError: none does; `refuses` has said so before.
+    """
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(device)
-    # 8.6, 8.9 and 12.x have 99 KiB of shared memory and slow float64; 10.3 has slow float64.
-    if (major, minor) == (8, 0):
-        return "sm_80"
-    return {9: "sm_90", 10: "sm_100" if minor == 0 else "sm_120"}.get(major, "sm_120")
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    else:
+        name = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        # These have 99 KiB of shared memory or slow float64, as sm_120 has.
+        name = {"sm_86": "sm_120", "sm_89": "sm_120", "sm_103": "sm_120", "sm_121": "sm_120"}.get(name, name)
+    if name not in ARCHITECTURES:
+        raise RuntimeError(f"{device} is {name}; kernels are compiled for {', '.join(ARCHITECTURES)}")
+    return name
 
 
 def refuses(tensors: Iterable[Tensor] = ()) -> str | None:
@@ -128,5 +137,23 @@ def refuses(tensors: Iterable[Tensor] = ()) -> str | None:
     else:
         wanted = "cuda"
         missing = None if torch.cuda.is_available() else "torch sees no GPU"
-    elsewhere = {str(x.device) for x in tensors if x.device.type != wanted}
-    return f"tensors are on {', '.join(sorted(elsewhere))}" if elsewhere else missing
+    tensors = list(tensors)
+    if elsewhere := {str(x.device) for x in tensors if x.device.type != wanted}:
+        return f"tensors are on {', '.join(sorted(elsewhere))}"
+    if any(x.is_neg() for x in tensors):
+        return "a tensor is negated lazily; resolve_neg() makes it a plain one"
+    if missing:
+        return missing
+    try:
+        for device in {x.device for x in tensors} or {torch.device(wanted)}:
+            architecture(device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def refuses_together(tensors: Iterable[Tensor]) -> str | None:
+    """The same, and wants all of them on one device."""
+    tensors = list(tensors)
+    devices = {str(x.device) for x in tensors}
+    return refuses(tensors) if len(devices) < 2 else f"tensors are on {', '.join(sorted(devices))}"

@@ -14,7 +14,7 @@ import spectral_fast.kernels.lowrank_svd
 import spectral_fast.kernels.recompose
 import spectral_fast.kernels.sensitivity
 import spectral_fast.kernels.spectral_linear  # noqa: F401
-from spectral_fast.backends import Backend, native_missing, pick, registered
+from spectral_fast.backends import ENVIRONMENT_VARIABLE, Backend, native_missing, pick, registered
 from spectral_fast.provenance import versions
 
 
@@ -42,7 +42,11 @@ def _taken(op: str) -> str:
 def _states(backends: Sequence[Backend]) -> dict[str, Any]:
     """Reasons of the backends that refuse on this machine, and whether there is one for tensors on a GPU."""
     refusals = {backend.name: reason for backend in backends if (reason := backend.refuses())}
-    return {"refusals": refusals, "gpu": any(x.name == "gpu" and x.name not in refusals for x in backends)}
+    forced = os.environ.get(ENVIRONMENT_VARIABLE, "") in {x.name for x in backends}
+    return {
+        "refusals": refusals,
+        "gpu": not forced and any(x.name == "gpu" and x.name not in refusals for x in backends),
+    }
 
 
 def _isa() -> dict[str, Any] | str:
@@ -63,6 +67,8 @@ def as_text(facts: dict[str, Any]) -> str:
     lines += [isa if isinstance(isa, str) else f"instruction set: {isa['chosen']} (of {', '.join(isa['supported'])})"]
     for op, backends in facts["ops"].items():
         refusals = [f"; {name} refuses: {reason}" for name, reason in backends["refusals"].items()]
+        if backends["takes"].startswith("none"):  # which says why
+            refusals = []
         on_gpu = "; gpu for tensors on a GPU" if backends["gpu"] and backends["takes"] != "gpu" else ""
         lines += [f"{op} takes {backends['takes']}{on_gpu}" + "".join(refusals)]
     return "\n".join(lines)

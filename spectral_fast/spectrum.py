@@ -126,12 +126,9 @@ def rebuild(
             raise ValueError(f"{name}: s_new must have shape {tuple(spectrum.s.shape)}, got {tuple(s.shape)}")
         if (b.dtype, a.dtype) != spectrum.dtypes:
             raise ValueError(f"{name}: out must have dtypes {spectrum.dtypes}, got {(b.dtype, a.dtype)}")
-    if not spectra:
-        return []
-    # All at once, and of a negative value NaN.
-    joined = torch.cat([s.to(spectrum.s) for spectrum, s in zip(spectra, s_new, strict=True)]).sqrt()
-    roots = torch.split(joined, [len(s) for s in s_new])
-    if not joined.isfinite().all():
+    roots = _roots([s.to(spectrum.s) for spectrum, s in zip(spectra, s_new, strict=True)])
+    if roots is None:
+        roots = [s.sqrt() for s in s_new]
         i = next(i for i, root in enumerate(roots) if not root.isfinite().all())
         raise ValueError(f"{names[i]}: s_new must be finite and not negative, got {s_new[i].tolist()}")
     products = []
@@ -148,6 +145,15 @@ def rebuild(
             f"{torch.finfo(dtype).max:.3g}); make the singular values smaller, or store the adapter in a wider dtype"
         )
     return list(out)
+
+
+def _roots(values: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    """The square root of each, all at once where they are on one device; None if one is not finite."""
+    if len({x.device for x in values}) > 1:
+        roots: Sequence[Tensor] = [x.sqrt() for x in values]
+        return roots if all(bool(x.isfinite().all()) for x in roots) else None
+    joined = torch.cat(list(values)).sqrt() if values else torch.empty(0)
+    return torch.split(joined, [len(x) for x in values]) if joined.isfinite().all() else None
 
 
 def _needs_float64(amplification: float, dtype: torch.dtype) -> bool:

@@ -29,9 +29,9 @@ def _gram(name: str, dtype: str, rank: int, *, block: int = 64, warps: int = 4, 
 
 
 KERNELS = {
-    "good": _gram("good", "bf16", 64),
-    "spilling": _gram("a sum of 512 registers a thread", "bf16", 128, block=16, warps=1),
-    "deep": _gram("16 stages of 16 KiB", "bf16", 64, block=128, stages=16),
+    "good": _gram("good", "fp16", 64),
+    "spilling": _gram("a sum of 512 registers a thread", "fp16", 128, block=16, warps=1),
+    "deep": _gram("16 stages of 16 KiB", "fp16", 64, block=128, stages=16),
     "scalar": _gram("float32 has no matrix instruction", "fp32", 16, block=16),
     "unnamed": Shipped("an argument without a type", Variant(gram, {"R": 16, "BLOCK": 16}), {"p_x": "*fp32"}),
 }

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tiny() -> dict[str, workloads.Case]:
-    return {case.kernel: case for case in workloads.cases(workloads.TINY, CPU)}
+    return {case.kernel: case for _, make in workloads.groups(workloads.TINY, CPU) for case in make()}
 
 
 @interpreted
@@ -158,3 +158,24 @@ def test_factors_have_the_condition_numbers_that_are_asked_for() -> None:
     assert 1e3 / 1.5 < condition < 1e3 * 1.5
     assert b.shape == (4096, 8)
     assert a.shape == (8, 64)
+
+
+@interpreted
+def test_a_module_that_was_done_again_by_qr_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectral_fast.kernels.lowrank_svd import gpu
+
+    kept = gpu.grams
+    monkeypatch.setattr(gpu, "grams", lambda *arguments: kept(*arguments) * torch.nan)
+    [failure] = run.run("interpreter", "lowrank_svd")["failures"]
+    assert "7 of 7 modules were done again by QR" in failure
+
+
+@interpreted
+def test_a_workload_that_cannot_be_made_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(workloads, "adapter_factors", too_much)
+    result = run.run("interpreter")
+    assert [failure for failure in result["failures"] if "out of memory" in failure]
+    assert {row["state"] for row in result["rows"] if row["kernel"] == "batched_svd"} == {"ok"}

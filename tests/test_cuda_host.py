@@ -110,8 +110,9 @@ def test_a_matrix_that_is_not_finite_or_overflows_spoils_no_other() -> None:
 
 
 def test_a_rank_that_is_too_large_is_not_chosen_and_not_launched() -> None:
-    assert cuda.chosen(cuda.MAX_RANK)
-    assert not cuda.chosen(cuda.MAX_RANK + 1)
+    assert cuda.chosen(torch.ones(1, 128, 128))
+    assert not cuda.chosen(torch.ones(1, 128, 128, dtype=torch.float64))  # 267 KB of shared memory
+    assert not cuda.chosen(torch.ones(1, 129, 129))
     with pytest.raises(RuntimeError, match="r = 129: error -1"):
         cuda.svd_launch(torch.ones(1, 129, 129))
 

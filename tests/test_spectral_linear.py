@@ -72,3 +72,27 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     x, y, u, _, vh = operands((3,), 5, 6, 2)
     with pytest.raises(ValueError, match=r"got x \(3, 6\), y \(3, 5\), u \(5, 2\), s \(3,\)"):
         spectral_linear(x, y, u, torch.ones(3), vh, 1.0)
+
+
+def test_what_does_not_fit_together_is_refused_in_words() -> None:
+    x, y, u, s, vh = (t.detach() for t in operands((4,), 5, 6, 2))
+    for wrong in ((x, y, u[:, 0], s, vh), (x, y, u[None], s, vh), (x, y, u, s, vh[0]), (x, y, u, s[:1], vh)):
+        with pytest.raises(ValueError, match="spectral_linear wants x"):
+            spectral_linear(*wrong, 1.0)
+    for wrong in ((x, y, u.float(), s, vh), (x, y, u, s.bfloat16(), vh), (x.long(), y, u.long(), s, vh.long())):
+        with pytest.raises(TypeError, match="must share one of"):
+            spectral_linear(*wrong, 1.0)
+    with pytest.raises(ValueError, match="must be on one device, got cpu, meta"):
+        spectral_linear(x, y, u, s.to("meta"), vh, 1.0)
+
+
+def test_autocast_changes_nothing() -> None:
+    results = []
+    for enabled in (False, True):
+        x, y, u, s, vh = operands((4,), 5, 6, 2, torch.float32)
+        s = s.detach().float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = spectral_linear(x, y, u, s, vh, 1.5)
+        results.append((out, *torch.autograd.grad(out.sum(), (x, s))))
+    for plain, autocast in zip(*results, strict=True):
+        assert torch.equal(plain, autocast)

@@ -13,14 +13,24 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from spectral_fast.kernels import gpu
+
 ENVIRONMENT_VARIABLE = "SPECTRAL_FAST_CUDA"
 # Four elements of a column in each lane of a warp.
 MAX_RANK = 128
+# What `make cuda` compiles for; the host's library, behind its shim, has no limits.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 
-def chosen(r: int) -> bool:
-    """Whether the kernel is to be used for matrices of this rank."""
-    return bool(os.environ.get(ENVIRONMENT_VARIABLE)) and r <= MAX_RANK
+def chosen(x: Tensor) -> bool:
+    """Whether the kernel is to be used for these matrices (batch, r, r): G and V must fit into shared memory."""
+    r = x.shape[-1]
+    if not os.environ.get(ENVIRONMENT_VARIABLE) or r > MAX_RANK:
+        return False
+    arch = gpu.architecture(x.device)
+    # As Shared::bytes in csrc/cuda/jacobi.cu.
+    needed = (2 * r * (r | 1) + 2 * r) * x.element_size() + 4 * r
+    return arch in ARCHITECTURES and needed <= gpu.ARCHITECTURES[arch].shared
 
 
 @cache

@@ -32,7 +32,7 @@ MAX_SWEEPS = 20
 CONVERGED, NOT_FINITE, NOT_CONVERGED = 0, 1, 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r"])
 def triangular_kernel(p_x, p_order, p_g, p_w, r, R: tl.constexpr, NOISE: tl.constexpr):
     """G = xᵀ Q of one matrix by Householder reflections I - w wᵀ, transposed and padded to (R, R).
 
@@ -132,7 +132,7 @@ def _sweep(top, bottom, v_top, v_bottom, i, rotated, TOLERANCE: tl.constexpr):
     return top, bottom, v_top, v_bottom, rotated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r"])
 def whole_kernel(
     p_g, p_v, p_busy, r, R: tl.constexpr, TOLERANCE: tl.constexpr, NOISE: tl.constexpr, SWEEPS: tl.constexpr
 ):
@@ -172,7 +172,7 @@ def whole_kernel(
     tl.store(p_busy + i_matrix, busy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r", "sweep", "step"])
 def pair_kernel(
     p_g,
     p_v,
@@ -243,7 +243,7 @@ def svd_launch(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, r = x.shape[:2]
     if x.numel() == 0:
         return torch.empty_like(x), x.new_empty(count, r), torch.empty_like(x), x.new_zeros(count, dtype=torch.int32)
-    if cuda.chosen(r):
+    if cuda.chosen(x):
         return cuda.svd_launch(x)
     largest = x.abs().amax((1, 2))
     finite = largest.isfinite()

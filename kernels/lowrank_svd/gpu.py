@@ -3,8 +3,8 @@
 A program sums the products of a tile of a factor's columns over a piece of its rows, and leaves them as a partial Gram
 matrix; a second kernel adds the pieces in order. Products are exact and sums are in float64, or, where the card's
 float64 is slow, in three float32 numbers each. All r × r steps after that are the batched routines of cuSOLVER and
-cuBLAS by way of torch, on (modules, 2, R, R) at once, and ``batched_svd``. The host asks for nothing but the losses,
-at the end.
+cuBLAS by way of torch, on (modules, 2, R, R) at once, and ``batched_svd``'s kernels. The host asks for nothing but
+the losses, at the end; where float64 is slow, torch's SVD of the cores may ask for more.
 """
 
 from __future__ import annotations

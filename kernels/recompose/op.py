@@ -51,7 +51,10 @@ def recompose(products: Sequence[Product]) -> list[bool]:
     """
     for product in products:
         _check(*product)
-    finite: list[bool] = pick("recompose", products).call(products)
+    backend = pick("recompose", products)
+    if backend.name != "cpu":  # the native module looks for itself, which is faster
+        _check_overlap(products)
+    finite: list[bool] = backend.call(products)
     torch.autograd.graph.increment_version([product.out for product in products])
     return finite
 
@@ -75,9 +78,30 @@ def _check(basis: Tensor, transform: Tensor, scale: Tensor, out: Tensor, flat: b
             f"a basis and an out of {', '.join(map(str, native.CODES))} and a transform and scale of "
             f"torch.float64; got {basis.dtype}, {out.dtype}, {transform.dtype}, {scale.dtype}"
         )
+    if not (basis.device == transform.device == scale.device == out.device):
+        places = ", ".join(str(x.device) for x in (basis, transform, scale, out))
+        raise ValueError(f"basis, transform, scale and out must be on one device, got {places}")
     if not out.is_contiguous() or out.is_neg():
         strides = "a lazy negation" if out.is_neg() else f"strides {out.stride()}"
         raise ValueError(f"out must be contiguous, got {strides} for shape {tuple(out.shape)}")
+
+
+def _check_overlap(products: Sequence[Product]) -> None:
+    spans = []
+    for i, (basis, _, _, out, _, _) in enumerate(products):
+        in_place = (out.data_ptr(), out.shape, out.dtype) == (basis.data_ptr(), basis.shape, basis.dtype)
+        for x, written in ((out, True), *([] if in_place else [(basis, False)])):
+            if x.numel():
+                last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True)) + 1
+                spans.append((str(x.device), x.data_ptr(), x.data_ptr() + last * x.element_size(), written, i))
+    furthest: dict[tuple[str, bool], tuple[int, int]] = {}  # of what is read, and of what is written
+    for device, begin, end, written, i in sorted(spans):
+        for other in (True, False):
+            reached, j = furthest.get((device, other), (begin, i))
+            if (written or other) and begin < reached:
+                raise ValueError(f"products {j} and {i} share memory that one of them writes; give each its own out")
+        if end > furthest.get((device, written), (0, 0))[0]:
+            furthest[device, written] = end, i
 
 
 def _reference(products: Sequence[Product]) -> list[bool]:

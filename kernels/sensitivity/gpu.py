@@ -39,8 +39,7 @@ class Blocks(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def blocks(starts: tuple[int, ...], size: int, device: torch.device) -> Blocks:
-    """Blocks of at most `size` tokens. Kept: a forward and backward pass asks for the same ones in every module."""
+def _blocks(starts: tuple[int, ...], size: int, device: torch.device, stream: int) -> Blocks:  # noqa: ARG001
     edges = np.array(starts, np.int64)
     counts = -(-np.diff(edges) // size)
     firsts = np.concatenate([[0], np.cumsum(counts)])
@@ -48,8 +47,15 @@ def blocks(starts: tuple[int, ...], size: int, device: torch.device) -> Blocks:
     begin = edges[segment] + (np.arange(firsts[-1]) - firsts[segment]) * size
     end = np.minimum(begin + size, edges[segment + 1])
     table = np.stack([begin, end, segment], axis=1)
-    # Not asynchronous: a later call may be on another stream.
     return Blocks(torch.from_numpy(table).to(device), torch.from_numpy(firsts).to(device))
+
+
+def blocks(starts: tuple[int, ...], size: int, device: torch.device) -> Blocks:
+    """Blocks of at most `size` tokens. Kept: a forward and backward pass asks for the same ones in every module.
+
+    Each stream has its own: memory that is given up goes to the stream that it was made on.
+    """
+    return _blocks(starts, size, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ def grouped_products(modules: Sequence[Module], starts: Tensor | None = None) ->
     """Per module and segment Σ (x[n] V) ⊙ (dy[n] U) over starts[t] ≤ n < starts[t + 1], times the scaling ∂L/∂s.
 
     Projections are summed and multiplied in float32, and never leave the chip on a GPU, where all modules of one dtype
-    and of one rank, rounded up to 16, 32, 64, 128 or 256, are one launch. Not differentiable.
+    and of one class of ranks are one launch. Not differentiable.
 
     Args:
         modules: of any shapes and ranks, but the same tokens.
@@ -106,7 +106,7 @@ def _refuses(modules: Sequence[Module] = (), starts: Tensor | None = None) -> st
     devices = {str(module.x.device) for module in modules}
     if len(devices) > 1:
         return f"modules are on {', '.join(sorted(devices))}"
-    return gpu.refuses(module.x for module in modules)
+    return gpu.refuses(x for module in modules for x in module)
 
 
 register("grouped_products", Backend("gpu", _refuses, _gpu), Backend("reference", lambda *_: None, grouped_reference))

@@ -29,6 +29,9 @@ def segment_products(p: Tensor, q: Tensor, starts: Tensor | None = None) -> Tens
         ValueError: shapes or starts do not fit.
         TypeError: dtypes do not fit.
     """
+    if p.device != q.device or (starts is not None and starts.device.type != "cpu"):
+        where = None if starts is None else starts.device
+        raise ValueError(f"p and q must be on one device, and starts on the CPU; got {p.device}, {q.device}, {where}")
     out: Tensor = _op(p.detach(), q.detach(), torch.tensor([0, len(p)]) if starts is None else starts)
     return out
 
@@ -90,7 +93,7 @@ def _refuses(elsewhere: Callable[[Iterable[Tensor]], str | None]) -> Callable[..
 register(
     "sensitivity",
     Backend("cpu", _refuses(native.refuses), _cpu),
-    Backend("gpu", _refuses(gpu.refuses), _gpu),
+    Backend("gpu", _refuses(gpu.refuses_together), _gpu),
     Backend("reference", lambda *_: None, reference),
 )
 

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spectral_fast.backends import Backend, define, pick, register
-from spectral_fast.kernels import gpu
+from spectral_fast.kernels import gpu, native
 from spectral_fast.kernels.sensitivity import check_starts
 from spectral_fast.kernels.spectral_linear import reference
+
+SINGULAR = (torch.float32, torch.float64)  # dtypes of s
 
 
 def spectral_linear(
@@ -19,8 +21,8 @@ def spectral_linear(
 ) -> Tensor:
     """Add a LoRA branch in spectral form to a base layer's output: y + scaling · ((x V) ⊙ s) Uᵀ.
 
-    Differentiable in x, y and s; u and vh are constants. The gradient of s is the sensitivity
-    g_k = scaling · Σ_n ⟨∂L/∂y_n, u_k⟩⟨x_n, v_k⟩, summed over all tokens in float32 (float64 for float64 inputs).
+    Differentiable once in x, y and s; u and vh are constants; autocast changes nothing. The gradient of s is the
+    sensitivity g_k = scaling · Σ_n ⟨∂L/∂y_n, u_k⟩⟨x_n, v_k⟩, summed over all tokens in float32 (in float64 if x is).
     With `starts` every segment of tokens, such as a sample, has singular values of its own, and so a sensitivity:
     `s.expand(segments, r)` has the gradient per segment, and s their sum.
 
@@ -39,19 +41,27 @@ def spectral_linear(
 
     Raises:
         ValueError: if the shapes do not fit together, or starts do not go from 0 to the number of tokens.
-        TypeError: if starts is of another dtype.
+        TypeError: if dtypes do not fit.
+        RuntimeError: the backend that ``SPECTRAL_FAST_BACKEND`` forces refuses.
 
     Cost: 2 · tokens · (n + m) · r flops in each direction; x, y and ∂L/∂y are read once.
     """
-    m, r = u.shape
-    n = vh.shape[1]
+    (m, r), n = u.shape if u.ndim == 2 else (-1, -1), vh.shape[-1] if vh.ndim == 2 else -1
     singular = (r,) if starts is None else (len(starts) - 1, r)
-    if x.shape[-1] != n or y.shape[-1] != m or s.shape != singular or vh.shape[0] != r or x.shape[:-1] != y.shape[:-1]:
+    shapes = (x.shape[-1:], y.shape[-1:], s.shape, vh.shape)
+    if shapes != ((n,), (m,), singular, (r, n)) or x.shape[:-1] != y.shape[:-1]:
         rows, number = ("(r,)", "") if starts is None else ("(segments, r)", f" and {len(starts) - 1} segments")
         raise ValueError(
             f"spectral_linear wants x (..., n), y (..., m), u (m, r), s {rows}, vh (r, n); got x {tuple(x.shape)}, "
             f"y {tuple(y.shape)}, u {tuple(u.shape)}, s {tuple(s.shape)}, vh {tuple(vh.shape)}{number}"
         )
+    if x.dtype not in native.CODES or not (x.dtype == u.dtype == vh.dtype) or s.dtype not in SINGULAR:
+        raise TypeError(
+            f"x, u and vh must share one of {', '.join(map(str, native.CODES))}, and s be float32 or float64; got "
+            f"x {x.dtype}, u {u.dtype}, vh {vh.dtype}, s {s.dtype}"
+        )
+    if len(devices := {str(t.device) for t in (x, y, u, s, vh)}) > 1:
+        raise ValueError(f"x, y, u, s and vh must be on one device, got {', '.join(sorted(devices))}")
     out: Tensor = _SpectralLinear.apply(x, y, u, s, vh, scaling, starts)  # type: ignore[no-untyped-call]
     return out
 
@@ -81,15 +91,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     if starts is not None:
         check_starts(starts, len(x))
-    out, p = pick("spectral_linear_forward", x, y, u, vh).call(x, y, u, s, vh, scaling, starts)
+    with torch.autocast(x.device.type, enabled=False):
+        out, p = pick("spectral_linear_forward", x, y, u, vh, s).call(x, y, u, s, vh, scaling, starts)
     return out, p
 
 
 def _backward(
     dy: Tensor, p: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float, starts: Tensor | None, wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    backend = pick("spectral_linear_backward", dy, p, u, vh)
-    dx, g = backend.call(dy, p, u, s, vh, scaling, starts, wanted)
+    with torch.autocast(dy.device.type, enabled=False):
+        backend = pick("spectral_linear_backward", dy, p, u, vh, s)
+        dx, g = backend.call(dy, p, u, s, vh, scaling, starts, wanted)
     return dx, g
 
 
@@ -106,14 +118,15 @@ def _gpu_backward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _refuses(*tensors: Tensor) -> str | None:
-    dtypes = {x.dtype for x in tensors}
+    """Of x, y, u, vh (or dy, p, u, vh), which share a dtype, and s, which need not."""
+    dtypes = {x.dtype for x in tensors[:4]}
     if len(dtypes) > 1:
         return f"one dtype is wanted, and there are {', '.join(sorted(map(str, dtypes)))}"
     if torch.float64 in dtypes:
         return "sums are in float32, and x is float64"
-    if tensors and (r := len(tensors[-1])) > gpu.RANKS[-1]:
+    if tensors and (r := len(tensors[3])) > gpu.RANKS[-1]:
         return f"rank {r} is above {gpu.RANKS[-1]}"
-    return gpu.refuses(tensors)
+    return gpu.refuses_together(tensors)
 
 
 register(

@@ -21,7 +21,7 @@ def forward(
     weighted = p * _of_tokens(s, starts, scaling, p.dtype)
     if y.dtype == p.dtype:
         return torch.addmm(y, weighted, u.mT), p
-    return y + (weighted @ u.mT).to(y.dtype), p
+    return (y + (weighted @ u.mT).to(y.dtype)).contiguous(), p
 
 
 def backward(

@@ -40,9 +40,12 @@ def grouped(shapes: Sequence[Shape], tokens: int, samples: int, r: int, itemsize
 
 
 def spectra(shapes: Sequence[Shape], r: int, itemsize: int) -> Work:
-    """``lowrank_svd``: the factors are read; half of each Gram matrix. What is done to r × r matrices is left out."""
+    """``lowrank_svd``: the factors are read; half of each Gram matrix, in float64, which squared conditions need.
+
+    What is done to r × r matrices is left out.
+    """
     length = sum(m + n for m, n in shapes)
-    return Work(length * r * itemsize, {"bfloat16": length * r**2})
+    return Work(length * r * itemsize, {"float64": length * r**2})
 
 
 def recomposed(shapes: Sequence[Shape], r: int, itemsize: int) -> Work:

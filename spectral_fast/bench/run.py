@@ -13,8 +13,9 @@ import torch
 
 from spectral_fast.backends import ENVIRONMENT_VARIABLE, chosen_backends
 from spectral_fast.bench.cards import Card, card
+from spectral_fast.bench.least import Work
 from spectral_fast.bench.timing import milliseconds
-from spectral_fast.bench.workloads import FULL, OURS, TINY, Case, cases
+from spectral_fast.bench.workloads import FULL, OURS, TINY, Case, groups
 from spectral_fast.kernels.gpu import INTERPRETED
 
 DEVICES = ("cuda", "interpreter")
@@ -44,11 +45,15 @@ def run(device: str = "cuda", only: str = "", report: Callable[[str], object] = 
     rows = []
     torch.manual_seed(0)
     with _forced("gpu"):
-        for case in cases(TINY if INTERPRETED else FULL, where):
-            if only not in f"{case.kernel}: {case.name}":
-                continue
-            report(f"{case.kernel}: {case.name}")
-            rows += [_row(case, who, where, known) for who in case.runs]
+        for title, make in groups(TINY if INTERPRETED else FULL, where):
+            try:
+                for case in make():
+                    if only in f"{case.kernel}: {case.name}":
+                        report(f"{case.kernel}: {case.name}")
+                        rows += [_row(case, who, where, known) for who in case.runs]
+            except Exception as error:  # such as too little memory: the others are run all the same
+                kernel, _, workload = title.partition(": ")
+                rows.append(_entry(kernel, workload, OURS, _state(error), [], Work(0, {}), None))
     if not rows:
         raise ValueError(f"no workload has {only!r} in its name")
     failures = [
@@ -105,22 +110,30 @@ def _row(case: Case, who: str, device: torch.device, known: Card | None) -> dict
             times = milliseconds(case.runs[who], device, ROUNDS, BUDGET_MS)
         state = "ok"
     except Exception as error:  # a compiler's, a library's, or a wrong result: all of them are findings
-        state = f"{type(error).__name__}: {error}"
-        if os.environ.get("SPECTRAL_FAST_DEBUG"):
-            state = traceback.format_exc()
+        state = _state(error)
     bound = known.bound(*case.least) * 1e3 if known else None
+    return _entry(case.kernel, case.name, who, state, times, case.least, bound)
+
+
+def _state(error: Exception) -> str:
+    return traceback.format_exc() if os.environ.get("SPECTRAL_FAST_DEBUG") else f"{type(error).__name__}: {error}"
+
+
+def _entry(
+    kernel: str, workload: str, who: str, state: str, times: list[float], least: Work, bound: float | None
+) -> dict[str, Any]:
     return {
-        "kernel": case.kernel,
-        "workload": case.name,
+        "kernel": kernel,
+        "workload": workload,
         "implementation": who,
         "state": state,
         "median_ms": median(times) if times else None,
         "min_ms": min(times) if times else None,
         "max_ms": max(times) if times else None,
         "repeats": len(times),
-        "bytes": case.least.nbytes,
-        "flops": case.least.flops,
-        "bytes_per_second": case.least.nbytes / median(times) * 1e3 if times else None,
+        "bytes": least.nbytes,
+        "flops": least.flops,
+        "bytes_per_second": least.nbytes / median(times) * 1e3 if times else None,
         "bound_ms": bound,
     }
 

@@ -1,4 +1,4 @@
-"""Device time of a call, by events, with nothing of its input left in the cache."""
+"""Time of a call between two events on an idle device, from a cold cache: what the host does meanwhile is in it."""
 
 from __future__ import annotations
 
