@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from threading import Lock
 from typing import Any, NamedTuple
@@ -123,12 +124,17 @@ def architecture(device: torch.device) -> str:
     return name
 
 
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def refuses(tensors: Iterable[Tensor] = ()) -> str | None:
     """Wants Triton and tensors on a GPU; in host memory under Triton's interpreter, which must be asked for.
 
     Without tensors it answers for this machine.
     """
-    if find_spec("triton") is None:
+    if not _triton_installed():
         return "triton is not installed; pip install 'spectral-fast[gpu]'"
     if INTERPRETED and os.environ.get(ENVIRONMENT_VARIABLE) != "gpu":
         return f"Triton's interpreter is on, which is for tests; {ENVIRONMENT_VARIABLE}=gpu takes it all the same"
