@@ -265,7 +265,7 @@ def svd_launch(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (y[:, :, :r] / lengths[:, :, None]).gather(1, rows[:, :, None].expand(-1, -1, r))
         for y, lengths in ((v, drift), (g, length))
     )
-    return u.mT.contiguous(), torch.where(finite[:, None], s, torch.nan), vh, status.to(torch.int32)
+    return u.mT, torch.where(finite[:, None], s, torch.nan), vh, status.to(torch.int32)
 
 
 def padded(r: int) -> int:
