@@ -113,6 +113,15 @@ def test_a_wrong_command_line_ends_with_status_2(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_flag_may_be_spelt_with_dashes_or_with_underscores(
+    probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--base-model", BASE[1], "--lora-path", LORA[1], "--calib-data", DATA[1], "--calib-samples=4"]
+    assert run(capsys, "probe", *base, "--out-dir", tmp_path / "dash-ed")[0] == 0
+    sensitivity = "sensitivity.safetensors"
+    assert (tmp_path / "dash-ed" / sensitivity).read_bytes() == (probed / sensitivity).read_bytes()
+
+
 def break_config(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
 

@@ -1,0 +1,73 @@
+"""What several commands share: their parser, groups of flags, the probe, and warnings."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from spectral_fast.adapter.selection import SelectionOptions
+from spectral_fast.options import add_flags, take
+from spectral_fast.progress import bar
+
+
+def add_command(commands: Any, name: str, run: Callable[..., Any], help: str, example: str) -> argparse.ArgumentParser:
+    """A subcommand whose `run` takes the parsed flags and returns its result as JSON and as text."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_adapter_flags(parser: argparse.ArgumentParser, out_dir: str) -> None:
+    """Flags of commands that read an adapter and write a folder."""
+    parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
+    parser.add_argument("--out_dir", required=True, type=Path, help=out_dir)
+    parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds something")
+    add_flags(parser.add_argument_group("modules"), SelectionOptions)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, *, base_model_required: bool) -> None:
+    """Flags of the base model."""
+    from spectral_fast.calibration.model import ModelOptions
+
+    group = parser.add_argument_group("base model")
+    group.add_argument("--base_model", required=base_model_required, help="folder or Hugging Face name")
+    add_flags(group, ModelOptions)
+
+
+def add_calibration_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the calibration."""
+    from spectral_fast.calibration.probe import CalibrationOptions
+
+    add_flags(parser.add_argument_group("calibration"), CalibrationOptions)
+
+
+def run_probe(args: argparse.Namespace, adapter: Any, modules: Any) -> Any:
+    """Sensitivities measured as the flags say, with a progress bar."""
+    from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.calibration.probe import CalibrationOptions, probe
+
+    given = vars(args)
+    return probe(
+        adapter,
+        modules,
+        args.base_model,
+        take(CalibrationOptions, given),
+        take(ModelOptions, given),
+        progress=bar("calibrate"),
+    )
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """One line per warning on stderr."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)

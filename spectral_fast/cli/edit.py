@@ -1,0 +1,148 @@
+"""`edit`: reweight singular values, write the edited copy, report and evaluate it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from spectral_fast.adapter.selection import SelectionOptions
+from spectral_fast.cli.common import (
+    add_adapter_flags,
+    add_calibration_flags,
+    add_command,
+    add_model_flags,
+    run_probe,
+    warn,
+)
+from spectral_fast.options import add_flags, flag_name, take
+from spectral_fast.policies import POLICIES, Policy
+from spectral_fast.progress import bar, counter
+from spectral_fast.usage import UsageError, check_inputs_kept, check_report, unused
+
+SHARED_POLICY_FLAGS = {"seed"}  # accepted with every mode: the seed of the run as a whole
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Add the command's parser."""
+    from spectral_fast.evaluation.profiles import EvaluationOptions
+
+    parser = add_command(
+        commands,
+        "edit",
+        _run,
+        "reweight an adapter's singular values by their sensitivity and write the edited copy",
+        "spectral-fast edit --base_model meta-llama/Llama-2-7b-hf --lora_path ORG/ADAPTER --out_dir ./edited",
+    )
+    add_adapter_flags(parser, "folder to write; must be new, or empty")
+    parser.add_argument("--sensitivity", type=Path, help="folder that `probe` wrote; then no base model is needed")
+    parser.add_argument("--report", type=Path, help="write an HTML report with pictures to this file")
+    group = parser.add_argument_group("policy (each mode takes only its own flags)")
+    group.add_argument(
+        "--mode", "--edit_mode", default="abs_select", choices=list(POLICIES), help="(default: abs_select)"
+    )
+    add_flags(group, *POLICIES.values())
+    add_model_flags(parser, base_model_required=False)
+    add_calibration_flags(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--eval_gsm8k", action="store_true", help="evaluate the adapter before and after on GSM8K")
+    add_flags(group, EvaluationOptions, prefix="eval_")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.adapter import resolve
+    from spectral_fast.edit import edit_adapter
+    from spectral_fast.evaluation.profiles import EvaluationOptions
+    from spectral_fast.sensitivity import Sensitivity
+
+    policy = _policy(args)
+    needs_probe = policy.needs_sensitivity and args.sensitivity is None
+    if needs_probe and args.base_model is None:
+        raise UsageError(f"mode {args.mode} needs --base_model to measure sensitivities, or --sensitivity from `probe`")
+    if args.eval_gsm8k and args.base_model is None:
+        raise UsageError("--eval_gsm8k needs --base_model")
+    selection = take(SelectionOptions, vars(args))
+    adapter, modules = selection.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
+    adapter.check_out_dir(args.out_dir, overwrite=args.overwrite)
+    check_inputs_kept(args)
+    check_report(args, adapter.path)
+    warn([*adapter.warnings, *unused(args, policy, needs_probe)])
+    if args.eval_gsm8k:  # its mistakes are better known before the edit
+        take(EvaluationOptions, vars(args), prefix="eval_").load()
+    sensitivity = None
+    if needs_probe:
+        sensitivity = run_probe(args, adapter, modules)
+    elif policy.needs_sensitivity:
+        sensitivity = Sensitivity.load(args.sensitivity)
+    meta = {**asdict(selection), "seed": getattr(args, "seed", 0)}
+    edited = edit_adapter(
+        adapter,
+        policy,
+        args.out_dir,
+        modules=modules,
+        sensitivity=sensitivity,
+        meta={**meta, "lora_path": args.lora_path},
+        overwrite=args.overwrite,
+        progress=bar("edit"),
+    )
+    values = sum(len(module.s) for module in edited.values())
+    result: dict[str, Any] = {
+        "out_dir": str(args.out_dir),
+        "mode": args.mode,
+        "modules": len(edited),
+        "singular_values": values,
+        "carried": adapter.carried,
+    }
+    text = f"edited {len(edited)} modules ({values} singular values, mode {args.mode}) -> {args.out_dir}"
+    if adapter.carried:
+        text += f"\ncarried through unchanged: {len(adapter.carried)} other tensors or modules (named in --json)"
+    if args.report is not None:
+        from spectral_fast.report import write_report
+
+        facts = {"adapter": args.lora_path, "mode": args.mode, **asdict(policy)}
+        write_report(args.report, f"{Path(args.lora_path).name}, {args.mode}", edited, facts=facts)
+        result["report"] = str(args.report)
+        text += f"\nreport: {args.report}"
+    if args.eval_gsm8k:
+        result["gsm8k"], table = _evaluate_edit(args, adapter.path)
+        text += f"\n{table}"
+    return result, text
+
+
+def _policy(args: argparse.Namespace) -> Policy:
+    chosen = POLICIES[args.mode]
+    own = {f.name for f in fields(chosen)}
+    every = {f.name for policy in POLICIES.values() for f in fields(policy)}
+    alien = sorted((set(vars(args)) & every) - own - SHARED_POLICY_FLAGS)
+    if alien:
+        flags = {f.name: flag_name(f) for policy in POLICIES.values() for f in fields(policy)}
+        owners = [mode for mode, policy in POLICIES.items() if alien[0] in {f.name for f in fields(policy)}]
+        raise UsageError(
+            f"{flags[alien[0]]} is a flag of mode {', '.join(owners)}; mode {args.mode} takes "
+            + ", ".join(flags[name] for name in sorted(own))
+        )
+    return take(chosen, vars(args))
+
+
+def _evaluate_edit(args: argparse.Namespace, source: Path) -> tuple[dict[str, Any], str]:
+    """Results of `edit --eval_gsm8k`, in the edited adapter's folder, and the table."""
+    from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.evaluation.adapters import evaluate_adapters
+    from spectral_fast.evaluation.evaluate import write_metrics
+    from spectral_fast.evaluation.profiles import EvaluationOptions
+
+    results = evaluate_adapters(
+        args.base_model,
+        {"baseline": source, "edited": args.out_dir},
+        args.out_dir,
+        take(ModelOptions, vars(args)),
+        take(EvaluationOptions, vars(args), prefix="eval_"),
+        seed=getattr(args, "seed", 0),
+        progress=counter,
+    )
+    meta = {"base_model_id": args.base_model, "lora_path": args.lora_path, "mode": args.mode}
+    metrics = write_metrics(results["baseline"], results["edited"], args.out_dir, meta)
+    lines = [f"{name:<9} {r['acc']:.4f} ± {r['standard_error']:.4f}" for name, r in results.items()]
+    return metrics, "\n".join([*lines, metrics["comparison"]["verdict"]])

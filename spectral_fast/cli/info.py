@@ -1,0 +1,22 @@
+"""`info`: what this machine offers."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from spectral_fast.cli.common import add_command
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Add the command's parser."""
+    return add_command(
+        commands, "info", _run, "show versions, devices, and the backend of every op here", "spectral-fast info --json"
+    )
+
+
+def _run(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.environment import as_text, describe
+
+    facts = describe()
+    return facts, as_text(facts)

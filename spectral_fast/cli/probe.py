@@ -1,0 +1,56 @@
+"""`probe`: measure sensitivities and write them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from spectral_fast.adapter.selection import SelectionOptions
+from spectral_fast.cli.common import (
+    add_adapter_flags,
+    add_calibration_flags,
+    add_command,
+    add_model_flags,
+    run_probe,
+    warn,
+)
+from spectral_fast.options import take
+from spectral_fast.usage import check_inputs_kept
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Add the command's parser."""
+    parser = add_command(
+        commands,
+        "probe",
+        _run,
+        "measure the sensitivity of an adapter's singular values, for many edits later",
+        "spectral-fast probe --base_model meta-llama/Llama-2-7b-hf --lora_path ORG/ADAPTER --out_dir ./probed",
+    )
+    add_adapter_flags(parser, "folder for sensitivity.safetensors and .json")
+    add_model_flags(parser, base_model_required=True)
+    add_calibration_flags(parser)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.adapter import resolve
+    from spectral_fast.atomic import check_out_dir, replace_directory
+    from spectral_fast.sensitivity import RECORD
+
+    selection = take(SelectionOptions, vars(args))
+    adapter, modules = selection.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
+    target = {"source": adapter.path, "overwrite": args.overwrite, "marker": RECORD}
+    check_out_dir(args.out_dir, **target)
+    check_inputs_kept(args)
+    warn(adapter.warnings)
+    sensitivity = run_probe(args, adapter, modules)
+    with replace_directory(args.out_dir, **target) as directory:
+        sensitivity.save(directory)
+    record = sensitivity.record
+    text = (
+        f"probed {len(modules)} modules on {record['samples_used']} samples ({record['labels']} labelled tokens) "
+        f"-> {args.out_dir}\nnext: spectral-fast edit --sensitivity {args.out_dir} --lora_path {args.lora_path} "
+        "--out_dir ./edited"
+    )
+    return {"out_dir": str(args.out_dir), "modules": len(modules), **record}, text
