@@ -23,7 +23,7 @@ def ragged_examples(count: int = 7, seed: int = 3) -> list[Example]:
         length = int(torch.randint(4, 30, (), generator=generator))
         prompt = int(torch.randint(1, length, (), generator=generator))
         ids = torch.randint(0, 97, (length,), generator=generator).tolist()
-        examples.append(Example(tuple(ids), prompt))
+        examples.append(Example.continuation(ids, prompt))
     return examples
 
 
@@ -209,7 +209,7 @@ def test_g_is_a_sum_over_nominal_batches_of_mean_losses() -> None:
 
 def test_a_token_that_equals_the_padding_token_still_counts() -> None:
     model = with_lora(tiny_llama().double())
-    ending_in_zero = [Example((5, 6, 7, 0), 2), Example((8, 9, 10, 11, 12, 0), 3)]
+    ending_in_zero = [Example.continuation((5, 6, 7, 0), 2), Example.continuation((8, 9, 10, 11, 12, 0), 3)]
     assert (
         relative_difference(
             calibrate(model, ending_in_zero),
@@ -305,8 +305,8 @@ def test_unknown_modules_unlabelled_batches_and_long_samples_are_refused() -> No
     with pytest.raises(ValueError, match="not a linear LoRA layer"):
         calibrate(model, ragged_examples(), modules=["base_model.model.model.layers.0.mlp.gate_proj"])
     with pytest.raises(ValueError, match="samples 0 to 0 have no label"):
-        calibrate(model, [Example((1, 2, 3), 3), Example((1, 2, 3), 1)], batch_size=1)
+        calibrate(model, [Example.continuation((1, 2, 3), 3), Example.continuation((1, 2, 3), 1)], batch_size=1)
     with pytest.raises(ValueError, match="has 65 tokens, but the model has only 64 positions"):
-        calibrate(model, [Example((1,) * 65, 3)])
+        calibrate(model, [Example.continuation((1,) * 65, 3)])
     with pytest.raises(ValueError, match="at least one sample"):
         calibrate(model, [])

@@ -24,10 +24,18 @@ def tokenizer() -> Any:
     return load_tokenizer(str(embedded.base_model_dir()), ModelOptions())
 
 
+def prompt_of(example: Example) -> int:
+    """Where the labels begin; from there on every id is one."""
+    prompt_length = example.labels.count(-100)
+    assert example == Example.continuation(example.ids, prompt_length)
+    return prompt_length
+
+
 def test_the_answer_with_one_space_and_the_end_token_are_the_labels(tokenizer: Any) -> None:
     example = encode_question_answer(tokenizer, "How many?", "1+1 = 2\n#### 2")
-    assert tokenizer.decode(example.ids[: example.prompt_length]) == "Question: How many?\nAnswer:"
-    assert tokenizer.decode(example.ids[example.prompt_length : -1]) == " 1+1 = 2\n#### 2"
+    prompt_length = prompt_of(example)
+    assert tokenizer.decode(example.ids[:prompt_length]) == "Question: How many?\nAnswer:"
+    assert tokenizer.decode(example.ids[prompt_length:-1]) == " 1+1 = 2\n#### 2"
     assert example.ids[-1] == tokenizer.eos_token_id
     assert example.n_labels == len(" 1+1 = 2\n#### 2") + 1
 
@@ -41,9 +49,9 @@ def test_the_last_message_of_a_chat_is_the_label(tokenizer: Any) -> None:
         {"role": "assistant", "content": "4"},
     ]
     example = encode_messages(tokenizer, messages)
-    prompt = tokenizer.decode(example.ids[: example.prompt_length])
-    assert prompt == "<user>2+2?\n<assistant>5\n<user>no\n<assistant>"
-    assert tokenizer.decode(example.ids[example.prompt_length :]) == "4\n"
+    prompt_length = prompt_of(example)
+    assert tokenizer.decode(example.ids[:prompt_length]) == "<user>2+2?\n<assistant>5\n<user>no\n<assistant>"
+    assert tokenizer.decode(example.ids[prompt_length:]) == "4\n"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,9 @@ def test_chats_without_clear_labels_are_refused(
 
 
 def test_batches_are_padded_on_the_right_and_masked_by_length() -> None:
-    [batch] = nominal_batches([Example((7, 0, 9), 1), Example((5, 6, 7, 0, 0), 3)], 2, pad_id=0)
+    [batch] = nominal_batches(
+        [Example.continuation((7, 0, 9), 1), Example.continuation((5, 6, 7, 0, 0), 3)], 2, pad_id=0
+    )
     assert batch.input_ids.tolist() == [[7, 0, 9, 0, 0], [5, 6, 7, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch.labels.tolist() == [[-100, 0, 9, -100, -100], [-100, -100, -100, 0, 0]]

@@ -118,7 +118,7 @@ def test_probe_in_memory_then_edit_lowers_or_raises_what_g_says(adapter: Adapter
     from spectral_fast.calibration.data import nominal_batches
     from spectral_fast.calibration.loss import mean_token_loss
 
-    examples = [Example(tuple(range(i, i + 20)), 4) for i in range(6)]
+    examples = [Example.continuation(range(i, i + 20), 4) for i in range(6)]
 
     def loss(folder: Path) -> float:
         model = PeftModel.from_pretrained(tiny_llama(), folder).double().eval()

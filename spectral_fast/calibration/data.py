@@ -14,15 +14,33 @@ IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
 @dataclass(frozen=True)
 class Example:
-    """One teacher-forced sample: ids[prompt_length:] are the labels, each predicted from the ids before it."""
+    """One teacher-forced sample: labels[i], unless it is IGNORED, is to be predicted from ids[:i].
+
+    Attributes:
+        ids: token ids.
+        labels: as long as ids; usually the ids themselves where they count, as in an answer.
+    """
 
     ids: tuple[int, ...]
-    prompt_length: int
+    labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.labels):
+            raise ValueError(f"a sample needs a label per token id; got {len(self.ids)} ids, {len(self.labels)} labels")
+        wrong = [label for label in self.labels if label < 0 and label != IGNORED]
+        if wrong:
+            raise ValueError(f"a label is a token id, or {IGNORED} where none counts; got {wrong[0]}")
+
+    @classmethod
+    def continuation(cls, ids: Sequence[int], prompt_length: int) -> Example:
+        """The sample of which ids[prompt_length:] are the labels."""
+        ids = tuple(ids)
+        return cls(ids, ((IGNORED,) * len(ids[:prompt_length])) + ids[prompt_length:])
 
     @property
     def n_labels(self) -> int:
         """Labels that have a token before them to be predicted from."""
-        return max(0, len(self.ids) - max(self.prompt_length, 1))
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ def encode_question_answer(tokenizer: Any, question: str, answer: str) -> Exampl
     prompt = f"Question: {question}\nAnswer:"
     full = f"{prompt} {answer}{tokenizer.eos_token or ''}"
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return Example(tuple(tokenizer(full, add_special_tokens=False)["input_ids"]), len(prompt_ids))
+    return Example.continuation(tokenizer(full, add_special_tokens=False)["input_ids"], len(prompt_ids))
 
 
 def encode_messages(tokenizer: Any, messages: Any) -> Example:
@@ -75,7 +93,7 @@ def encode_messages(tokenizer: Any, messages: Any) -> Example:
     if not full.startswith(prompt):
         raise ValueError("the chat template renders the conversation differently from its own prompt: no clear labels")
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return Example(tuple(tokenizer(full, add_special_tokens=False)["input_ids"]), len(prompt_ids))
+    return Example.continuation(tokenizer(full, add_special_tokens=False)["input_ids"], len(prompt_ids))
 
 
 def nominal_batches(examples: Sequence[Example], batch_size: int, pad_id: int = 0) -> Iterator[Batch]:
@@ -92,5 +110,5 @@ def nominal_batches(examples: Sequence[Example], batch_size: int, pad_id: int = 
             n = len(example.ids)
             input_ids[row, :n] = torch.tensor(example.ids)
             attention_mask[row, :n] = 1
-            labels[row, example.prompt_length : n] = input_ids[row, example.prompt_length : n]
+            labels[row, :n] = torch.tensor(example.labels)
         yield Batch(input_ids, attention_mask, labels)
