@@ -7,6 +7,7 @@ loss is to each singular value, `edit_adapter` reweights them by a policy and wr
 from spectral_fast._version import __version__
 from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.calibrate import calibrate
+from spectral_fast.calibration.closed_form import sensitivity_from_gradients
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.calibration.probe import CalibrationOptions, probe
 from spectral_fast.edit import edit_adapter
@@ -26,4 +27,5 @@ __all__ = [
     "edit_adapter",
     "lowrank_svd",
     "probe",
+    "sensitivity_from_gradients",
 ]

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spectral_fast import embedded
-from spectral_fast.calibration.data import Example, encode_messages, encode_question_answer, nominal_batches
+from spectral_fast.calibration.data import (
+    Example,
+    as_examples,
+    encode_messages,
+    encode_question_answer,
+    nominal_batches,
+)
 from spectral_fast.calibration.model import ModelOptions, load_tokenizer
 from spectral_fast.calibration.probe import CalibrationOptions, load_examples
 
@@ -111,3 +118,53 @@ def test_parquet_is_read_like_json_lines(tokenizer: Any, tmp_path: Path) -> None
     options = CalibrationOptions(calib_data=str(tmp_path / "rows.parquet"))
     jsonl = CalibrationOptions(calib_data=str(embedded.calibration_file()), calib_samples=3)
     assert load_examples(tokenizer, options) == load_examples(tokenizer, jsonl)
+
+
+MULTI_TURN = Example((1, 2, 3, 4, 5), (-100, 2, -100, 4, 5))
+
+
+def test_labels_may_be_any_of_the_tokens() -> None:
+    assert MULTI_TURN.n_labels == 3
+    assert Example((1, 2), (1, -100)).n_labels == 0  # nothing predicts the first token
+    [batch] = nominal_batches([MULTI_TURN], 1)
+    assert batch.labels.tolist() == [[-100, 2, -100, 4, 5]]
+
+
+@pytest.mark.parametrize("dtype", ["lists", "tensors", "batch"])
+def test_rows_of_a_training_loop_become_examples_without_their_padding(dtype: str) -> None:
+    right = {
+        "input_ids": [1, 2, 3, 4, 5, 0],
+        "labels": [-100, 2, -100, 4, 5, -100],
+        "attention_mask": [1, 1, 1, 1, 1, 0],
+        "token_type_ids": [0] * 6,
+    }
+    left = {name: column[-1:] + column[:-1] for name, column in right.items()}
+    rows = [right, left]
+    if dtype == "tensors":
+        rows = [{name: torch.tensor(column) for name, column in row.items()} for row in rows]
+    if dtype == "batch":
+        rows = [{name: torch.tensor([right[name], left[name]]) for name in right}]
+    assert as_examples(rows) == [MULTI_TURN, MULTI_TURN]
+    assert as_examples([MULTI_TURN, {"input_ids": [1, 0], "labels": [-100, 0]}])[1] == Example((1, 0), (-100, 0))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1, 2], "text": "a"}, "item 1: no labels; it has input_ids, text"),
+        ({"input_ids": [1, 2], "labels": [1]}, r"item 1: labels must be as long as input_ids; got \(1, 1\), \(1, 2\)"),
+        ({"input_ids": [1, 2], "labels": [1, -1]}, "a label is a token id, or -100 where none counts; got -1"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 0, 1]}, "has a hole"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "position_ids": [0, 1, 0]}, "start again within a row"),
+    ],
+)
+def test_rows_that_cannot_be_meant_are_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        as_examples([MULTI_TURN, row])
+
+
+def test_data_that_are_no_rows_are_refused() -> None:
+    with pytest.raises(TypeError, match="item 0 must be an Example or a mapping with input_ids; got str"):
+        as_examples({"input_ids": [[1]]})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a label per token id; got 2 ids, 1 labels"):
+        Example((1, 2), (1,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Example:
     def continuation(cls, ids: Sequence[int], prompt_length: int) -> Example:
         """The sample of which ids[prompt_length:] are the labels."""
         ids = tuple(ids)
-        return cls(ids, ((IGNORED,) * len(ids[:prompt_length])) + ids[prompt_length:])
+        return cls(ids, (IGNORED,) * len(ids[:prompt_length]) + ids[prompt_length:])
 
     @property
     def n_labels(self) -> int:
@@ -94,6 +94,58 @@ def encode_messages(tokenizer: Any, messages: Any) -> Example:
         raise ValueError("the chat template renders the conversation differently from its own prompt: no clear labels")
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return Example.continuation(tokenizer(full, add_special_tokens=False)["input_ids"], len(prompt_ids))
+
+
+def as_examples(data: Iterable[Example | Mapping[str, Any]]) -> list[Example]:
+    """Samples as a training loop has them: rows of a data set, or batches of a loader.
+
+    Args:
+        data: examples, or mappings with `input_ids` and `labels` (-100 where none counts; the model shifts them, as
+            those of transformers do), and perhaps `attention_mask`: lists, arrays or tensors of one dimension, or of
+            two for a batch. Tokens whose mask is 0 are left out. Other columns play no part.
+
+    Raises:
+        TypeError: for something that is neither.
+        ValueError: naming the item, for missing columns, lengths that differ, a mask with a hole or position ids
+            that start again, which is several samples in one row.
+    """
+    examples: list[Example] = []
+    for index, item in enumerate(data):
+        if isinstance(item, Example):
+            examples.append(item)
+            continue
+        if not isinstance(item, Mapping):
+            raise TypeError(f"item {index} must be an Example or a mapping with input_ids; got {type(item).__name__}")
+        try:
+            examples += _from_columns(item)
+        except ValueError as error:
+            raise ValueError(f"item {index}: {error}") from error
+    return examples
+
+
+def _from_columns(item: Mapping[str, Any]) -> Iterator[Example]:
+    missing = [name for name in ("input_ids", "labels") if item.get(name) is None]
+    if missing:
+        raise ValueError(f"no {missing[0]}; it has {', '.join(item)}. Where every token counts, labels are input_ids")
+    columns = {
+        name: torch.as_tensor(item[name], device="cpu")
+        for name in ("input_ids", "labels", "attention_mask", "position_ids")
+        if item.get(name) is not None
+    }
+    columns = {name: column[None] if column.ndim == 1 else column for name, column in columns.items()}
+    ids, labels = columns["input_ids"], columns["labels"]
+    mask = columns.get("attention_mask", torch.ones_like(ids))
+    positions = columns.get("position_ids", torch.arange(ids.shape[-1]).expand_as(ids))
+    for name, column in columns.items():
+        if column.shape != ids.shape or ids.ndim != 2:
+            raise ValueError(f"{name} must be as long as input_ids; got {tuple(column.shape)}, {tuple(ids.shape)}")
+    for row in range(len(ids)):
+        text = mask[row].nonzero().squeeze(1)
+        if len(text) and int(text[-1] - text[0]) + 1 != len(text):
+            raise ValueError("attention_mask has a hole; 0 may only stand for padding at the ends")
+        if (positions[row, text].diff() != 1).any():
+            raise ValueError("position_ids start again within a row; give each sample a row of its own")
+        yield Example(tuple(ids[row, text].tolist()), tuple(labels[row, text].tolist()))
 
 
 def nominal_batches(examples: Sequence[Example], batch_size: int, pad_id: int = 0) -> Iterator[Batch]:
