@@ -1,0 +1,54 @@
+"""One tiny random model of every family that layer-major calibration is tested on, and its checkpoint in shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA = {**BASE, "head_dim": 8}
+EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {**BASE, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", BASE),
+    "qwen3": ("Qwen3", {**BASE, "head_dim": 8}),
+    "mistral": ("Mistral", {**BASE, "sliding_window": 5}),
+    "gemma": ("Gemma", GEMMA),
+    "gemma2": ("Gemma2", {**GEMMA, "sliding_window": 5, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3Text", {**GEMMA, "sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8}),
+    "phi3": ("Phi3", {**BASE, "tie_word_embeddings": False}),
+    "gpt_neox": ("GPTNeoX", {**BASE, "rotary_pct": 0.5}),
+    "mixtral": ("Mixtral", {**BASE, **EXPERTS, "num_local_experts": 3}),
+    "qwen3_moe": ("Qwen3Moe", {**BASE, **EXPERTS, "head_dim": 8, "num_experts": 3, "moe_intermediate_size": 24}),
+}
+
+
+def family_model(family: str, **changes: Any) -> Any:
+    """A random model of the family: four layers, hidden 32."""
+    import transformers
+
+    name, settings = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**settings, **changes})
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def save_in_shards(model: Any, path: Path) -> str:
+    """Save the model as its family's checkpoints are, in many small shards; returns the folder's name."""
+    model.save_pretrained(path, max_shard_size="20KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return str(path)
