@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spectral_fast.calibration.data import Batch, Example, nominal_batches
-from spectral_fast.calibration.loss import mean_token_loss
-from spectral_fast.calibration.spectral_form import SpectralLinear, lora_layers, spectral_form
+from spectral_fast.calibration.attention import Unpackable
+from spectral_fast.calibration.data import Example
+from spectral_fast.calibration.decoder import Decoder, attention_for
+from spectral_fast.calibration.packing import Pack, packs
+from spectral_fast.calibration.spectral_form import SpectralLinear, lora_layers, per_sample, spectral_form
 from spectral_fast.sensitivity import ModuleSensitivity, Sensitivity
 
-Progress = Callable[[Sequence[Batch]], Iterable[Batch]]
+Progress = Callable[[Sequence[Pack]], Iterable[Pack]]
+Engine = Callable[[Sequence[Pack], Progress], dict[str, Tensor]]
 
 
 def calibrate(
@@ -23,13 +27,15 @@ def calibrate(
     adapter_name: str = "default",
     modules: Iterable[str] | None = None,
     batch_size: int = 2,
+    pack_tokens: int = 2048,
     progress: Progress = iter,
 ) -> Sensitivity:
     """Measure g_k = ∂L/∂σ_k for the singular directions of an adapter's modules.
 
     L is the sum over nominal batches (`batch_size` examples in order) of each batch's mean token loss, so
-    g_k = scaling · Σ_n ⟨∂L/∂y_n, u_k⟩⟨x_n, v_k⟩ over all tokens. The model is used in evaluation mode, in its own
-    dtype and on its own device, and is left as it was found.
+    g_k = scaling · Σ_n ⟨∂L/∂y_n, u_k⟩⟨x_n, v_k⟩ over all tokens. How samples share the passes does not matter: they
+    are packed in rows without padding where the model's attention can keep them apart. The model is used in
+    evaluation mode, in its own dtype and on its own device, and is left as it was found.
 
     Args:
         model: PEFT model with the adapter loaded and active.
@@ -37,10 +43,11 @@ def calibrate(
         adapter_name: name under which PEFT knows the adapter.
         modules: names of the LoRA layers to measure; by default all linear ones.
         batch_size: examples per nominal batch (`--calib_batch_size`).
-        progress: wraps the list of batches, e.g. with a progress bar.
+        pack_tokens: tokens that go through the model at once, at most; longer samples go alone.
+        progress: wraps the list of packs, e.g. with a progress bar.
 
     Returns:
-        Sensitivity with s (float64) and g (float64) of shape (r,) per module.
+        Sensitivity with s and g (float64) of shape (r,) and g per sample, (samples, r) float32, per module.
 
     Raises:
         ValueError: without a labelled token in some batch, for an example longer than the model's positions, for
@@ -48,62 +55,111 @@ def calibrate(
 
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, section on gradient-guided sensitivity.
     """
-    _check_examples(examples, model)
+    check_examples(examples, model)
+    decoder = Decoder(model)
     names = list(lora_layers(model, adapter_name) if modules is None else modules)
-    batches = list(nominal_batches(examples, batch_size))
-    for index, batch in enumerate(batches):
-        if not (batch.labels[:, 1:] >= 0).any():
-            first = index * batch_size
-            raise ValueError(f"calibration samples {first} to {first + len(batch.labels) - 1} have no label to predict")
-    device = next(model.parameters()).device
     with spectral_form(model, adapter_name, names) as layers:
-        scale = 2.0**12 if next(model.parameters()).dtype == torch.float16 else 1.0
-        for batch in progress(batches):
-            scale = _accumulate(model, layers, batch.to(device), scale)
+        engine = InMemory(decoder, layers)
+
+        def measured(layout: str) -> dict[str, Tensor]:
+            laid_out = packs(examples, batch_size, tokens=pack_tokens, layout=layout)
+            with attention_for(decoder, layout):
+                return in_order(engine(laid_out, progress), laid_out)
+
+        if any(routed(name) for name in names):
+            found = measured("single")
+        else:
+            try:
+                found = measured("packed")
+            except Unpackable:
+                found = measured("padded")
         return Sensitivity(
             {
-                name: ModuleSensitivity(layer.s.detach().double().cpu(), _gradient(layer).cpu())
+                name: ModuleSensitivity.of_samples(layer.s.double().cpu(), found[name])
                 for name, layer in layers.items()
             }
         )
 
 
-def _accumulate(model: nn.Module, layers: dict[str, SpectralLinear], batch: Batch, scale: float) -> float:
-    """Add one batch's gradient of every s; returns the loss scale to go on with.
+class InMemory:
+    """The engine that runs whole models: packs of samples to g per sample.
 
-    float16 gradients underflow below 6e-8, so the loss is scaled by a power of two (exact) and the batch repeated
-    at a smaller scale when that overflows.
+    Args:
+        decoder: the model, which holds all its weights.
+        layers: its layers in spectral form.
     """
-    parameters = [layer.s for layer in layers.values()]
-    with torch.enable_grad():
+
+    def __init__(self, decoder: Decoder, layers: Mapping[str, SpectralLinear]) -> None:
+        self.decoder, self.layers = decoder, layers
+        trunk = {module for module in decoder.trunk.modules() if isinstance(module, SpectralLinear)}
+        self._of_head = [layer for layer in layers.values() if layer not in trunk]
+        self._of_trunk = len(self._of_head) < len(layers)
+        self._dtype = next(decoder.model.parameters()).dtype
+        self._scale = 2.0**12 if self._dtype == torch.float16 else 1.0
+
+    def __call__(self, packs: Sequence[Pack], progress: Progress = iter) -> dict[str, Tensor]:
+        """Name -> g of each sample, (samples, r), in the order of the packs and of the samples in them.
+
+        Raises:
+            ValueError: when the loss or some g is NaN or infinite, naming the module.
+        """
+        device = next(self.decoder.model.parameters()).device
+        parts = [self._gradients(pack.to(device)) for pack in progress(packs)]
+        return {name: torch.cat([part[name] for part in parts]) for name in self.layers}
+
+    def _gradients(self, pack: Pack) -> dict[str, Tensor]:
+        """Sensitivities of one pack.
+
+        float16 gradients underflow below 6e-8, so the loss is scaled by a power of two (exact), and the pack repeated
+        at a smaller scale when that overflows.
+        """
         while True:
-            loss = mean_token_loss(model, batch)
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"the calibration loss is {loss.item()}: the base model or the adapter overflows in "
-                    f"{next(model.parameters()).dtype}; try --dtype bf16 or fp32"
-                )
-            grads = torch.autograd.grad(loss * scale, parameters, materialize_grads=True)
-            bad = [name for name, grad in zip(layers, grads, strict=True) if not torch.isfinite(grad).all()]
+            with per_sample(self.layers, pack.starts) as leaves:
+                loss = self._pass(pack)
+                if not torch.tensor(loss).isfinite():
+                    raise ValueError(
+                        f"the calibration loss is {loss}: the base model or the adapter overflows in "
+                        f"{self._dtype}; try --dtype bf16 or fp32"
+                    )
+                found = {name: _cpu_grad(leaf) / self._scale for name, leaf in leaves.items()}
+            bad = [name for name, g in found.items() if not g.isfinite().all()]
             if not bad:
-                break
-            if scale <= 1.0:
+                return found
+            if self._scale <= 1.0:
                 raise ValueError(
-                    f"the sensitivity of {bad[0]} is NaN or infinite ({len(bad)} of {len(layers)} modules);"
+                    f"the sensitivity of {bad[0]} is NaN or infinite ({len(bad)} of {len(found)} modules);"
                     " try --dtype fp32"
                 )
-            scale /= 16.0
-    for s, grad in zip(parameters, grads, strict=True):
-        s.grad = grad / scale if s.grad is None else s.grad + grad / scale
-    return scale
+            self._scale /= 16.0
+
+    def _pass(self, pack: Pack) -> float:
+        """Forward and backward; returns the loss."""
+
+        def before_head(starts: Tensor) -> None:
+            for layer in self._of_head:
+                layer.starts = starts
+
+        with torch.set_grad_enabled(self._of_trunk):
+            hidden = self.decoder.hidden(pack)
+        loss, gradient = self.decoder.loss_gradient(hidden, pack, self._scale, before_head)
+        if hidden.requires_grad:
+            hidden.backward(gradient)  # type: ignore[no-untyped-call]
+        return loss
 
 
-def _gradient(layer: SpectralLinear) -> torch.Tensor:
-    assert layer.s.grad is not None
-    return layer.s.grad.double()
+def in_order(found: Mapping[str, Tensor], packs: Sequence[Pack]) -> dict[str, Tensor]:
+    """Rows in the order of the samples' indices instead of that of the packs."""
+    order = torch.tensor([sample for pack in packs for sample in pack.samples]).argsort()
+    return {name: g[order] for name, g in found.items()}
 
 
-def _check_examples(examples: Sequence[Example], model: Any) -> None:
+def routed(name: str) -> bool:
+    """Whether a module is one expert of several in its layer, which sees samples' tokens in an order of its own."""
+    return len(re.findall(r"\.\d+(?=\.|$)", name)) > 1
+
+
+def check_examples(examples: Sequence[Example], model: Any) -> None:
+    """Raises ValueError for no example at all, or one longer than the model's positions."""
     if not examples:
         raise ValueError("calibration needs at least one sample, got none")
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
@@ -113,3 +169,7 @@ def _check_examples(examples: Sequence[Example], model: Any) -> None:
                 f"calibration sample {index} has {len(example.ids)} tokens, but the model has only {limit} positions; "
                 "leave it out of the file"
             )
+
+
+def _cpu_grad(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf, device="cpu") if leaf.grad is None else leaf.grad.cpu()

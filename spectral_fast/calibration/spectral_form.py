@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,14 @@ from spectral_fast.spectrum import Spectrum, lowrank_svd
 
 
 class SpectralLinear(nn.Module):
-    """A LoRA linear layer as base(x) + scaling · ((x V) ⊙ s) Uᵀ, whose only parameter is s.
+    """A LoRA linear layer as base(x) + scaling · ((x V) ⊙ s) Uᵀ, of which nothing but s is differentiated.
 
-    After a backward pass `s.grad` is the sensitivity g of the layer's singular directions.
+    Singular values are given once per sample, by `per_sample`, so that each sample has a gradient of its own.
+
+    Attributes:
+        s: singular values, (r,) float32, or float64 in a float64 model.
+        starts: first token of each sample among those that the layer is called with, and their number.
+        of_samples: the leaf that is differentiated, (samples, r): s in every row.
 
     Args:
         layer: PEFT's LoRA layer; its base layer is called, its own factors are not.
@@ -31,7 +36,9 @@ class SpectralLinear(nn.Module):
         wide = torch.float64 if base_dtype == torch.float64 else torch.float32
         self.base_layer = layer.base_layer
         self.scaling = float(layer.scaling[adapter_name])
-        self.s = nn.Parameter(spectrum.s.to(factor.device, wide))
+        self.s = spectrum.s.to(factor.device, wide)
+        self.starts: Tensor | None = None
+        self.of_samples = self.s[None]
         u, vh = spectrum.u.to(factor.device, wide), spectrum.vh.to(factor.device, wide)
         self.base_gain = self.base_bias = None
         if adapter_name in layer.lora_variant:
@@ -50,7 +57,31 @@ class SpectralLinear(nn.Module):
             y = y * self.base_gain if self.base_bias is None else (y - self.base_bias) * self.base_gain + self.base_bias
         if self.branch_bias is not None:
             y = y + self.branch_bias
-        return spectral_linear(x.to(self.u.dtype), y, self.u, self.s, self.vh, self.scaling)
+        starts = self.starts
+        if len(self.of_samples) == 1:  # an expert sees some of its tokens only
+            starts = torch.tensor([0, x.shape[:-1].numel()])
+        return spectral_linear(x.to(self.u.dtype), y, self.u, self.of_samples, self.vh, self.scaling, starts)
+
+
+@contextlib.contextmanager
+def per_sample(layers: Mapping[str, SpectralLinear], starts: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Within the context a backward pass leaves g per sample.
+
+    Args:
+        layers: name -> layer.
+        starts: first token of each sample of the pack, and the number of tokens: (samples + 1,) int64, on the CPU.
+
+    Yields:
+        name -> leaf (samples, r), whose `.grad` is g per sample: None where the layer was not reached.
+    """
+    for layer in layers.values():
+        layer.starts = starts
+        layer.of_samples = layer.s.repeat(len(starts) - 1, 1).requires_grad_()
+    try:
+        yield {name: layer.of_samples for name, layer in layers.items()}
+    finally:
+        for layer in layers.values():
+            layer.starts, layer.of_samples = None, layer.s[None]
 
 
 def _dora_gain(layer: Any, adapter_name: str) -> Tensor:
@@ -78,7 +109,7 @@ def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def spectral_form(model: nn.Module, adapter_name: str, names: Iterable[str]) -> Iterator[dict[str, SpectralLinear]]:
-    """Within the context the named LoRA layers compute in spectral form and nothing but their s is trainable.
+    """Within the context the named LoRA layers compute in spectral form, and no parameter is trainable.
 
     The model is in evaluation mode inside. On exit, also by an exception, every layer, `requires_grad` flag and
     `training` flag is what it was before; gradients that parameters already carried are not touched.
@@ -112,7 +143,6 @@ def spectral_form(model: nn.Module, adapter_name: str, names: Iterable[str]) -> 
     try:
         model.eval().requires_grad_(False)
         for name, module in swapped.items():
-            module.s.requires_grad_(True)
             _set_submodule(model, name, module.eval())
         yield swapped
     finally:

@@ -1,0 +1,156 @@
+"""A transformers causal language model as calibration takes it: a trunk that ends in hidden states, and a head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectral_fast.calibration.attention import packed_attention
+from spectral_fast.calibration.packing import Pack
+
+LOGITS_AT_ONCE = 2**24  # elements: 64 MB in float32
+
+
+class Decoder:
+    """The two halves of a model.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model of one.
+
+    Raises:
+        ValueError: if the model has no trunk of its own (`base_model_prefix`) that ends in hidden states.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.prefix = getattr(self.model, "base_model_prefix", "")
+        trunk = getattr(self.model, self.prefix, None) if self.prefix else None
+        if not isinstance(trunk, nn.Module) or trunk is self.model:
+            raise ValueError(f"{type(self.model).__name__} is not a causal language model as transformers builds them")
+        self.trunk: Any = trunk
+
+    @property
+    def layers(self) -> tuple[str, nn.ModuleList]:
+        """The decoder layers, and their name in the trunk.
+
+        Raises:
+            ValueError: if not exactly one list of modules in the trunk is as long as the model is deep.
+        """
+        depth = self.model.config.get_text_config().num_hidden_layers
+        found = [
+            (name, module)
+            for name, module in self.trunk.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == depth and not re.search(r"\d", name)
+        ]
+        if len(found) != 1:
+            raise ValueError(f"{type(self.trunk).__name__} does not have its {depth} layers in one list")
+        return found[0]
+
+    def hidden(self, pack: Pack) -> Tensor:
+        """The trunk's last hidden states, (rows, length, hidden).
+
+        Raises:
+            Unpackable: if some layer does not keep the samples of a packed row apart.
+        """
+        inputs: dict[str, Any] = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "use_cache": False}
+        if len(pack.samples) > 1 and pack.attention_mask is None:
+            inputs["sample_starts"] = pack.starts.tolist()
+        else:
+            inputs["attention_mask"] = pack.attention_mask
+        hidden: Tensor = self.trunk(**inputs).last_hidden_state
+        return hidden
+
+    def loss_gradient(
+        self, hidden: Tensor, pack: Pack, scale: float = 1.0, before: Callable[[Tensor], None] = lambda _: None
+    ) -> tuple[float, Tensor]:
+        """Σ weights · cross entropy, and scale times its gradient with respect to the hidden states.
+
+        Logits are formed at labelled positions only, a bounded number at once. Modules of the head that have
+        gradients to find get them on the way.
+
+        Args:
+            hidden: (rows, length, hidden), detached.
+            pack: where the labels are.
+            scale: of the gradient, for float16.
+            before: called with the bounds of the samples, (samples + 1,) int64, among the tokens that the head is
+                about to be run on.
+        """
+        flat = hidden.detach().flatten(0, 1)
+        gradient = torch.zeros_like(flat)
+        loss = torch.zeros((), dtype=torch.float64, device=flat.device)
+        step = max(1, LOGITS_AT_ONCE // int(self.model.config.get_text_config().vocab_size))
+        with torch.enable_grad(), self._trunk_gives() as head:
+            for a in range(0, len(pack.targets), step):
+                where, targets = pack.positions[a : a + step], pack.targets[a : a + step]
+                before(pack.label_starts.clamp(a, a + len(where)) - a)
+                chosen = flat[where].requires_grad_()
+                logits = head(chosen[None])[0]
+                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                losses = F.cross_entropy(wide, targets.to(logits.device), reduction="none")
+                weighted = (losses * pack.weights[a : a + step].to(losses)).sum()
+                (weighted * scale).backward()  # type: ignore[no-untyped-call]
+                assert chosen.grad is not None
+                gradient[where] = chosen.grad
+                loss += weighted.detach().to(loss)
+        return loss.item(), gradient.view(hidden.shape)
+
+    @contextmanager
+    def _trunk_gives(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The model's own forward after its trunk: a function from hidden states to logits."""
+        given = _Given()
+        setattr(self.model, self.prefix, given)
+
+        def head(hidden: Tensor) -> Tensor:
+            given.hidden = hidden
+            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+            return logits
+
+        try:
+            yield head
+        finally:
+            setattr(self.model, self.prefix, self.trunk)
+
+
+class _Given(nn.Module):
+    """Stands in for the trunk, and ends in hidden states that are there already."""
+
+    hidden: Tensor
+
+    def forward(self, *_: Any, **__: Any) -> _Output:
+        return _Output(self.hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(f"this model's head asks its trunk for {name}, and cannot be calibrated")
+
+
+class _Output:
+    """What a trunk returns: hidden states, and None for all else that some models look for."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def attention_for(decoder: Decoder, layout: str) -> Iterator[None]:
+    """Within the context the model takes packs of a layout.
+
+    Raises:
+        Unpackable: see `packed_attention`.
+    """
+    if layout == "packed":
+        with packed_attention(decoder.model, decoder.layers[1]):
+            yield
+    else:
+        yield
