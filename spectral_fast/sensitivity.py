@@ -19,14 +19,52 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class ModuleSensitivity:
-    """Of one module: singular values s and g = ∂L/∂s, both (r,) float64, in the same order, s descending."""
+    """Of one module: singular values, and the gradient of the loss by them.
+
+    Attributes:
+        s: (r,) float64, descending.
+        g: (r,) float64, ∂L/∂s in the same order.
+        samples: (n, r) float32 (float64 from a float64 model), the part of each calibration sample in g, in the order
+            of the calibration set; g is their sum over n. None if it was not kept.
+    """
 
     s: Tensor
     g: Tensor
+    samples: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.s.ndim != 1 or self.s.shape != self.g.shape:
             raise ValueError(f"s and g must be vectors of one length, got {tuple(self.s.shape)}, {tuple(self.g.shape)}")
+        if self.samples is not None:
+            self._check_samples(self.samples)
+
+    @classmethod
+    def of_samples(cls, s: Tensor, samples: Tensor) -> ModuleSensitivity:
+        """With g as the float64 sum of its parts.
+
+        Args:
+            s: (r,) float64, descending.
+            samples: (n, r) float32 or float64.
+        """
+        return cls(s, samples.double().sum(0), samples)
+
+    def _check_samples(self, samples: Tensor) -> None:
+        """That they are the parts of g: n terms added in float64, in whatever order, err by (n - 1) ε Σ|c| at most."""
+        r, n = self.s.numel(), len(samples) if samples.ndim else 0
+        if samples.shape != (n, r) or n < 1 or samples.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"samples must be (n, {r}) float32 with n >= 1, as g has {r} values; got {tuple(samples.shape)} "
+                f"{str(samples.dtype).removeprefix('torch.')}"
+            )
+        parts = samples.double()
+        bound = 2 * n * torch.finfo(torch.float64).eps * parts.abs().sum(0)
+        wrong = ~((parts.sum(0) - self.g).abs() <= bound)  # True for NaN too
+        if wrong.any():
+            k = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"the {n} samples must sum to g; in direction {k} they sum to {parts[:, k].sum():g}, but g is "
+                f"{self.g[k]:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -41,10 +79,25 @@ class Sensitivity:
     modules: Mapping[str, ModuleSensitivity]
     record: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        counts: dict[int | None, str] = {}
+        for name, module in self.modules.items():
+            counts.setdefault(None if module.samples is None else len(module.samples), name)
+        if len(counts) > 1:
+            (one, first), (other, second), *_ = ((count or "none", name) for count, name in counts.items())
+            raise ValueError(f"modules must have g of the same samples; {first} has {one}, {second} has {other}")
+
+    @property
+    def samples(self) -> dict[str, Tensor] | None:
+        """Module name -> (n, r) part of each calibration sample in g; None if they were not kept."""
+        found = {name: module.samples for name, module in self.modules.items() if module.samples is not None}
+        return found or None
+
     def save(self, directory: Path) -> None:
         """Write `sensitivity.safetensors` and `sensitivity.json` into an existing directory."""
         tensors = {f"{name}.sigma": module.s.contiguous() for name, module in self.modules.items()}
         tensors |= {f"{name}.g": module.g.contiguous() for name, module in self.modules.items()}
+        tensors |= {f"{name}.samples": parts.contiguous() for name, parts in (self.samples or {}).items()}
         save_file(tensors, directory / TENSORS)
         (directory / TENSORS).chmod(0o644)  # safetensors leaves 0600
         record = {"format": FORMAT, "modules": list(self.modules), **self.record}
@@ -75,11 +128,22 @@ class Sensitivity:
         if not isinstance(names, list) or not isinstance(record.get("adapter_sha256", ""), str):
             raise ValueError(f"{directory / RECORD} is damaged (modules or adapter_sha256); probe again")
         wanted = {f"{name}.{kind}" for name in names for kind in ("sigma", "g")}
+        if any(name.endswith(".samples") for name in tensors.keys() - wanted):
+            wanted |= {f"{name}.samples" for name in names}
         if wanted != set(tensors):
             odd = min(wanted ^ set(tensors))
             raise ValueError(f"{directory}: {TENSORS} and {RECORD} do not belong together ({odd} is in one only)")
-        modules = {name: ModuleSensitivity(tensors[f"{name}.sigma"], tensors[f"{name}.g"]) for name in names}
-        for name, module in modules.items():
-            if not (torch.isfinite(module.s).all() and torch.isfinite(module.g).all()):
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
                 raise ValueError(f"{directory / TENSORS}: NaN or infinity in {name}; probe again")
-        return cls(modules, record)
+        try:
+            return cls({name: _module(name, tensors) for name in names}, record)
+        except ValueError as error:
+            raise ValueError(f"{directory / TENSORS}: {error}; probe again") from error
+
+
+def _module(name: str, tensors: Mapping[str, Tensor]) -> ModuleSensitivity:
+    try:
+        return ModuleSensitivity(tensors[f"{name}.sigma"], tensors[f"{name}.g"], tensors.get(f"{name}.samples"))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

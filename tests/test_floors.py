@@ -28,6 +28,7 @@ FLOORS = {
     "adapter": 4,
     "policies": 4,
     "sensitivity": 4,
+    "statistics": 4,
     "calibration": 5,
     "edit": 5,
     "embedded": 6,

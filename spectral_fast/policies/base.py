@@ -12,7 +12,7 @@ from torch import Tensor
 from spectral_fast.options import check, option
 
 if TYPE_CHECKING:
-    from .selection import RandomIndex
+    from .selection import AbsSelect, RandomIndex
 
 TINY = 1e-8  # floor of every denominator
 LARGEST = 1e150  # squares and sums of anything up to this stay finite in float64
@@ -140,8 +140,19 @@ class Policy(ABC):
         """
         from .selection import RandomIndex
 
-        shared = {f.name: getattr(self, f.name) for f in fields(RandomIndex) if hasattr(self, f.name)}
-        return RandomIndex(**shared | {"seed": seed})
+        return RandomIndex(**self._shared(RandomIndex) | {"seed": seed})
+
+    def choice(self) -> AbsSelect:
+        """The hard choice of core and noise by |g| with the fractions of this policy, or the defaults if it has none.
+
+        For `abs_select` it is what the policy itself selects.
+        """
+        from .selection import AbsSelect
+
+        return AbsSelect(**self._shared(AbsSelect))
+
+    def _shared(self, other: type[Policy]) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(other) if hasattr(self, f.name)}
 
     @abstractmethod
     def _rule(self, module: Module) -> Outcome: ...

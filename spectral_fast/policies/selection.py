@@ -24,16 +24,15 @@ class Selection(Fractions):
 
     min_core_k: int = option(1, "at least this many directions are core", low=0)
 
-    def _counts(self, r: int) -> tuple[int, int]:
+    def counts(self, r: int) -> tuple[int, int]:
+        """k_core and k_noise of a module of rank r."""
         k_core = min(r, max(round(r * self.core_frac), self.min_core_k))
         return k_core, min(round(r * self.noise_frac), r - k_core)
 
-    def _select(self, s: Tensor, core_indices: Tensor, noise_indices: Tensor) -> Outcome:
-        core, noise = torch.zeros_like(s, dtype=torch.bool), torch.zeros_like(s, dtype=torch.bool)
-        core[core_indices], noise[noise_indices] = True, True
+    def _select(self, s: Tensor, core: Tensor, noise: Tensor) -> Outcome:
         gate = torch.full_like(s, self.mid_factor)
         gate[core], gate[noise] = self.amp_factor, self.sup_factor
-        counts = {"k_core": len(core_indices), "k_noise": len(noise_indices)}
+        counts = {"k_core": int(core.sum()), "k_noise": int(noise.sum())}
         factors = {name: getattr(self, name) for name in ("amp_factor", "sup_factor", "mid_factor")}
         return Outcome(s * gate, core, noise, counts | factors)
 
@@ -48,11 +47,15 @@ class AbsSelect(Selection):
 
     mode: ClassVar[str] = "abs_select"
 
+    def choose(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The masks of core and noise, both (..., r) bool, for sensitivities g of shape (..., r), any real dtype."""
+        r = g.shape[-1]
+        k_core, k_noise = self.counts(r)
+        order = torch.argsort(g.abs(), dim=-1, descending=True, stable=True)
+        return _mask(order[..., :k_core], r), _mask(order[..., r - k_noise :], r)
+
     def _rule(self, module: Module) -> Outcome:
-        r = module.s.numel()
-        k_core, k_noise = self._counts(r)
-        order = torch.argsort(module.g.abs(), descending=True, stable=True)
-        return self._select(module.s, order[:k_core], order[r - k_noise :])
+        return self._select(module.s, *self.choose(module.g))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,11 @@ class RandomIndex(Selection):
         digest = hashlib.sha256(f"{self.seed}:{module.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         r = module.s.numel()
-        k_core, k_noise = self._counts(r)
+        k_core, k_noise = self.counts(r)
         order = torch.randperm(r, generator=generator)
-        return self._select(module.s, order[:k_core], order[k_core : k_core + k_noise])
+        return self._select(module.s, _mask(order[:k_core], r), _mask(order[k_core : k_core + k_noise], r))
+
+
+def _mask(indices: Tensor, r: int) -> Tensor:
+    """(..., k) indices below r to a mask (..., r)."""
+    return torch.zeros(*indices.shape[:-1], r, dtype=torch.bool, device=indices.device).scatter_(-1, indices, True)
