@@ -13,6 +13,7 @@ from spectral_fast.calibration.attention import Unpackable
 from spectral_fast.calibration.data import Example
 from spectral_fast.calibration.decoder import Decoder, attention_for
 from spectral_fast.calibration.packing import Pack, packs
+from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.spectral_form import SpectralLinear, lora_layers, per_sample, spectral_form
 from spectral_fast.sensitivity import ModuleSensitivity, Sensitivity
 
@@ -29,6 +30,7 @@ def calibrate(
     batch_size: int = 2,
     pack_tokens: int = 2048,
     progress: Progress = iter,
+    ranks: Ranks | None = None,
 ) -> Sensitivity:
     """Measure g_k = ∂L/∂σ_k for the singular directions of an adapter's modules.
 
@@ -45,6 +47,7 @@ def calibrate(
         batch_size: examples per nominal batch (`--calib_batch_size`).
         pack_tokens: tokens that go through the model at once, at most; longer samples go alone.
         progress: wraps the list of packs, e.g. with a progress bar.
+        ranks: the processes that share the samples, each with this model; see `spectral_fast.calibration.ranks`.
 
     Returns:
         Sensitivity with s and g (float64) of shape (r,) and g per sample, (samples, r) float32, per module.
@@ -58,13 +61,16 @@ def calibrate(
     check_examples(examples, model)
     decoder = Decoder(model)
     names = list(lora_layers(model, adapter_name) if modules is None else modules)
+    ranks = ranks or Ranks()
+    mine = ranks.share([len(example.ids) for example in examples])
     with spectral_form(model, adapter_name, names) as layers:
         engine = InMemory(decoder, layers)
 
         def measured(layout: str) -> dict[str, Tensor]:
-            laid_out = packs(examples, batch_size, tokens=pack_tokens, layout=layout)
+            laid_out = packs(examples, batch_size, samples=mine, tokens=pack_tokens, layout=layout)
             with attention_for(decoder, layout):
-                return in_order(engine(laid_out, progress), laid_out)
+                found = engine(laid_out, lambda packs: ranks.watched(progress(packs)))
+            return ranks.sum(in_order(found, laid_out, len(examples)))
 
         if any(routed(name) for name in names):
             found = measured("single")
@@ -74,10 +80,7 @@ def calibrate(
             except Unpackable:
                 found = measured("padded")
         return Sensitivity(
-            {
-                name: ModuleSensitivity.of_samples(layer.s.double().cpu(), found[name])
-                for name, layer in layers.items()
-            }
+            {name: ModuleSensitivity.of_samples(layer.s.double().cpu(), found[name]) for name, layer in layers.items()}
         )
 
 
@@ -105,7 +108,10 @@ class InMemory:
         """
         device = next(self.decoder.model.parameters()).device
         parts = [self._gradients(pack.to(device)) for pack in progress(packs)]
-        return {name: torch.cat([part[name] for part in parts]) for name in self.layers}
+        return {
+            name: torch.cat([layer.s.new_empty(0, len(layer.s), device="cpu"), *(part[name] for part in parts)])
+            for name, layer in self.layers.items()
+        }
 
     def _gradients(self, pack: Pack) -> dict[str, Tensor]:
         """Sensitivities of one pack.
@@ -147,10 +153,10 @@ class InMemory:
         return loss
 
 
-def in_order(found: Mapping[str, Tensor], packs: Sequence[Pack]) -> dict[str, Tensor]:
-    """Rows in the order of the samples' indices instead of that of the packs."""
-    order = torch.tensor([sample for pack in packs for sample in pack.samples]).argsort()
-    return {name: g[order] for name, g in found.items()}
+def in_order(found: Mapping[str, Tensor], packs: Sequence[Pack], count: int) -> dict[str, Tensor]:
+    """Rows at the samples' indices among `count` instead of in the order of the packs; zeros where there is none."""
+    order = torch.tensor([sample for pack in packs for sample in pack.samples], dtype=torch.long)
+    return {name: g.new_zeros(count, g.shape[1]).index_copy(0, order, g) for name, g in found.items()}
 
 
 def routed(name: str) -> bool:

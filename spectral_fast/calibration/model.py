@@ -27,6 +27,11 @@ class ModelOptions:
         choices=("auto", *DTYPES),
     )
     device: str = option("auto", "torch device, e.g. cpu, cuda, cuda:1; auto takes a GPU where there is one")
+    device_map: str = option(
+        "none",
+        "spread a model that is larger than one card over all of them and, if need be, host memory",
+        choices=("none", "auto", "balanced", "sequential"),
+    )
     cache_dir: str | None = option(None, "cache folder for downloads from the Hugging Face hub")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
 

@@ -12,6 +12,7 @@ from spectral_fast.backends import chosen_backends
 from spectral_fast.calibration.calibrate import Progress, calibrate
 from spectral_fast.calibration.data import Example, encode_messages, encode_question_answer
 from spectral_fast.calibration.model import ModelOptions, load_model, load_tokenizer
+from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.rows import GSM8K, data_file, read_rows
 from spectral_fast.options import check, option
 from spectral_fast.provenance import sha256_file, versions
@@ -66,6 +67,7 @@ def probe(
     data: CalibrationOptions | None = None,
     options: ModelOptions | None = None,
     progress: Progress = iter,
+    ranks: Ranks | None = None,
 ) -> Sensitivity:
     """Measure the sensitivity of an adapter's singular values on calibration data, with the record of how.
 
@@ -76,11 +78,12 @@ def probe(
         data: calibration samples; by default the first 32 of GSM8K's train split.
         options: device, dtype and source of the base model.
         progress: wraps the list of batches.
+        ranks: the processes that share the samples; all of them get the same result.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`, `load_examples` and `calibrate`.
     """
-    data, options = data or CalibrationOptions(), options or ModelOptions()
+    data, options, ranks = data or CalibrationOptions(), options or ModelOptions(), ranks or Ranks()
     tokenizer = load_tokenizer(base_model, options)
     examples = load_examples(tokenizer, data)
     model = load_model(base_model, options, adapter)
@@ -90,6 +93,7 @@ def probe(
         modules=[module.name for module in modules],
         batch_size=data.calib_batch_size,
         progress=progress,
+        ranks=ranks,
     )
     record = {
         "adapter_stamp": adapter.stamp(),
@@ -106,6 +110,7 @@ def probe(
         "labels": sum(example.n_labels for example in examples),
         "dtype": str(next(model.get_base_model().parameters()).dtype).removeprefix("torch."),
         "device": str(next(model.parameters()).device),
+        "ranks": ranks.size,
         "backends": chosen_backends(),
         "versions": versions(),
     }

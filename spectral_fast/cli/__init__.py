@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from spectral_fast._version import __version__
+from spectral_fast.calibration.ranks import launched
 from spectral_fast.cli import bench, demo, edit, evaluate, info, probe
 from spectral_fast.usage import UsageError
 
@@ -23,7 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        result, text = args.run(args)
+        if args.command != "probe" and launched():
+            raise UsageError("torchrun is for `probe` only; run this once, without it")
+        done = args.run(args)
+        if done is None:  # a rank that another speaks for
+            return 0
+        result, text = done
         print(json.dumps(result, indent=2) if args.json else text, flush=True)
         return 1 if result.get("failures") else 0
     except BrokenPipeError:  # the reader went away; the work is done

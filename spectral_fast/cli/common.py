@@ -51,20 +51,13 @@ def add_calibration_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser.add_argument_group("calibration"), CalibrationOptions)
 
 
-def run_probe(args: argparse.Namespace, adapter: Any, modules: Any) -> Any:
+def run_probe(args: argparse.Namespace, adapter: Any, modules: Any, options: Any, ranks: Any = None) -> Any:
     """Sensitivities measured as the flags say, with a progress bar."""
-    from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.calibration.probe import CalibrationOptions, probe
 
-    given = vars(args)
-    return probe(
-        adapter,
-        modules,
-        args.base_model,
-        take(CalibrationOptions, given),
-        take(ModelOptions, given),
-        progress=bar("calibrate"),
-    )
+    progress = bar("calibrate") if ranks is None or ranks.rank == 0 else iter
+    data = take(CalibrationOptions, vars(args))
+    return probe(adapter, modules, args.base_model, data, options, progress=progress, ranks=ranks)
 
 
 def warn(warnings: Iterable[str]) -> None:

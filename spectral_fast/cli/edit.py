@@ -53,6 +53,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
+    from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.edit import edit_adapter
     from spectral_fast.evaluation.profiles import EvaluationOptions
     from spectral_fast.sensitivity import Sensitivity
@@ -73,7 +74,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         take(EvaluationOptions, vars(args), prefix="eval_").load()
     sensitivity = None
     if needs_probe:
-        sensitivity = run_probe(args, adapter, modules)
+        sensitivity = run_probe(args, adapter, modules, take(ModelOptions, vars(args)))
     elif policy.needs_sensitivity:
         sensitivity = Sensitivity.load(args.sensitivity)
     meta = {**asdict(selection), "seed": getattr(args, "seed", 0)}

@@ -33,7 +33,17 @@ def add(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
+    from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.calibration.ranks import join, place
+
+    options = place(take(ModelOptions, vars(args)))
+    with join(options) as ranks:
+        return _probe(args, options, ranks)
+
+
+def _probe(args: argparse.Namespace, options: Any, ranks: Any) -> tuple[dict[str, Any], str] | None:
+    """The result, on rank 0: nobody else writes or prints."""
     from spectral_fast.adapter import resolve
     from spectral_fast.atomic import check_out_dir, replace_directory
     from spectral_fast.sensitivity import RECORD
@@ -43,8 +53,11 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     target = {"source": adapter.path, "overwrite": args.overwrite, "marker": RECORD}
     check_out_dir(args.out_dir, **target)
     check_inputs_kept(args)
-    warn(adapter.warnings)
-    sensitivity = run_probe(args, adapter, modules)
+    if ranks.rank == 0:
+        warn(adapter.warnings)
+    sensitivity = run_probe(args, adapter, modules, options, ranks)
+    if ranks.rank != 0:
+        return None
     with replace_directory(args.out_dir, **target) as directory:
         sensitivity.save(directory)
     record = sensitivity.record
