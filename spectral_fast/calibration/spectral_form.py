@@ -126,6 +126,17 @@ def spectral_form(model: nn.Module, adapter_name: str, names: Iterable[str]) -> 
         ValueError: for a name that is not a linear LoRA layer of this adapter, a merged or inactive adapter, or a
             LoRA variant whose forward pass is not that of LoRA or DoRA.
     """
+    spectra = spectra_of(model, adapter_name, names)
+    with frozen(model), swapped(model, adapter_name, spectra) as layers:
+        yield layers
+
+
+def spectra_of(model: nn.Module, adapter_name: str, names: Iterable[str]) -> dict[str, Spectrum]:
+    """The spectra of LoRA layers by their names, all computed at once.
+
+    Raises:
+        ValueError: as `spectral_form`.
+    """
     layers = lora_layers(model, adapter_name)
     names = list(names)
     for name in names:
@@ -134,24 +145,44 @@ def spectral_form(model: nn.Module, adapter_name: str, names: Iterable[str]) -> 
         _check_layer(name, layers[name], adapter_name)
     pairs = [(layers[name].lora_B[adapter_name].weight, layers[name].lora_A[adapter_name].weight) for name in names]
     spectra = lowrank_svd([b.detach() for b, _ in pairs], [a.detach() for _, a in pairs], names)
-    swapped = {
-        name: SpectralLinear(layers[name], adapter_name, spectrum)
-        for name, spectrum in zip(names, spectra, strict=True)
-    }
+    return dict(zip(names, spectra, strict=True))
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within the context the model is in evaluation mode and no parameter is trainable."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = [module for module in model.modules() if module.training]
     try:
         model.eval().requires_grad_(False)
-        for name, module in swapped.items():
-            _set_submodule(model, name, module.eval())
-        yield swapped
+        yield
     finally:
-        for name in swapped:
-            _set_submodule(model, name, layers[name])
         for p in trainable:
             p.requires_grad_(True)
-        for module_ in training:
-            module_.training = True
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def swapped(
+    model: nn.Module, adapter_name: str, spectra: Mapping[str, Spectrum]
+) -> Iterator[dict[str, SpectralLinear]]:
+    """Within the context the LoRA layers of these names compute in spectral form.
+
+    Args:
+        model: where their base weights are.
+        adapter_name: the adapter to take.
+        spectra: by the layers' names in `model.named_modules()`, see `spectra_of`.
+    """
+    layers = {name: model.get_submodule(name) for name in spectra}
+    made = {name: SpectralLinear(layers[name], adapter_name, spectrum) for name, spectrum in spectra.items()}
+    try:
+        for name, module in made.items():
+            _set_submodule(model, name, module.eval())
+        yield made
+    finally:
+        for name, layer in layers.items():
+            _set_submodule(model, name, layer)
 
 
 def _check_layer(name: str, layer: Any, adapter_name: str) -> None:

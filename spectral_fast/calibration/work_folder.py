@@ -1,0 +1,127 @@
+"""The files of an unfinished calibration: what was computed so far, so that a killed run can go on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from spectral_fast.tensorfile import Layout, Put, SafetensorsFile, TensorInfo, writing_safetensors
+
+_RUN, _LOCK, _PARTIAL = "run.json", "lock", ".partial"
+
+
+class Stage:
+    """Tensors of one stage of a run by the name of their file; a file is there as a whole or not at all.
+
+    Args:
+        path: a folder, made here if missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(exist_ok=True)
+        for partial in path.glob(f"*{_PARTIAL}"):
+            partial.unlink()
+
+    def has(self, name: str) -> bool:
+        """Whether that file is there."""
+        return self._file(name).exists()
+
+    def open(self, name: str) -> SafetensorsFile:
+        """The tensors of a file."""
+        return SafetensorsFile(self._file(name))
+
+    @contextmanager
+    def writing(self, name: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Put]:
+        """A function to write each tensor of a new file with; the file is there when the block has ended well."""
+        partial = self._file(name + _PARTIAL)
+        with writing_safetensors(partial, Layout.of(tensors)) as put:
+            yield put
+        partial.replace(self._file(name))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        self._file(name).unlink(missing_ok=True)
+
+    def reserve(self, nbytes: int) -> None:
+        """Refuse if the disk has no room for so many bytes.
+
+        Raises:
+            OSError: with both sizes.
+        """
+        free = shutil.disk_usage(self.path).free
+        if nbytes > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"--stream keeps the inputs of all layers on disk, {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+                "free; choose an --out_dir on another disk, or fewer samples",
+                str(self.path),
+            )
+
+    def _file(self, name: str) -> Path:
+        return self.path / name
+
+
+@contextmanager
+def work_folder(path: Path | None, run: Mapping[str, Any], *, resume: bool) -> Iterator[Path]:
+    """Give the folder of an unfinished run: a new one, or the one that a killed run left.
+
+    The folder stays when the block ends, however it ends; `discard` removes it.
+
+    Args:
+        path: where it is to be; None for a temporary one, which does not outlive the block.
+        run: what the result depends on, JSON-serialisable.
+        resume: go on with what is there; nothing need be.
+
+    Raises:
+        FileExistsError: there is one, and it is not to be resumed.
+        ValueError: it is of a run that differs; says in what.
+        RuntimeError: another process is at work in it.
+    """
+    if path is None:
+        with tempfile.TemporaryDirectory(prefix="spectral_fast.") as temporary:
+            yield Path(temporary)
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another process is calibrating in {path}; wait for it to end") from error
+        record = path / _RUN
+        wanted = json.loads(json.dumps(run))
+        if record.exists():
+            if not resume:
+                raise FileExistsError(
+                    errno.EEXIST,
+                    "an unfinished calibration is there: go on with it by --resume, or remove the folder",
+                    str(path),
+                )
+            found = json.loads(record.read_text(encoding="utf-8"))
+            if odd := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
+                then, now = ({key: run.get(key) for key in odd[:3]} for run in (found, wanted))
+                raise ValueError(
+                    f"{path} is of a run that differs in {', '.join(odd)}: it had {then}, this one has {now}; remove "
+                    "the folder, or choose another --out_dir"
+                )
+        else:  # killed before anything was computed, or new
+            partial = record.with_name(_RUN + _PARTIAL)
+            partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            partial.replace(record)
+        yield path
+
+
+def discard(path: Path) -> None:
+    """Remove the folder of a run that has ended, and its parent if nothing else is in that."""
+    if path.exists():
+        (path / _RUN).unlink(missing_ok=True)  # first: what is left if this is killed is no run
+        shutil.rmtree(path)
+    if path.parent.exists() and not any(path.parent.iterdir()):
+        path.parent.rmdir()
