@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from stream_models import FAMILIES, family_model, save_in_shards
 
-from spectral_fast.calibration.weights import EMBEDDINGS, HEAD, OTHER, Weights, checkpoint_files, empty_model
+from spectral_fast.calibration.skeleton import checkpoint_files, empty_model
+from spectral_fast.calibration.weights import EMBEDDINGS, HEAD, OTHER, Weights
 
 CPU = torch.device("cpu")
 LAYERS = {"gpt_neox": "gpt_neox.layers"}

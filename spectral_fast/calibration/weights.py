@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,38 +52,6 @@ class _Recipe:
     sources: list[tuple[str | None, str]]  # pattern of the converter, key in the checkpoint
 
 
-def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The causal language model of a config without weights: parameters on the meta device, buffers computed."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.eval()
-
-
-def checkpoint_files(base_model: str, cache_dir: str | None = None) -> list[Path]:
-    """The safetensors files of a local folder or of a repository on the hub.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    def find(name: str) -> str | None:
-        found = cached_file(base_model, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
-        return cast("str | None", found)
-
-    if single := find("model.safetensors"):
-        return [Path(single)]
-    if index := find("model.safetensors.index.json"):
-        return [Path(file) for file in get_checkpoint_shard_files(base_model, index, cache_dir=cache_dir)[0]]
-    raise FileNotFoundError(
-        f"--stream reads model.safetensors or the shards that model.safetensors.index.json names, and {base_model} "
-        f"has neither: save the model as safetensors, or {INSTEAD}"
-    )
-
-
 class Weights:
     """A model's weights on disk, in parts: each decoder layer, the input embeddings, the head, and the small rest.
 
@@ -91,8 +59,8 @@ class Weights:
     is read before it is known that all are there, in the right shapes.
 
     Args:
-        model: causal language model as `empty_model` makes it, not yet wrapped by an adapter.
-        files: the checkpoint, see `checkpoint_files`.
+        model: causal language model as `skeleton.empty_model` makes it, not yet wrapped by an adapter.
+        files: the checkpoint, see `skeleton.checkpoint_files`.
         layers: name of the decoder layers, e.g. "model.layers".
         device: where to compute; a CPU uses weights of the model's own dtype where they are mapped, without a copy.
 

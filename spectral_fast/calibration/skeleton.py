@@ -1,0 +1,99 @@
+"""A base model with an adapter on it whose base weights are not in memory: they come one part at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from spectral_fast.adapter import Adapter
+from spectral_fast.adapter.naming import changes_base
+from spectral_fast.calibration.decoder import Decoder
+from spectral_fast.calibration.model import ModelOptions, _from_pretrained, check_fit
+from spectral_fast.calibration.weights import INSTEAD, Weights
+from spectral_fast.tensorfile import SafetensorsFile
+
+
+def load_skeleton(base_model: str, options: ModelOptions, adapter: Adapter) -> tuple[Any, Weights]:
+    """The PEFT model as `load_model` gives it, its base weights on the meta device, and what fills them in.
+
+    Raises:
+        FileNotFoundError: the base model is not to be had, or not as safetensors.
+        ValueError: it cannot be streamed (quantised, or layers that are not in one list), its checkpoint does not
+            fit its config, the adapter does not fit it, or changes its weights.
+    """
+    from peft import PeftModel
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, base_model, options)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "an unknown method") if isinstance(quantised, dict) else quantised
+        raise ValueError(f"{base_model} is quantised ({method}), which --stream cannot read layer by layer; {INSTEAD}")
+    if changes_base(adapter.config):
+        init = adapter.config["init_lora_weights"]
+        raise ValueError(f"{adapter.path} changes the base weights (init_lora_weights={init}); {INSTEAD}")
+    files = checkpoint_files(base_model, options.cache_dir)
+    device, dtype = options.resolved()
+    if not isinstance(dtype, torch.dtype):
+        dtype = config.dtype or _dtype_of(files[0])
+    model = empty_model(config, dtype, options.trust_remote_code)
+    check_fit(model, adapter.modules.values(), base_model, adapter.path)
+    decoder = Decoder(model)
+    try:
+        layers = f"{decoder.prefix}.{decoder.layers[0]}"
+    except ValueError as error:
+        raise ValueError(f"{error}, and cannot be streamed; {INSTEAD}") from error
+    weights = Weights(model, files, layers, device)
+    with weights.placeholders():
+        wrapped = PeftModel.from_pretrained(model, str(adapter.path), low_cpu_mem_usage=True)
+    for module in wrapped.modules():
+        for values in (module._parameters, module._buffers):
+            for name, value in values.items():
+                if value is not None and not value.is_meta and value.device != device:
+                    values[name] = _moved(value, device)
+    return wrapped.eval(), weights
+
+
+def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The causal language model of a config without weights: parameters on the meta device, buffers computed."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def checkpoint_files(base_model: str, cache_dir: str | None = None) -> list[Path]:
+    """The safetensors files of a local folder or of a repository on the hub.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    def find(name: str) -> str | None:
+        found = cached_file(base_model, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
+        return cast("str | None", found)
+
+    if single := find("model.safetensors"):
+        return [Path(single)]
+    if index := find("model.safetensors.index.json"):
+        return [Path(file) for file in get_checkpoint_shard_files(base_model, index, cache_dir=cache_dir)[0]]
+    raise FileNotFoundError(
+        f"--stream reads model.safetensors or the shards that model.safetensors.index.json names, and {base_model} "
+        f"has neither: save the model as safetensors, or {INSTEAD}"
+    )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    moved = value.detach().to(device)
+    return torch.nn.Parameter(moved, value.requires_grad) if isinstance(value, torch.nn.Parameter) else moved
+
+
+def _dtype_of(file: Path) -> torch.dtype:
+    """Of the first floating-point tensor in a checkpoint file."""
+    dtypes = [info.dtype for info in SafetensorsFile(file).tensors.values() if info.dtype.is_floating_point]
+    return dtypes[0] if dtypes else torch.float32
