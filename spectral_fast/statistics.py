@@ -36,7 +36,8 @@ def standard_error(samples: Tensor) -> Tensor:
     Source: n² times the variance of a mean of n independent draws.
     """
     n, parts = len(samples), samples.double()
-    return parts.std(dim=0, correction=1) * n**0.5 if n > 1 else torch.full_like(parts[0], torch.nan)
+    spread = (parts - parts.mean(0)).square().sum(0)
+    return (n / (n - 1) * spread).sqrt() if n > 1 else torch.full_like(spread, torch.nan)
 
 
 class Membership(NamedTuple):
@@ -128,7 +129,8 @@ def agreement(
     Args:
         samples: module name -> (n, r) part of each sample in g.
         choice: fractions of core and noise; by default those of `abs_select`.
-        sizes: the m to look at, each between 2 and n; by default n, n/√2, n/2, … down to 2.
+        sizes: the m to look at, each between 2 and n; by default n, n/√2, n/2, … down to 4, as
+            signs make no difference to a half that is a single sample.
         splits: random halvings, and random signs, per m.
         seed: of both.
 
@@ -197,8 +199,9 @@ def _stacks(samples: Samples, rows: int) -> Iterator[tuple[list[str], Tensor]]:
 
 
 def _geometric(n: int) -> list[int]:
-    """n, n/√2, n/2, … down to 2, ascending."""
-    return sorted({round(n * 2 ** (-j / 2)) for j in range(2 * n.bit_length())} - {0, 1})
+    """n, n/√2, n/2, … down to 4, ascending; n alone if it is 2 or 3."""
+    sizes = {round(n * 2 ** (-j / 2)) for j in range(2 * n.bit_length())}
+    return sorted(m for m in sizes if m >= min(max(n, 2), 4))
 
 
 def _count(samples: Samples) -> int:

@@ -18,6 +18,8 @@ from spectral_fast.report.heat_maps import sensitivity_by_direction, sensitivity
 from spectral_fast.report.names import places
 from spectral_fast.report.page import EvaluationRow, page
 from spectral_fast.report.spectra import spectra
+from spectral_fast.report.stability import stability as drawn_stability
+from spectral_fast.statistics import Stability
 
 __all__ = ["EvaluationRow", "Picture", "pictures", "save_pictures", "write_report"]
 
@@ -29,6 +31,7 @@ def write_report(
     *,
     evaluation: Sequence[EvaluationRow] | None = None,
     facts: Mapping[str, Any] | None = None,
+    stability: Stability | None = None,
 ) -> None:
     """Write a report of an edit as one HTML file that needs no other: pictures, evaluation, facts, modules.
 
@@ -40,11 +43,12 @@ def write_report(
         edited: module name -> what `edit_adapter` did to it.
         evaluation: how the adapters did, the original first.
         facts: what else a reader wants to know (mode, hyperparameters, calibration), in this order.
+        stability: what the calibration samples say about the choice of directions, where g per sample was kept.
 
     Raises:
         ValueError: if `edited` is empty.
     """
-    text = page(title, edited, pictures(edited), evaluation or (), facts or {})
+    text = page(title, edited, pictures(edited, stability), evaluation or (), facts or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -54,12 +58,15 @@ def write_report(
         partial.unlink(missing_ok=True)
 
 
-def save_pictures(directory: Path, edited: Mapping[str, EditedModule]) -> list[Path]:
-    """Write the report's pictures: `spectra.png`, `sensitivity_by_layer.png`, `sensitivity_by_direction.png`.
+def save_pictures(
+    directory: Path, edited: Mapping[str, EditedModule], stability: Stability | None = None
+) -> list[Path]:
+    """Write the report's pictures: spectra, sensitivity_by_layer, sensitivity_by_direction and stability, all .png.
 
     Args:
         directory: folder for them, made if missing.
         edited: module name -> what `edit_adapter` did to it.
+        stability: as in `write_report`.
 
     Returns:
         The files written: only the first if the edit used no sensitivities.
@@ -69,14 +76,16 @@ def save_pictures(directory: Path, edited: Mapping[str, EditedModule]) -> list[P
     """
     directory.mkdir(parents=True, exist_ok=True)
     files = []
-    for picture in pictures(edited):
+    for picture in pictures(edited, stability):
         files.append(directory / f"{picture.name}.png")
         files[-1].write_bytes(picture.png)
     return files
 
 
-def pictures(edited: Mapping[str, EditedModule]) -> list[Picture]:
-    """The spectra and, if every module has its g, two maps of |g|. Modules of rank 0 are not in them.
+def pictures(edited: Mapping[str, EditedModule], stability: Stability | None = None) -> list[Picture]:
+    """The spectra and, if every module has its g, two maps of |g|; and the stability of the choice, if it is given.
+
+    Modules of rank 0 are not in them.
 
     Raises:
         ValueError: if `edited` is empty.
@@ -93,4 +102,6 @@ def pictures(edited: Mapping[str, EditedModule]) -> list[Picture]:
         made = [spectra(modules)]
         if all(m.g.size for m in modules):
             made += [sensitivity_by_layer(modules), sensitivity_by_direction(modules)]
+        if stability is not None and (picture := drawn_stability(stability)):
+            made.append(picture)
     return made
