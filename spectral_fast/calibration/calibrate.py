@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,28 @@ from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.spectral_form import SpectralLinear, lora_layers, per_sample, spectral_form
 from spectral_fast.sensitivity import ModuleSensitivity, Sensitivity
 
-Progress = Callable[[Sequence[Pack]], Iterable[Pack]]
-Engine = Callable[[Sequence[Pack], Progress], dict[str, Tensor]]
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+class Engine(Protocol):
+    """What runs a model on packs of samples."""
+
+    @property
+    def s(self) -> Mapping[str, Tensor]:
+        """Name -> singular values, (r,) float64, on the CPU."""
+
+    def __call__(self, packs: Sequence[Pack], progress: Progress = iter, /) -> dict[str, Tensor]:
+        """Name -> g of each sample, (samples, r), in the order of the packs and of the samples in them."""
+
+
+Engines = Callable[[nn.Module, str, Sequence[str]], AbstractContextManager[Engine]]  # model, adapter name, modules
+
+
+@contextmanager
+def in_memory(model: nn.Module, adapter_name: str, names: Sequence[str]) -> Iterator[Engine]:
+    """The engine for a model that has all its weights; within the context the model is in spectral form."""
+    with spectral_form(model, adapter_name, names) as layers:
+        yield InMemory(Decoder(model), layers)
 
 
 def calibrate(
@@ -31,6 +52,7 @@ def calibrate(
     pack_tokens: int = 2048,
     progress: Progress = iter,
     ranks: Ranks | None = None,
+    engines: Engines = in_memory,
 ) -> Sensitivity:
     """Measure g_k = ∂L/∂σ_k for the singular directions of an adapter's modules.
 
@@ -48,6 +70,7 @@ def calibrate(
         pack_tokens: tokens that go through the model at once, at most; longer samples go alone.
         progress: wraps the list of packs, e.g. with a progress bar.
         ranks: the processes that share the samples, each with this model; see `spectral_fast.calibration.ranks`.
+        engines: makes what runs the model; by default in memory, see also `spectral_fast.calibration.stream`.
 
     Returns:
         Sensitivity with s and g (float64) of shape (r,) and g per sample, (samples, r) float32, per module.
@@ -63,8 +86,7 @@ def calibrate(
     names = list(lora_layers(model, adapter_name) if modules is None else modules)
     ranks = ranks or Ranks()
     mine = ranks.share([len(example.ids) for example in examples])
-    with spectral_form(model, adapter_name, names) as layers:
-        engine = InMemory(decoder, layers)
+    with engines(model, adapter_name, names) as engine:
 
         def measured(layout: str) -> dict[str, Tensor]:
             laid_out = packs(examples, batch_size, samples=mine, tokens=pack_tokens, layout=layout)
@@ -79,9 +101,7 @@ def calibrate(
                 found = measured("packed")
             except Unpackable:
                 found = measured("padded")
-        return Sensitivity(
-            {name: ModuleSensitivity.of_samples(layer.s.double().cpu(), found[name]) for name, layer in layers.items()}
-        )
+        return Sensitivity({name: ModuleSensitivity.of_samples(s, found[name]) for name, s in engine.s.items()})
 
 
 class InMemory:
@@ -99,6 +119,11 @@ class InMemory:
         self._of_trunk = len(self._of_head) < len(layers)
         self._dtype = next(decoder.model.parameters()).dtype
         self._scale = 2.0**12 if self._dtype == torch.float16 else 1.0
+
+    @property
+    def s(self) -> dict[str, Tensor]:
+        """Name -> singular values, (r,) float64, on the CPU."""
+        return {name: layer.s.double().cpu() for name, layer in self.layers.items()}
 
     def __call__(self, packs: Sequence[Pack], progress: Progress = iter) -> dict[str, Tensor]:
         """Name -> g of each sample, (samples, r), in the order of the packs and of the samples in them.

@@ -18,7 +18,7 @@ from spectral_fast.calibration.bypass import Call, bypass
 from spectral_fast.calibration.decoder import Decoder
 from spectral_fast.calibration.graphs import Graph, KeptGraphs, record
 from spectral_fast.calibration.packing import Pack
-from spectral_fast.calibration.spectral_form import SpectralLinear, per_sample, swapped
+from spectral_fast.calibration.spectral_form import SpectralLinear, frozen, per_sample, spectra_of, swapped
 from spectral_fast.calibration.weights import EMBEDDINGS, HEAD, INSTEAD, OTHER, Part, Weights
 from spectral_fast.calibration.work_folder import Stage
 from spectral_fast.spectrum import Spectrum
@@ -26,6 +26,15 @@ from spectral_fast.tensorfile import Put, TensorInfo
 
 EMBED, FORWARD, LOSS, BACKWARD = "embed", "forward", "loss", "backward"
 Step = tuple[str, Part]  # what to do, with which part of the model
+
+
+@contextmanager
+def streamed(
+    model: nn.Module, adapter_name: str, names: Sequence[str], *, weights: Weights, folder: Path, budget: int
+) -> Iterator[Streamed]:
+    """The engine for a model of `load_skeleton`; see `Streamed` for the arguments."""
+    with frozen(model):
+        yield Streamed(model, adapter_name, spectra_of(model, adapter_name, names), weights, folder, budget)
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Streamed:
     @property
     def s(self) -> dict[str, Tensor]:
         """Name -> singular values, (r,) float64."""
-        return {name: spectrum.s for name, spectrum in self.spectra.items()}
+        return {name: spectrum.s.cpu() for name, spectrum in self.spectra.items()}
 
     @cached_property
     def decoder(self) -> Decoder:
