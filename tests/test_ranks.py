@@ -1,0 +1,157 @@
+"""Probing by several processes of torchrun: the same g as by one, and a clear end for all when one fails or dies."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_fast import embedded
+from spectral_fast.calibration import ranks
+from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.ranks import Ranks
+from spectral_fast.cli import main
+from spectral_fast.sensitivity import Sensitivity
+
+PROBE = [
+    "probe",
+    *("--base_model", str(embedded.base_model_dir())),
+    *("--lora_path", str(embedded.adapter_dir())),
+    *("--calib_data", str(embedded.calibration_file())),
+]
+
+# The command line, on whose rank 1 the second pass through the model does not come back.
+ACCIDENT = """
+import os, signal, sys, time
+from spectral_fast import cli
+from spectral_fast.calibration.calibrate import InMemory
+
+gradients = InMemory._gradients
+
+def accident(engine, pack):
+    if os.environ["RANK"] == "1":
+        if sys.argv[1] == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("the disk is on fire")
+    if sys.argv[1] == "killed":
+        time.sleep(60)  # the others end all the same
+    return gradients(engine, pack)
+
+InMemory._gradients = accident
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def torchrun(
+    size: int, *argv: str, script: Sequence[str] = ("-m", "spectral_fast")
+) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    return subprocess.run([*run, *script, *argv], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_every_sample_is_one_ranks_and_the_longest_go_first_to_who_has_least() -> None:
+    lengths = [5, 9, 2, 2, 7, 1]
+    shares = [Ranks(rank, 2).share(lengths) for rank in range(2)]
+    assert shares == [[1, 2, 3], [0, 4, 5]]  # 9 | 7, 5 to the 7, 2 and 2 to the 9, 1 to the 12
+    assert Ranks().share(lengths) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_shares_are_a_partition_and_as_even_as_the_longest_sample_allows(size: int) -> None:
+    lengths = torch.randint(1, 400, (5 * size - 2,), generator=torch.Generator().manual_seed(size)).tolist()
+    shares = [Ranks(rank, size).share(lengths) for rank in range(size)]
+    assert sorted(itertools.chain(*shares)) == list(range(len(lengths)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(lengths[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")  # as some clusters do for all their jobs
+    assert not ranks.launched()
+    with ranks.join(ModelOptions()) as alone:
+        assert (alone.rank, alone.size) == (0, 1)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("size", "samples"), [(2, 5), (3, 2)])
+def test_g_does_not_depend_on_the_number_of_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int, samples: int
+) -> None:
+    """Also where some rank has no sample at all. Batches of 2: what a token weighs is said by the whole set."""
+    argv = [*PROBE, "--calib_samples", str(samples), "--json", "--out_dir"]
+    assert main([*argv, str(tmp_path / "one")]) == 0
+    one = json.loads(capsys.readouterr().out)
+    result = torchrun(size, *argv, str(tmp_path / "many"))
+    assert result.returncode == 0, result.stderr
+    many = json.loads(result.stdout)  # rank 0 alone has printed
+    assert many.pop("ranks") == size
+    assert one.pop("ranks") == 1
+    del one["out_dir"], many["out_dir"]
+    assert one == many
+    wanted, got = Sensitivity.load(tmp_path / "one"), Sensitivity.load(tmp_path / "many")
+    for name, module in wanted.modules.items():
+        assert torch.equal(module.s, got.modules[name].s)
+        assert module.samples is not None
+        assert got.modules[name].samples is not None
+        torch.testing.assert_close(
+            got.modules[name].samples, module.samples, rtol=0, atol=1e-5 * module.samples.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize(
+    ("accident", "message"),
+    [
+        ("failed", "rank 1 failed: ValueError: the disk is on fire"),
+        ("killed", "another rank died without a word (killed, or out of memory?)"),
+    ],
+)
+def test_a_rank_that_fails_or_dies_ends_all_at_once_and_nothing_is_written(
+    tmp_path: Path, accident: str, message: str
+) -> None:
+    script = tmp_path / "accident.py"
+    script.write_text(ACCIDENT)
+    argv = [accident, *PROBE, "--calib_samples", "4", "--out_dir", str(tmp_path / "out")]
+    began = time.monotonic()
+    result = torchrun(3, *argv, script=[str(script)])
+    assert time.monotonic() - began < 45
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert result.stderr.count(f"spectral-fast probe: error: {message}") == 2, result.stderr
+    assert ("spectral-fast probe: error: the disk is on fire" in result.stderr) == (accident == "failed")
+    assert list(tmp_path.iterdir()) == [script]
+
+
+@pytest.fixture
+def as_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(ranks.ENVIRONMENT, ("1", "2", "1", "localhost", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("as_torchrun")
+def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks.place(ModelOptions(device="cpu")).device == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ranks.place(ModelOptions()).device == "cuda:1"
+    assert ranks.place(ModelOptions(device="cuda")).device == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 1 of this machine has no GPU of its own: there are 1"):
+        ranks.place(ModelOptions())
+    with pytest.raises(ValueError, match="--device_map auto spreads one model over all GPUs"):
+        ranks.place(ModelOptions(device_map="auto"))
+
+
+@pytest.mark.usefixtures("as_torchrun")
+def test_other_commands_are_not_for_torchrun(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["edit", "--mode", "random_index", *PROBE[3:5], "--out_dir", str(tmp_path / "out")])
+    assert "torchrun is for `probe` only" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
