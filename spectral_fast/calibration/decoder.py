@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_fast.calibration.attention import packed_attention
+from spectral_fast.calibration.attention import NAME, packed_attention
 from spectral_fast.calibration.packing import Pack
 
 LOGITS_AT_ONCE = 2**24  # elements: 64 MB in float32
@@ -59,7 +59,7 @@ class Decoder:
             Unpackable: if some layer does not keep the samples of a packed row apart.
         """
         inputs: dict[str, Any] = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "use_cache": False}
-        if len(pack.samples) > 1 and pack.attention_mask is None:
+        if self.model.config._attn_implementation == NAME:
             inputs["sample_starts"] = pack.starts.tolist()
         else:
             inputs["attention_mask"] = pack.attention_mask
