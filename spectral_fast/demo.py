@@ -19,6 +19,7 @@ from spectral_fast.evaluation.evaluate import read_correct
 from spectral_fast.evaluation.profiles import EvaluationOptions
 from spectral_fast.policies import AbsSelect
 from spectral_fast.sensitivity import RECORD
+from spectral_fast.statistics import Stability
 
 REPORT, PROBED = "report.html", "probed"
 CONTROL_SEEDS = (1, 2)
@@ -87,9 +88,11 @@ def run_demo(
         "evaluated on": f"{results['original']['total']} held-out problems, greedy decoding",
         "seconds": round(time.perf_counter() - began),
     }
-    write_report(out_dir / REPORT, "The embedded adapter, edited", edited, evaluation=rows, facts=facts)
+    stability = None if sensitivity.samples is None else Stability.of(sensitivity.samples, policy.choice())
+    title = "The embedded adapter, edited"
+    write_report(out_dir / REPORT, title, edited, evaluation=rows, facts=facts, stability=stability)
     (out_dir / "pictures").mkdir(exist_ok=True)
-    save_pictures(out_dir / "pictures", edited)
+    save_pictures(out_dir / "pictures", edited, stability)
     return {
         "report": str(out_dir / REPORT),
         "seconds": round(time.perf_counter() - began, 1),

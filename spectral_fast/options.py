@@ -35,14 +35,17 @@ def check(instance: Any, where: str = "") -> None:
         where: what the values belong to, e.g. a mode; opens the message.
 
     Raises:
-        TypeError: a value of another type than its default.
+        TypeError: a value of another type than its default's or, where that is None, than the annotation's.
         ValueError: a value that is not finite, out of its range, or not among its choices.
     """
+    hints = typing.get_type_hints(type(instance))
     for spec in fields(instance):
         value, kind, meta = getattr(instance, spec.name), type(spec.default), spec.metadata
         name = f"{where}: {spec.name}" if where else spec.name
         if spec.default is None:
-            continue
+            if value is None:
+                continue
+            kind = typing.get_args(hints[spec.name])[0]
         if kind is float and type(value) is int:
             object.__setattr__(instance, spec.name, float(value))
         elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

@@ -101,9 +101,13 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         text += f"\ncarried through unchanged: {len(adapter.carried)} other tensors or modules (named in --json)"
     if args.report is not None:
         from spectral_fast.report import write_report
+        from spectral_fast.statistics import Stability
 
         facts = {"adapter": args.lora_path, "mode": args.mode, **asdict(policy)}
-        write_report(args.report, f"{Path(args.lora_path).name}, {args.mode}", edited, facts=facts)
+        samples = {} if sensitivity is None or sensitivity.samples is None else sensitivity.samples
+        stability = Stability.of({name: samples[name] for name in edited}, policy.choice()) if samples else None
+        title = f"{Path(args.lora_path).name}, {args.mode}"
+        write_report(args.report, title, edited, facts=facts, stability=stability)
         result["report"] = str(args.report)
         text += f"\nreport: {args.report}"
     if args.eval_gsm8k:
