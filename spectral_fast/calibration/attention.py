@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectral_fast.calibration.products import float32_is_faster
+
 NAME = "spectral_fast_packed"
 
 
@@ -89,18 +91,20 @@ def _attention(
         raise Unpackable(f"{type(module).__name__} is not told the bounds of the samples")
     if odd := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise Unpackable(f"{type(module).__name__} has {odd[0]}")
-    grouped = query.shape[1] != key.shape[1]
+    narrow = query.dtype
+    if query.device.type == "cpu" and narrow in (torch.bfloat16, torch.float16) and float32_is_faster():
+        query, key, value = query.float(), key.float(), value.float()
+    lengths = [end - start for start, end in pairwise(sample_starts)]
     outputs = []
-    for start, end in pairwise(sample_starts):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+    for q, k, v in zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True):
         near = None
-        if sliding_window is not None and end - start > sliding_window:
-            near = _band(end - start, sliding_window, q)
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            near = _band(q.shape[2], sliding_window, q)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=near, is_causal=near is None, scale=scaling, enable_gqa=grouped
+            q, k, v, attn_mask=near, is_causal=near is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2))
-    return torch.cat(outputs, 1), None
+    return torch.cat(outputs, 1).to(narrow), None
 
 
 def _band(length: int, window: int, like: Tensor) -> Tensor:

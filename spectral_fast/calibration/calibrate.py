@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from spectral_fast.calibration.attention import Unpackable
 from spectral_fast.calibration.data import Example
-from spectral_fast.calibration.decoder import Decoder, attention_for
+from spectral_fast.calibration.decoder import Decoder, ready_for
 from spectral_fast.calibration.packing import Pack, packs
 from spectral_fast.calibration.ranks import Ranks
+from spectral_fast.calibration.rounds import in_rounds
 from spectral_fast.calibration.spectral_form import SpectralLinear, lora_layers, per_sample, spectral_form
 from spectral_fast.sensitivity import ModuleSensitivity, Sensitivity
 
@@ -49,7 +50,8 @@ def calibrate(
     adapter_name: str = "default",
     modules: Iterable[str] | None = None,
     batch_size: int = 2,
-    pack_tokens: int = 2048,
+    pack_tokens: int = 1024,
+    until_stable: float = 0.0,
     progress: Progress = iter,
     ranks: Ranks | None = None,
     engines: Engines = in_memory,
@@ -68,12 +70,15 @@ def calibrate(
         modules: names of the LoRA layers to measure; by default all linear ones.
         batch_size: examples per nominal batch (`--calib_batch_size`).
         pack_tokens: tokens that go through the model at once, at most; longer samples go alone.
-        progress: wraps the list of packs, e.g. with a progress bar.
+        until_stable: take no more examples once doubling them has left this share of the core and noise directions as
+            they were, see `spectral_fast.calibration.rounds`; g is then that of a plain run on the examples used.
+        progress: wraps the list of packs, e.g. with a progress bar; once per round with `until_stable`.
         ranks: the processes that share the samples, each with this model; see `spectral_fast.calibration.ranks`.
         engines: makes what runs the model; by default in memory, see also `spectral_fast.calibration.stream`.
 
     Returns:
-        Sensitivity with s and g (float64) of shape (r,) and g per sample, (samples, r) float32, per module.
+        Sensitivity with s and g (float64) of shape (r,) and g per sample, (samples, r) float32, per module. The record
+        has what `in_rounds` tells: `samples_used` and, with `until_stable`, its checks.
 
     Raises:
         ValueError: without a labelled token in some batch, for an example longer than the model's positions, for
@@ -85,23 +90,27 @@ def calibrate(
     decoder = Decoder(model)
     names = list(lora_layers(model, adapter_name) if modules is None else modules)
     ranks = ranks or Ranks()
-    mine = ranks.share([len(example.ids) for example in examples])
+    layout = "single" if any(routed(name) for name in names) else "packed"
     with engines(model, adapter_name, names) as engine:
 
-        def measured(layout: str) -> dict[str, Tensor]:
-            laid_out = packs(examples, batch_size, samples=mine, tokens=pack_tokens, layout=layout)
-            with attention_for(decoder, layout):
-                found = engine(laid_out, lambda packs: ranks.watched(progress(packs)))
-            return ranks.sum(in_order(found, laid_out, len(examples)))
+        def laid_out(part: range, layout: str) -> dict[str, Tensor]:
+            lengths = [len(examples[i].ids) for i in part]
+            mine = [part[i] for i in ranks.share(lengths)]
+            chosen = packs(examples[: part.stop], batch_size, samples=mine, tokens=pack_tokens, layout=layout)
+            with ready_for(decoder, layout):
+                found = engine(chosen, lambda packs: ranks.watched(progress(packs)))
+            return ranks.sum(in_order(found, chosen, part))
 
-        if any(routed(name) for name in names):
-            found = measured("single")
-        else:
+        def measure(part: range) -> dict[str, Tensor]:
+            nonlocal layout
             try:
-                found = measured("packed")
+                return laid_out(part, layout)
             except Unpackable:
-                found = measured("padded")
-        return Sensitivity({name: ModuleSensitivity.of_samples(s, found[name]) for name, s in engine.s.items()})
+                layout = "padded"
+                return laid_out(part, layout)
+
+        found, record = in_rounds(measure, len(examples), batch_size, until_stable)
+        return Sensitivity({name: ModuleSensitivity.of_samples(s, found[name]) for name, s in engine.s.items()}, record)
 
 
 class InMemory:
@@ -178,10 +187,10 @@ class InMemory:
         return loss
 
 
-def in_order(found: Mapping[str, Tensor], packs: Sequence[Pack], count: int) -> dict[str, Tensor]:
-    """Rows at the samples' indices among `count` instead of in the order of the packs; zeros where there is none."""
-    order = torch.tensor([sample for pack in packs for sample in pack.samples], dtype=torch.long)
-    return {name: g.new_zeros(count, g.shape[1]).index_copy(0, order, g) for name, g in found.items()}
+def in_order(found: Mapping[str, Tensor], packs: Sequence[Pack], part: range) -> dict[str, Tensor]:
+    """Rows in the order of a range of samples instead of that of the packs; zeros where there is none."""
+    order = torch.tensor([sample - part.start for pack in packs for sample in pack.samples], dtype=torch.long)
+    return {name: g.new_zeros(len(part), g.shape[1]).index_copy(0, order, g) for name, g in found.items()}
 
 
 def routed(name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spectral_fast.calibration.attention import NAME, packed_attention
 from spectral_fast.calibration.packing import Pack
+from spectral_fast.calibration.products import WideProducts
 
 LOGITS_AT_ONCE = 2**24  # elements: 64 MB in float32
 
@@ -143,14 +144,12 @@ class _Output:
 
 
 @contextmanager
-def attention_for(decoder: Decoder, layout: str) -> Iterator[None]:
-    """Within the context the model takes packs of a layout.
+def ready_for(decoder: Decoder, layout: str) -> Iterator[None]:
+    """Within the context the model takes packs of a layout, and its frozen products are as fast as they can be.
 
     Raises:
         Unpackable: see `packed_attention`.
     """
-    if layout == "packed":
-        with packed_attention(decoder.model, decoder.layers[1]):
-            yield
-    else:
+    packed = packed_attention(decoder.model, decoder.layers[1]) if layout == "packed" else nullcontext()
+    with packed, WideProducts():
         yield

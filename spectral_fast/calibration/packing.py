@@ -57,7 +57,7 @@ def packs(
     batch_size: int,
     *,
     samples: Sequence[int] | None = None,
-    tokens: int = 2048,
+    tokens: int = 1024,
     layout: str = "packed",
 ) -> list[Pack]:
     """Lay out samples, which keep the weights that they have in the nominal batches of all examples.
