@@ -15,9 +15,9 @@ from spectral_fast.calibration.data import (
     as_examples,
     encode_messages,
     encode_question_answer,
-    nominal_batches,
 )
 from spectral_fast.calibration.model import ModelOptions, load_tokenizer
+from spectral_fast.calibration.packing import packs
 from spectral_fast.calibration.probe import CalibrationOptions, load_examples
 
 TEMPLATE = (
@@ -82,21 +82,11 @@ def test_chats_without_clear_labels_are_refused(
         encode_messages(tokenizer, messages)
 
 
-def test_batches_are_padded_on_the_right_and_masked_by_length() -> None:
-    [batch] = nominal_batches(
-        [Example.continuation((7, 0, 9), 1), Example.continuation((5, 6, 7, 0, 0), 3)], 2, pad_id=0
-    )
-    assert batch.input_ids.tolist() == [[7, 0, 9, 0, 0], [5, 6, 7, 0, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert batch.labels.tolist() == [[-100, 0, 9, -100, -100], [-100, -100, -100, 0, 0]]
-
-
-def test_the_first_samples_are_taken_in_order_and_the_last_batch_may_be_smaller(tokenizer: Any) -> None:
+def test_the_first_samples_are_taken_in_order(tokenizer: Any) -> None:
     options = CalibrationOptions(calib_data=str(embedded.calibration_file()), calib_samples=5)
     examples = load_examples(tokenizer, options)
     rows = [json.loads(line) for line in embedded.calibration_file().read_text().splitlines()[:5]]
     assert examples == [encode_question_answer(tokenizer, row["question"], row["answer"]) for row in rows]
-    assert [len(batch.labels) for batch in nominal_batches(examples, 2)] == [2, 2, 1]
 
 
 def test_chat_rows_from_a_file_name_the_row_that_is_wrong(tokenizer: Any, tmp_path: Path) -> None:
@@ -126,8 +116,8 @@ MULTI_TURN = Example((1, 2, 3, 4, 5), (-100, 2, -100, 4, 5))
 def test_labels_may_be_any_of_the_tokens() -> None:
     assert MULTI_TURN.n_labels == 3
     assert Example((1, 2), (1, -100)).n_labels == 0  # nothing predicts the first token
-    [batch] = nominal_batches([MULTI_TURN], 1)
-    assert batch.labels.tolist() == [[-100, 2, -100, 4, 5]]
+    [pack] = packs([MULTI_TURN], 1)
+    assert (pack.positions.tolist(), pack.targets.tolist()) == ([0, 2, 3], [2, 4, 5])
 
 
 @pytest.mark.parametrize("dtype", ["lists", "tensors", "batch"])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_tools import save
+from plain_batches import calibration_loss
 from safetensors.torch import load_file
 from tiny_models import tiny_llama, with_lora
 
@@ -115,15 +116,11 @@ def test_probe_in_memory_then_edit_lowers_or_raises_what_g_says(adapter: Adapter
     """One step of gd with a small eta must lower the calibration loss by about eta · |g|²."""
     from peft import PeftModel
 
-    from spectral_fast.calibration.data import nominal_batches
-    from spectral_fast.calibration.loss import mean_token_loss
-
     examples = [Example.continuation(range(i, i + 20), 4) for i in range(6)]
 
     def loss(folder: Path) -> float:
         model = PeftModel.from_pretrained(tiny_llama(), folder).double().eval()
-        with torch.no_grad():
-            return sum(mean_token_loss(model, batch).item() for batch in nominal_batches(examples, 2))
+        return calibration_loss(model, examples, 2)
 
     model = PeftModel.from_pretrained(tiny_llama(), adapter.path)
     measured = calibrate(model, examples)

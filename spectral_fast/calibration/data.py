@@ -1,4 +1,4 @@
-"""Calibration examples: rows of text to token ids, of which the answer's are labels; and nominal batches of them."""
+"""Calibration examples: rows of text to token ids, of which the answer's are labels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
@@ -41,19 +40,6 @@ class Example:
     def n_labels(self) -> int:
         """Labels that have a token before them to be predicted from."""
         return sum(label != IGNORED for label in self.labels[1:])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded examples. Token ids, mask and labels are (batch, length), int64."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
 
 
 def encode_question_answer(tokenizer: Any, question: str, answer: str) -> Example:
@@ -146,21 +132,3 @@ def _from_columns(item: Mapping[str, Any]) -> Iterator[Example]:
         if (positions[row, text].diff() != 1).any():
             raise ValueError("position_ids start again within a row; give each sample a row of its own")
         yield Example(tuple(ids[row, text].tolist()), tuple(labels[row, text].tolist()))
-
-
-def nominal_batches(examples: Sequence[Example], batch_size: int, pad_id: int = 0) -> Iterator[Batch]:
-    """The examples in order, `batch_size` at a time, padded on the right; masks come from lengths, never from ids."""
-    if batch_size < 1:
-        raise ValueError(f"calib_batch_size must be at least 1, got {batch_size}")
-    for start in range(0, len(examples), batch_size):
-        chunk = examples[start : start + batch_size]
-        length = max(len(example.ids) for example in chunk)
-        input_ids = torch.full((len(chunk), length), pad_id)
-        attention_mask = torch.zeros(len(chunk), length, dtype=torch.long)
-        labels = torch.full((len(chunk), length), IGNORED)
-        for row, example in enumerate(chunk):
-            n = len(example.ids)
-            input_ids[row, :n] = torch.tensor(example.ids)
-            attention_mask[row, :n] = 1
-            labels[row, :n] = torch.tensor(example.labels)
-        yield Batch(input_ids, attention_mask, labels)
