@@ -52,3 +52,17 @@ def save_in_shards(model: Any, path: Path) -> str:
     model.save_pretrained(path, max_shard_size="20KB")
     assert len(list(path.glob("*.safetensors"))) > 2
     return str(path)
+
+
+TARGETS = {"phi3": ["qkv_proj", "o_proj", "down_proj"], "gpt_neox": ["query_key_value", "dense_4h_to_h"]}
+ATTENTION = ["q_proj", "o_proj"]
+
+
+def save_adapter(model: Any, family: str, path: Path, **config: Any) -> Any:
+    """Give the model a random LoRA and save it; returns the PEFT model."""
+    from tiny_models import with_lora
+
+    targets = TARGETS.get(family, ATTENTION if "moe" in family or family == "mixtral" else [*ATTENTION, "down_proj"])
+    peft_model = with_lora(model, **{"target_modules": targets, "r": 4, **config}).eval()
+    peft_model.save_pretrained(path)
+    return peft_model

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.backends import chosen_backends
-from spectral_fast.calibration.calibrate import Progress, calibrate
+from spectral_fast.calibration.calibrate import Engines, Progress, calibrate, in_memory
 from spectral_fast.calibration.data import Example, encode_messages, encode_question_answer
 from spectral_fast.calibration.model import ModelOptions, load_model, load_tokenizer
 from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.rows import GSM8K, data_file, read_rows
+from spectral_fast.calibration.skeleton import load_skeleton
+from spectral_fast.calibration.stream import streamed
+from spectral_fast.calibration.stream_options import StreamOptions
+from spectral_fast.calibration.work_folder import work_folder
 from spectral_fast.options import check, option
 from spectral_fast.provenance import sha256_file, versions
 from spectral_fast.sensitivity import Sensitivity
+from spectral_fast.statistics import Stability
 
 SPLIT = "train"
+DEFAULT_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,15 @@ class CalibrationOptions:
     """Which samples to calibrate on."""
 
     calib_data: str = option("gsm8k", "gsm8k (the train split, by datasets) or a .jsonl or .parquet file")
-    calib_samples: int = option(32, "samples to take, from the first on", low=1)
+    calib_samples: int | None = option(
+        None, "samples to take, from the first on; the most to take with --until_stable (default: 32; then all)", low=1
+    )
+    until_stable: float = option(
+        0.0,
+        "take samples until doubling them has left this share of the core and noise directions as they were, e.g. 0.9",
+        low=0.0,
+        high=1.0,
+    )
     calib_batch_size: int = option(2, "samples per nominal batch, whose mean loss is differentiated", low=1)
     question_column: str = option("question", "column with the question")
     answer_column: str = option("answer", "column with the answer, whose tokens are the labels")
@@ -34,6 +53,11 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def limit(self) -> int | None:
+        """The most samples to take; None for all that there are."""
+        return self.calib_samples or (None if self.until_stable else DEFAULT_SAMPLES)
 
 
 def load_examples(tokenizer: Any, options: CalibrationOptions) -> list[Example]:
@@ -46,7 +70,7 @@ def load_examples(tokenizer: Any, options: CalibrationOptions) -> list[Example]:
     columns: Sequence[str] = [options.messages_column or options.question_column]
     if options.messages_column is None:
         columns = [*columns, options.answer_column]
-    rows = read_rows(options.calib_data, columns, split=SPLIT, limit=options.calib_samples)
+    rows = read_rows(options.calib_data, columns, split=SPLIT, limit=options.limit)
     examples = []
     for index, row in enumerate(rows):
         try:
@@ -68,6 +92,8 @@ def probe(
     options: ModelOptions | None = None,
     progress: Progress = iter,
     ranks: Ranks | None = None,
+    stream: StreamOptions | None = None,
+    work_dir: Path | None = None,
 ) -> Sensitivity:
     """Measure the sensitivity of an adapter's singular values on calibration data, with the record of how.
 
@@ -79,22 +105,39 @@ def probe(
         options: device, dtype and source of the base model.
         progress: wraps the list of batches.
         ranks: the processes that share the samples; all of them get the same result.
+        stream: whether to have the base model in memory as a whole (the default) or one layer at a time.
+        work_dir: folder for the files of a streamed run, see `work_folder`; the caller discards it when the result is
+            safe. By default a temporary one, with which a run cannot be resumed.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`, `load_examples` and `calibrate`.
     """
     data, options, ranks = data or CalibrationOptions(), options or ModelOptions(), ranks or Ranks()
+    stream = stream or StreamOptions()
     tokenizer = load_tokenizer(base_model, options)
     examples = load_examples(tokenizer, data)
-    model = load_model(base_model, options, adapter)
-    measured = calibrate(
-        model,
-        examples,
-        modules=[module.name for module in modules],
-        batch_size=data.calib_batch_size,
-        progress=progress,
-        ranks=ranks,
-    )
+    names = [module.name for module in modules]
+    run = {
+        "adapter_sha256": adapter.fingerprint(),
+        "modules": names,
+        "calib_tokens_sha256": _hash(examples),
+        "calib_batch_size": data.calib_batch_size,
+        "until_stable": data.until_stable,
+        "rank": [ranks.rank, ranks.size],
+        "versions": versions(),
+    }
+    with _opened(base_model, adapter, options, stream, run, work_dir) as (model, device, engines):
+        measured = calibrate(
+            model,
+            examples,
+            modules=names,
+            batch_size=data.calib_batch_size,
+            until_stable=data.until_stable,
+            progress=progress,
+            ranks=ranks,
+            engines=engines,
+        )
+    examples = examples[: measured.record["samples_used"]]
     record = {
         "adapter_stamp": adapter.stamp(),
         "adapter_sha256": adapter.fingerprint(),
@@ -103,15 +146,50 @@ def probe(
         "base_model": base_model,
         "base_model_revision": getattr(model.config, "_commit_hash", None),
         **asdict(data),
+        "calib_samples": data.limit,
         "calib_data_sha256": None if data.calib_data == GSM8K else sha256_file(data_file(data.calib_data, SPLIT)),
-        "calib_tokens_sha256": sha256(repr(examples).encode()).hexdigest(),
-        "samples_used": len(examples),
+        "calib_tokens_sha256": _hash(examples),
+        **measured.record,
         "tokens": sum(len(example.ids) for example in examples),
         "labels": sum(example.n_labels for example in examples),
         "dtype": str(next(model.get_base_model().parameters()).dtype).removeprefix("torch."),
-        "device": str(next(model.parameters()).device),
+        "device": str(device),
+        "stream": stream.stream,
         "ranks": ranks.size,
+        "stability": None if measured.samples is None else Stability.of(measured.samples).summary(),
         "backends": chosen_backends(),
         "versions": versions(),
     }
     return Sensitivity(measured.modules, record)
+
+
+@contextmanager
+def _opened(
+    base_model: str,
+    adapter: Adapter,
+    options: ModelOptions,
+    stream: StreamOptions,
+    run: Mapping[str, Any],
+    work_dir: Path | None,
+) -> Iterator[tuple[Any, torch.device, Engines]]:
+    """The model with its adapter, where it computes, and what runs it."""
+    if not stream.stream:
+        model = load_model(base_model, options, adapter)
+        yield model, next(model.parameters()).device, in_memory
+        return
+    if stream.resume and work_dir is None:
+        raise ValueError("a run that is to be resumed needs a work_dir, where the files of the killed one are")
+    model, weights = load_skeleton(base_model, options, adapter)
+    run = {
+        **run,
+        "base_model_files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights.files],
+        "config_sha256": _hash(model.config.to_json_string()),
+        "device": weights.device.type,
+    }
+    with work_folder(work_dir, run, resume=stream.resume) as folder:
+        budget = stream.budget(weights.device)
+        yield model, weights.device, partial(streamed, weights=weights, folder=folder, budget=budget)
+
+
+def _hash(value: Any) -> str:
+    return sha256(repr(value).encode()).hexdigest()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_fast.calibration.attention import Unpackable
 from spectral_fast.calibration.bypass import Call, bypass
 from spectral_fast.calibration.decoder import Decoder
 from spectral_fast.calibration.graphs import Graph, KeptGraphs, record
@@ -99,7 +100,12 @@ class Streamed:
         """
         if not packs:
             return {name: s.new_empty(0, len(s), dtype=torch.float32) for name, s in self.s.items()}
-        return _Sweeps(self, packs).run(progress)
+        stage = Stage(self.folder / _digest(packs))
+        try:
+            return _Sweeps(self, stage, packs).run(progress)
+        except Unpackable:  # the samples come again in another layout
+            stage.discard()
+            raise
 
 
 class _Sweeps:
@@ -109,11 +115,11 @@ class _Sweeps:
     and g of all modules from layer L on; the head counts as the layer after the last.
     """
 
-    def __init__(self, engine: Streamed, packs: Sequence[Pack]) -> None:
+    def __init__(self, engine: Streamed, stage: Stage, packs: Sequence[Pack]) -> None:
         self.engine, self.weights, self.decoder = engine, engine.weights, engine.decoder
         self.layers = engine.decoder.layers[1]
         self.lowest = min((part for part in engine.by_part if isinstance(part, int)), default=len(self.layers))
-        self.stage = Stage(engine.folder / _digest(packs))
+        self.stage = stage
         self.packs = [pack.to(engine.weights.device) for pack in packs]
         self.dtype: torch.dtype = engine.decoder.model.dtype
         self.scale = 2.0**12 if self.dtype == torch.float16 else 1.0

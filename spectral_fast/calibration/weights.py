@@ -65,6 +65,7 @@ class Weights:
         device: where to compute; a CPU uses weights of the model's own dtype where they are mapped, without a copy.
 
     Attributes:
+        files: the checkpoint.
         bytes_read: of the checkpoint, so far.
 
     Raises:
@@ -73,7 +74,7 @@ class Weights:
     """
 
     def __init__(self, model: Any, files: Sequence[Path], layers: str, device: torch.device) -> None:
-        self.device, self.bytes_read = device, 0
+        self.files, self.device, self.bytes_read = list(files), device, 0
         self._model = model
         self._metas: dict[str, Tensor] = {name: meta.to("meta") for name, meta in model.state_dict().items()}
         self._wide: Mapping[str, torch.dtype] = model._get_dtype_plan(model.dtype)

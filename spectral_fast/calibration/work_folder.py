@@ -50,6 +50,10 @@ class Stage:
         """Remove a file, if it is there."""
         self._file(name).unlink(missing_ok=True)
 
+    def discard(self) -> None:
+        """Remove all of its files, and the folder."""
+        shutil.rmtree(self.path)
+
     def reserve(self, nbytes: int) -> None:
         """Refuse if the disk has no room for so many bytes.
 
