@@ -10,6 +10,13 @@
     files.py      commands, timed from outside   machine.py  where it ran
     records.py    rows of the CSV                run.py      all of it, in order
 
+Of calibration:
+
+    models.py     random Llamas, also on disk    samples.py  GSM8K, and a tokenizer for it
+    peers_calibration.py  hooks and plain PEFT   calibration.py  ours beside them, and what g costs
+    streamed.py   streaming beside memory        commands.py probe --stream and torchrun, from outside
+    ranks.py      one process of several         scaling.py  time and memory elsewhere, by counting
+
 Without a GPU, of the kernels for GPUs:
 
     codegen.py    compiled for every architecture resources.py  what they use, from the machine code

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 Shape = tuple[int, int]
 
+OURS = "spectral_fast"
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SURGERY = ("o_proj", "down_proj")  # what the method edits by default
 KAPPAS = (1e1, 1e4)
+# GSM8K's training problems, where they are.
+VARIABLE = "SPECTRAL_FAST_GSM8K"
+GSM8K = Path(os.environ.get(VARIABLE, Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"))
+SAMPLES = "GSM8K" if (GSM8K / "train.jsonl").is_file() else "texts as long as GSM8K's"
+EPSILON = {"bfloat16": 2**-7, "float32": 2**-23}
+ROUNDINGS = 14  # tensors of a decoder layer that are rounded to the model's dtype on the way forward, and as many back
 ITEMSIZE = {"bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -104,7 +113,46 @@ class Projections:
         return f"{self.modules} modules, {self.tokens} tokens in {self.samples} samples, r = {self.rank}, {self.dtype}"
 
 
-Case = Adapter | Cores | Projections
+@dataclass(frozen=True)
+class Calibration:
+    """Samples through a Llama with an adapter on o_proj and down_proj, all weights random.
+
+    Keys and values have as many heads as queries, as in Llama-2.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    mlp: int
+    heads: int
+    vocabulary: int
+    samples: int
+    rank: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.samples} samples of {SAMPLES}, {self.name}, o_proj + down_proj, r = {self.rank}, {self.dtype}"
+
+    @property
+    def model(self) -> Model:
+        """The shapes of its linear layers."""
+        return Model.llama(self.name, self.layers, self.hidden, self.hidden, self.mlp)
+
+    @property
+    def modules(self) -> int:
+        """How many modules the adapter has."""
+        return self.layers * len(SURGERY)
+
+    @property
+    def rounding(self) -> float:
+        """Relative error of g that rounding explains: a random walk of as many steps as tensors are rounded in turn.
+
+        A step is half a unit in the last place, the most that a rounding errs.
+        """
+        return EPSILON[self.dtype] / 2 * math.sqrt(2 * ROUNDINGS * self.layers)
+
+
+Case = Adapter | Cores | Projections | Calibration
 
 
 @dataclass(frozen=True)
@@ -113,9 +161,10 @@ class Task:
 
     Attributes:
         work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores), "sensitivity" (from
-            projections), or "edit" (file to file).
+            projections), "edit" (file to file), "calibrate" (samples through a model), "cost of g" (a pass with and
+            without), "stream", "stream or memory", or "ranks".
         case: what it is done to.
-        peers: names in ``peers.REBUILD``, ``peers.SVD`` or ``peers.SENSITIVITY``.
+        peers: names in ``peers.REBUILD``, ``peers.SVD``, ``peers.SENSITIVITY`` or ``calibration.RUNS``.
         rounds: repeats of each implementation, at most.
         budget: seconds after which an implementation is not repeated any more; a first run that takes longer, which
             the gate checks, is its only one.
@@ -139,8 +188,12 @@ class Task:
         if fields["work"] in ("rebuild", "edit"):
             shapes = {name: tuple(shape) for name, shape in case["model"]["shapes"].items()}
             case["model"], case["targets"] = Model(**case["model"] | {"shapes": shapes}), tuple(case["targets"])
-        kinds: dict[str, Callable[..., Case]] = {"svd": Cores, "sensitivity": Projections}
-        return cls(**fields | {"case": kinds.get(fields["work"], Adapter)(**case)})
+        kinds: dict[str, Callable[..., Case]] = {
+            **dict.fromkeys(("rebuild", "edit"), Adapter),
+            "svd": Cores,
+            "sensitivity": Projections,
+        }
+        return cls(**fields | {"case": kinds.get(fields["work"], Calibration)(**case)})
 
 
 PER_MODULE = ("reference", "torch QR + SVD")
@@ -162,6 +215,18 @@ ALL_70B = _rebuild(LLAMA3_70B, ALL_LINEAR, 16, "bfloat16", *LOW_RANK, rounds=7, 
 CORES_64 = Task("svd", Cores(560, 64), CORES, rounds=9, budget=5)
 EDIT_70B = Task("edit", Adapter(LLAMA3_70B, ALL_LINEAR, 64, "bfloat16"), (), rounds=5)
 
+BATCH_8, PADDED = f"{OURS}, nominal batch 8", f"{OURS}, padded"
+HOOKS, PLAIN = ("hooks, batch 2", "hooks, batch 8"), ("PEFT, batch 2", "PEFT, batch 8")
+SUMMED, WITHOUT, IN_MEMORY = "g summed over samples", "without g", "in memory"
+SMALL_LLAMA = Calibration("8 layers of 1024", 8, 1024, 2816, 16, 32000, 32, 64, "bfloat16")
+CALIBRATE = Task("calibrate", SMALL_LLAMA, (BATCH_8, PADDED, *HOOKS, *PLAIN), rounds=3, budget=100)
+# One packed row, so that many pairs of passes are compared.
+COST = Task("cost of g", replace(SMALL_LLAMA, samples=8), (SUMMED, WITHOUT), rounds=21)
+STREAM = Task("stream", Calibration("Llama-2-7B", 32, 4096, 11008, 32, 32000, 8, 64, "bfloat16"), (), rounds=1)
+STREAM_OR_MEMORY = Task("stream or memory", replace(SMALL_LLAMA, dtype="float32"), (IN_MEMORY,), rounds=3)
+RANKS = Task("ranks", SMALL_LLAMA, (), rounds=3)
+TINY_LLAMA = Calibration("3 layers of 128", 3, 128, 320, 4, 32000, 5, 8, "bfloat16")
+
 FULL = (
     SURGERY_70B,
     ALL_70B,
@@ -180,6 +245,11 @@ FULL = (
     Task("sensitivity", Projections(80, 32, 6400, 64, "bfloat16"), SEGMENTS, rounds=9, budget=3),
     Task("sensitivity", Projections(80, 32, 6400, 16, "float32"), SEGMENTS, rounds=9, budget=3),
     EDIT_70B,
+    CALIBRATE,
+    COST,
+    STREAM_OR_MEMORY,
+    RANKS,
+    STREAM,
 )
 
 # The same code on sizes that say nothing about speed.
@@ -189,4 +259,9 @@ QUICK = (
     Task("svd", Cores(6, 16), CORES, rounds=2, budget=1),
     Task("sensitivity", Projections(3, 5, 200, 16, "bfloat16"), SEGMENTS, rounds=2, budget=1),
     Task("edit", Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), (), rounds=1),
+    replace(CALIBRATE, case=TINY_LLAMA, rounds=1),
+    replace(COST, case=TINY_LLAMA, rounds=2),
+    replace(STREAM_OR_MEMORY, case=replace(TINY_LLAMA, dtype="float32"), rounds=1),
+    replace(RANKS, case=TINY_LLAMA, rounds=1),
+    replace(STREAM, case=TINY_LLAMA, rounds=1),
 )

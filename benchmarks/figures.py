@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
-from benchmarks import cases, files
-from benchmarks.cases import Adapter, Task
+from benchmarks import cases, commands, files
+from benchmarks.cases import OURS, SUMMED, WITHOUT, Adapter, Calibration, Task
 from benchmarks.records import Table
+from benchmarks.scaling import Shape
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,42 @@ def memory(table: Table) -> float:
     return peak / (8 * table.task.case.largest_module + 500e6)
 
 
+def faster(ours: str, other: str) -> Callable[[Table], float]:
+    """How many times as long as one of ours the other takes, by their medians."""
+    return times_as_long(other, ours)
+
+
+def paired(name: str, other: str) -> Callable[[Table], float]:
+    """Median over the rounds of one's time over the other's: what disturbs a round disturbs both."""
+    return lambda table: median(a / b for a, b in zip(table.of(name).seconds, table.of(other).seconds, strict=True))
+
+
+def extra_memory(table: Table) -> float:
+    """What autograd keeps more with g per sample than without g, over 2 bytes per token, rank and module."""
+    case, (with_g, without) = table.task.case, (table.of(x).saved_bytes for x in (OURS, WITHOUT))
+    assert isinstance(case, Calibration)
+    assert with_g is not None
+    assert without is not None
+    assert table.tokens is not None
+    return (with_g - without) / (table.tokens * case.rank * 2 * case.modules)
+
+
+def peak_gigabytes(table: Table) -> float:
+    """Peak resident set."""
+    peak = table.of(commands.STREAM).peak_bytes
+    assert peak is not None
+    return peak / 1e9
+
+
+def times_read(table: Table) -> float:
+    """Bytes of weights read over those of all linear layers, embeddings and the head."""
+    case, read = table.task.case, table.of(commands.STREAM).read_bytes
+    assert isinstance(case, Calibration)
+    assert read is not None
+    return read / (Shape.of(case).parameters * cases.ITEMSIZE[case.dtype])
+
+
+CALIBRATION = "calibrate, bfloat16 Llama of 8 layers"
 FIGURES = (
     Figure(
         f"SVD + rebuild, {cases.SURGERY_70B.case}: per-module QR + SVD + rebuild in torch / ours",
@@ -99,5 +137,37 @@ FIGURES = (
         memory,
         1,
         at_least=False,
+    ),
+    *(
+        Figure(f"{CALIBRATION}: {peer} / ours", cases.CALIBRATE, faster(ours, peer), target, at_least=True)
+        for peers, target in ((cases.HOOKS, 3.0), (cases.PLAIN, 1.8))
+        for ours, peer in zip((OURS, cases.BATCH_8), peers, strict=True)
+    ),
+    *(
+        Figure(f"a pass with {what} / without g", cases.COST, paired(name, WITHOUT), 1.02, at_least=False)
+        for what, name in (("g per sample", OURS), ("g summed", SUMMED))
+    ),
+    Figure(
+        "memory that a pass keeps for g per sample / (tokens × r × 2 bytes × modules)",
+        cases.COST,
+        extra_memory,
+        1.2,
+        at_least=False,
+    ),
+    Figure("probe --stream, Llama-2-7B shape: peak memory in GB", cases.STREAM, peak_gigabytes, 3, at_least=False),
+    Figure("the same: weights read / weights", cases.STREAM, times_read, 2.05, at_least=False),
+    Figure(
+        "streamed / in memory, float32 Llama of 8 layers, g equal to 1e-5",
+        cases.STREAM_OR_MEMORY,
+        times_as_long(OURS, cases.IN_MEMORY),
+        1.3,
+        at_least=False,
+    ),
+    Figure(
+        "calibrate: 1 rank / 2 ranks on gloo, one thread each",
+        cases.RANKS,
+        faster(commands.TWO, commands.ONE),
+        1.7,
+        at_least=True,
     ),
 )

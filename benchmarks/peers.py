@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.cases import OURS
 from spectral_fast.bench.factors import Factors
 from spectral_fast.kernels.batched_svd import batched_svd
 from spectral_fast.kernels.lowrank_svd import reference
@@ -19,7 +20,6 @@ from spectral_fast.kernels.sensitivity import op as sensitivity
 from spectral_fast.kernels.sensitivity import segment_products
 from spectral_fast.spectrum import lowrank_svd, rebuild
 
-OURS = "spectral_fast"
 Pairs = list[tuple[Tensor, Tensor]]  # p and q of each module
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.cases import KAPPAS, Projections, Task
+from benchmarks.cases import KAPPAS, Adapter, Cores, Task
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Measurement:
         seconds: of each repeat, for the whole case.
         extrapolated: whether they were measured on one module and multiplied.
         peak_bytes: peak resident set of a command; None for what is timed inside a process.
+        saved_bytes: what autograd keeps for the backward pass, weights apart; None where nobody counted.
+        read_bytes: weights that were read from disk; None where nobody counted.
     """
 
     implementation: str
@@ -29,6 +31,8 @@ class Measurement:
     seconds: list[float]
     extrapolated: bool = False
     peak_bytes: int | None = None
+    saved_bytes: int | None = None
+    read_bytes: int | None = None
 
     @property
     def median(self) -> float:
@@ -49,6 +53,7 @@ class Table:
         flops: operations that must be done.
         bandwidth: bytes per second, read and written, that a copy reached in this run.
         peak: operations per second that a large matrix product reached in this run.
+        tokens: of calibration samples; None where there are none.
     """
 
     task: Task
@@ -59,6 +64,7 @@ class Table:
     flops: int
     bandwidth: float
     peak: float
+    tokens: int | None = None
 
     @property
     def floor(self) -> float:
@@ -76,7 +82,7 @@ class Table:
     def rows(self, machine: dict[str, str]) -> Iterator[dict[str, Any]]:
         """One row of the CSV per measurement."""
         case = self.task.case
-        conditioned = not isinstance(case, Projections)
+        conditioned = isinstance(case, Adapter | Cores)
         for x in self.measurements:
             yield {
                 "work": self.task.work,
@@ -95,6 +101,9 @@ class Table:
                 "ratio_to_ours": f"{self.ratio(x):.4g}",
                 "extrapolated": "yes" if x.extrapolated else "no",
                 "peak_bytes": x.peak_bytes,
+                "saved_bytes": x.saved_bytes,
+                "read_bytes": x.read_bytes,
+                "tokens": self.tokens,
                 "bytes": self.nbytes,
                 "flops": self.flops,
                 "bandwidth_bytes_s": f"{self.bandwidth:.4g}",
@@ -111,8 +120,9 @@ class Table:
         ]
         for x in self.measurements:
             note = "  extrapolated from one module" * x.extrapolated
-            if x.peak_bytes:
-                note += f"  peak {x.peak_bytes / 1e6:.0f} MB"
+            for what, nbytes in (("peak", x.peak_bytes), ("saved", x.saved_bytes), ("read", x.read_bytes)):
+                if nbytes is not None:
+                    note += f"  {what} {nbytes / 1e6:.0f} MB"
             lines.append(
                 f"  {x.implementation:<34}{x.threads:>8}{x.median:>11.4f}{min(x.seconds):>10.4f}"
                 f"{max(x.seconds):>10.4f}{len(x.seconds):>9}{self.ratio(x):>9.2f}{note}"

@@ -9,21 +9,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import cases, files
+from benchmarks import cases, commands, files
 from benchmarks.cases import Task
 from benchmarks.figures import FIGURES
 from benchmarks.machine import commit, hardware, slug
 from benchmarks.records import Measurement, Table, write_csv
 from benchmarks.timing import run_pinned
 
+COMMANDS = {"edit": files.edit, "stream": commands.stream, "ranks": commands.ranks}
 RESULTS = Path(__file__).parent / "results"
 
 
 def tables(tasks: Sequence[Task], all_cores: Sequence[int], work_dir: Path | None) -> Iterator[Table]:
     """The tables of each task, on each number of cores."""
     for task in tasks:
-        if task.work == "edit":
-            yield from files.edit(task, all_cores, work_dir)
+        if task.work in COMMANDS:
+            yield from COMMANDS[task.work](task, all_cores, work_dir)
             continue
         for cores in all_cores:
             output = run_pinned([sys.executable, "-m", "benchmarks.worker", task.dumps(), str(cores)], cores).output
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="only tasks with this in their name; see --list")
     parser.add_argument("--list", action="store_true", help="print the names of the tasks")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="numbers of cores to pin to (1 2)")
-    parser.add_argument("--work_dir", type=Path, help="where adapters are written: 7 GB on a disk, not in memory")
+    parser.add_argument("--work_dir", type=Path, help="where files are written: 14 GB on a disk, not in memory")
     parser.add_argument("--out", type=Path, help="the CSV (default: results/MACHINE.csv for all tasks, else none)")
     args = parser.parse_args(argv)
     tasks = [task for task in (cases.QUICK if args.quick else cases.FULL) if args.only in f"{task.work}: {task.case}"]

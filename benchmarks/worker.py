@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 
-from benchmarks import floors, peers
+from benchmarks import calibration, floors, peers, streamed, workloads
 from benchmarks.cases import Task
 from benchmarks.machine import software
 from benchmarks.records import Measurement, Table
 from benchmarks.timing import interleave, timed
-from benchmarks.workloads import PREPARE, Candidate
+from benchmarks.workloads import Candidate, Workload
+
+PREPARE: dict[str, Callable[[Any, Sequence[str]], Workload]] = {
+    "rebuild": workloads.rebuild,
+    "svd": workloads.svd,
+    "sensitivity": workloads.sensitivity,
+    "calibrate": calibration.calibrations,
+    "cost of g": calibration.cost_of_g,
+    "stream or memory": streamed.stream_or_memory,
+}
 
 
 def measure(task: Task, cores: int, candidates: Iterable[Candidate]) -> list[Measurement]:
@@ -23,12 +33,15 @@ def measure(task: Task, cores: int, candidates: Iterable[Candidate]) -> list[Mea
     once: dict[tuple[str, int], float] = {}
     runs: dict[tuple[str, int], Callable[[], None]] = {}
     shares: dict[str, float] = {}
+    saved: dict[str, int] = {}
     for x in candidates:
         torch.set_num_threads(cores)
         x.warm_up()
         first, result = timed(x.run)
         x.check(result)
         del result
+        if x.saved is not None:
+            saved[x.name] = x.saved()
         shares[x.name] = x.share
         for threads in (cores, 1) if cores > 1 and x.name in peers.ONE_THREAD_TOO else (cores,):
             runs[x.name, threads] = partial(_run_with, threads, x.run)
@@ -36,7 +49,9 @@ def measure(task: Task, cores: int, candidates: Iterable[Candidate]) -> list[Mea
             once[x.name, cores] = first
     repeated = interleave({key: run for key, run in runs.items() if key not in once}, task.rounds, task.budget)
     return [
-        Measurement(name, threads, [t / shares[name] for t in times], extrapolated=shares[name] < 1)
+        Measurement(
+            name, threads, [t / shares[name] for t in times], extrapolated=shares[name] < 1, saved_bytes=saved.get(name)
+        )
         for (name, threads) in runs
         for times in [[once[name, threads]] if (name, threads) in once else repeated[name, threads]]
     ]
@@ -60,7 +75,9 @@ def main() -> None:
         measurements = measure(task, args.cores, workload.candidates)
         torch.set_num_threads(args.cores)
         rates = floors.bandwidth(workload.copied), floors.peak(*workload.dtypes)
-    table = asdict(Table(task, args.cores, measurements, software(), workload.nbytes, workload.flops, *rates))
+    table = asdict(
+        Table(task, args.cores, measurements, software(), workload.nbytes, workload.flops, *rates, workload.tokens)
+    )
     del table["task"]
     print(json.dumps(table))
 

@@ -26,6 +26,7 @@ class Candidate:
         run: does the work.
         check: raises ``WrongResult`` if what `run` returned is wrong.
         share: the part of the case that `run` does.
+        saved: counts the bytes that autograd keeps for the backward pass.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Candidate:
     run: Callable[[], Any]
     check: Callable[[Any], None]
     share: float = 1.0
+    saved: Callable[[], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Workload:
         nbytes: bytes that must be read and written.
         flops: operations that must be done.
         dtypes: in which they may be done.
+        tokens: of calibration samples.
     """
 
     candidates: Iterator[Candidate]
@@ -52,6 +55,7 @@ class Workload:
     nbytes: int
     flops: int
     dtypes: tuple[torch.dtype, ...]
+    tokens: int | None = None
 
 
 def rebuild(case: Adapter, names: Sequence[str]) -> Workload:
@@ -118,10 +122,3 @@ def sensitivity(case: Projections, names: Sequence[str]) -> Workload:
     nbytes = sum(p.nbytes + q.nbytes for p, q in pairs)
     flops = 2 * sum(p.numel() for p, _ in pairs)
     return Workload(candidates, [(torch.empty_like(p), p) for p, _ in pairs], nbytes, flops, (torch.float32,))
-
-
-PREPARE: dict[str, Callable[[Any, Sequence[str]], Workload]] = {
-    "rebuild": rebuild,
-    "svd": svd,
-    "sensitivity": sensitivity,
-}
