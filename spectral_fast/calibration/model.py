@@ -33,10 +33,15 @@ class ModelOptions:
         choices=("none", "auto", "balanced", "sequential"),
     )
     cache_dir: str | None = option(None, "cache folder for downloads from the Hugging Face hub")
+    load_in_4bit: bool = option(False, "load the base model's linear layers as bitsandbytes' 4-bit NF4")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
 
     def __post_init__(self) -> None:
         check(self)
+        if self.device_map != "none" and self.device != "auto":
+            raise ValueError(
+                f"--device {self.device} and --device_map {self.device_map} exclude each other: leave out one"
+            )
 
     def resolved(self) -> tuple[torch.device, torch.dtype | str]:
         """The device and the dtype to load with.
@@ -71,17 +76,57 @@ def load_model(base_model: str, options: ModelOptions, adapter: Adapter | None =
 
     Raises:
         FileNotFoundError: if `base_model` is neither a model folder nor to be had from the hub.
-        ValueError: if the adapter was made for another base model (names or shapes that do not fit).
+        RuntimeError: for `load_in_4bit` without bitsandbytes.
+        ValueError: if the adapter was made for another base model (names or shapes that do not fit), or if
+            `device_map` leaves weights for which no GPU has room.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     device, dtype = options.resolved()
-    model = _from_pretrained(AutoModelForCausalLM, base_model, options, dtype=dtype)
+    how: dict[str, Any] = {"dtype": dtype}
+    if options.load_in_4bit:
+        how["quantization_config"] = _four_bits(dtype)
+    placed = options.device_map != "none" or options.load_in_4bit
+    if placed:
+        how["device_map"] = {"": device} if options.device_map == "none" else options.device_map
+    model = _from_pretrained(AutoModelForCausalLM, base_model, options, **how)
+    _check_in_memory(model, base_model)
     if adapter is not None:
         check_fit(model, adapter.modules.values(), base_model, adapter.path)
         model = PeftModel.from_pretrained(model, str(adapter.path))
-    return model.to(device).eval()
+    return (model if placed else model.to(device)).eval()
+
+
+def _check_in_memory(model: nn.Module, base_model: str) -> None:
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:  # accelerate brings them as they are needed, but the backward pass would keep all that were brought
+        raise ValueError(
+            f"{base_model} is larger than all GPUs together: {absent[0]} and {len(absent) - 1} others found no place; "
+            "`spectral-fast probe --stream` needs two layers in memory only"
+        )
+
+
+def _four_bits(dtype: torch.dtype | str) -> Any:
+    """How bitsandbytes shall quantise: QLoRA's NF4, its scales quantised, too.
+
+    Raises:
+        RuntimeError: where bitsandbytes is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise RuntimeError(
+            "--load_in_4bit needs bitsandbytes, which is not installed: pip install 'spectral-fast[bnb]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+    )
 
 
 def _from_pretrained(factory: Any, base_model: str, options: ModelOptions, **kwargs: Any) -> Any:

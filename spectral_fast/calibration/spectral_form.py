@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_fast.calibration.quantised import compute_dtype, is_lora_linear, keep_differentiable
 from spectral_fast.kernels.spectral_linear import spectral_linear
 from spectral_fast.spectrum import Spectrum, lowrank_svd
 
@@ -32,7 +33,7 @@ class SpectralLinear(nn.Module):
     def __init__(self, layer: Any, adapter_name: str, spectrum: Spectrum) -> None:
         super().__init__()
         factor: Tensor = layer.lora_B[adapter_name].weight
-        base_dtype = next((p.dtype for p in layer.base_layer.parameters() if p.is_floating_point()), factor.dtype)
+        base_dtype = compute_dtype(layer.base_layer) or factor.dtype
         wide = torch.float64 if base_dtype == torch.float64 else torch.float32
         self.base_layer = layer.base_layer
         self.scaling = float(layer.scaling[adapter_name])
@@ -98,13 +99,8 @@ def _dora_gain(layer: Any, adapter_name: str) -> Tensor:
 
 def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     """All linear LoRA layers of a PEFT model that carry the adapter, by their names in `model.named_modules()`."""
-    from peft.tuners.lora import Linear
-
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, Linear) and adapter_name in layer.lora_A
-    }
+    layers: Iterable[tuple[str, Any]] = model.named_modules()
+    return {name: layer for name, layer in layers if is_lora_linear(layer) and adapter_name in layer.lora_A}
 
 
 @contextlib.contextmanager
@@ -150,15 +146,21 @@ def spectra_of(model: nn.Module, adapter_name: str, names: Iterable[str]) -> dic
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within the context the model is in evaluation mode and no parameter is trainable."""
+    """Within the context the model is in evaluation mode and no parameter is trainable.
+
+    Raises:
+        ValueError: as `keep_differentiable`.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = [module for module in model.modules() if module.training]
     try:
         model.eval().requires_grad_(False)
+        keep_differentiable(model)
         yield
     finally:
         for p in trainable:
             p.requires_grad_(True)
+        model.eval()
         for module in training:
             module.training = True
 
@@ -178,7 +180,7 @@ def swapped(
     made = {name: SpectralLinear(layers[name], adapter_name, spectrum) for name, spectrum in spectra.items()}
     try:
         for name, module in made.items():
-            _set_submodule(model, name, module.eval())
+            _set_submodule(model, name, module)
         yield made
     finally:
         for name, layer in layers.items():
