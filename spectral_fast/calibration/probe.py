@@ -22,6 +22,7 @@ from spectral_fast.calibration.rows import GSM8K, data_file, read_rows
 from spectral_fast.calibration.skeleton import load_skeleton
 from spectral_fast.calibration.stream import streamed
 from spectral_fast.calibration.stream_options import StreamOptions
+from spectral_fast.calibration.weights import Weights
 from spectral_fast.calibration.work_folder import work_folder
 from spectral_fast.options import check, option
 from spectral_fast.provenance import sha256_file, versions
@@ -114,6 +115,11 @@ def probe(
     """
     data, options, ranks = data or CalibrationOptions(), options or ModelOptions(), ranks or Ranks()
     stream = stream or StreamOptions()
+    if stream.stream and data.until_stable:
+        raise ValueError(
+            f"--until_stable {data.until_stable:g} takes samples in rounds, but --stream takes all of them through a layer "
+            "before the next; leave out one of the two"
+        )
     tokenizer = load_tokenizer(base_model, options)
     examples = load_examples(tokenizer, data)
     names = [module.name for module in modules]
@@ -126,7 +132,7 @@ def probe(
         "rank": [ranks.rank, ranks.size],
         "versions": versions(),
     }
-    with _opened(base_model, adapter, options, stream, run, work_dir) as (model, device, engines):
+    with _opened(base_model, adapter, options, stream, run, work_dir) as (model, device, engines, weights):
         measured = calibrate(
             model,
             examples,
@@ -155,6 +161,7 @@ def probe(
         "dtype": str(next(model.get_base_model().parameters()).dtype).removeprefix("torch."),
         "device": str(device),
         "stream": stream.stream,
+        "weights_read": None if weights is None else weights.bytes_read,
         "ranks": ranks.size,
         "stability": None if measured.samples is None else Stability.of(measured.samples).summary(),
         "backends": chosen_backends(),
@@ -171,11 +178,11 @@ def _opened(
     stream: StreamOptions,
     run: Mapping[str, Any],
     work_dir: Path | None,
-) -> Iterator[tuple[Any, torch.device, Engines]]:
-    """The model with its adapter, where it computes, and what runs it."""
+) -> Iterator[tuple[Any, torch.device, Engines, Weights | None]]:
+    """The model with its adapter, where it computes, what runs it, and what fills in its weights if it is streamed."""
     if not stream.stream:
         model = load_model(base_model, options, adapter)
-        yield model, next(model.parameters()).device, in_memory
+        yield model, next(model.parameters()).device, in_memory, None
         return
     if stream.resume and work_dir is None:
         raise ValueError("a run that is to be resumed needs a work_dir, where the files of the killed one are")
@@ -188,7 +195,7 @@ def _opened(
     }
     with work_folder(work_dir, run, resume=stream.resume) as folder:
         budget = stream.budget(weights.device)
-        yield model, weights.device, partial(streamed, weights=weights, folder=folder, budget=budget)
+        yield model, weights.device, partial(streamed, weights=weights, folder=folder, budget=budget), weights
 
 
 def _hash(value: Any) -> str:
