@@ -69,7 +69,7 @@ def test_the_demo_runs_again_over_what_an_interrupted_one_left(
     result = json.loads(capsys.readouterr().out)
     assert [row["adapter"] for row in result["rows"]] == ["original", "edited", "random control 1", "random control 2"]
     assert (out / "report.html").is_file()
-    assert len(list((out / "pictures").iterdir())) == 3
+    assert len(list((out / "pictures").iterdir())) == 4
 
 
 @pytest.mark.parametrize("init", [True, "pissa", "olora"])

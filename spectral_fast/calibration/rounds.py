@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,17 @@ def in_rounds(
         if stable:
             break
     return rows, {"samples_used": used} | ({"stable": stable, "checks": checks} if until_stable else {})
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """One line for people about what `in_rounds` tells, and about the share that was wanted, `until_stable`."""
+    used, wanted = record["samples_used"], record["until_stable"]
+    if not record["checks"]:
+        return f"warning: {used} sample cannot show whether the choice is stable; give more"
+    kept = f"doubling them left {record['checks'][-1]['agreement']:.1%} of the choice as it was, {wanted:.1%} wanted"
+    if record["stable"]:
+        return f"stable after {used} samples: {kept}"
+    return f"warning: not stable with all {used} samples: {kept}; give more samples, or a lower --until_stable"
 
 
 def _rounds(count: int, batch_size: int) -> Iterator[range]:
