@@ -117,8 +117,8 @@ def probe(
     stream = stream or StreamOptions()
     if stream.stream and data.until_stable:
         raise ValueError(
-            f"--until_stable {data.until_stable:g} takes samples in rounds, but --stream takes all of them through a layer "
-            "before the next; leave out one of the two"
+            f"--until_stable {data.until_stable:g} takes samples in rounds, but --stream takes all of them through a "
+            "layer before the next; leave out one of the two"
         )
     tokenizer = load_tokenizer(base_model, options)
     examples = load_examples(tokenizer, data)
