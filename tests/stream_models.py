@@ -35,13 +35,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**BASE, **EXPERTS, "num_local_experts": 3}),
     "qwen3_moe": ("Qwen3Moe", {**BASE, **EXPERTS, "head_dim": 8, "num_experts": 3, "moe_intermediate_size": 24}),
 }
+WITH_TUPLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("Bloom", {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4, "initializer_range": 0.2}),
+    "gptj": ("GPTJ", {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "n_positions": 64}),
+}
 
 
 def family_model(family: str, **changes: Any) -> Any:
     """A random model of the family: four layers, hidden 32."""
     import transformers
 
-    name, settings = FAMILIES[family]
+    name, settings = {**FAMILIES, **WITH_TUPLES}[family]
     config = getattr(transformers, f"{name}Config")(**{**settings, **changes})
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -54,7 +58,12 @@ def save_in_shards(model: Any, path: Path) -> str:
     return str(path)
 
 
-TARGETS = {"phi3": ["qkv_proj", "o_proj", "down_proj"], "gpt_neox": ["query_key_value", "dense_4h_to_h"]}
+TARGETS = {
+    "phi3": ["qkv_proj", "o_proj", "down_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "bloom": ["query_key_value", "dense_4h_to_h"],
+    "gptj": ["q_proj", "fc_out"],
+}
 ATTENTION = ["q_proj", "o_proj"]
 
 
@@ -66,3 +75,26 @@ def save_adapter(model: Any, family: str, path: Path, **config: Any) -> Any:
     peft_model = with_lora(model, **{"target_modules": targets, "r": 4, **config}).eval()
     peft_model.save_pretrained(path)
     return peft_model
+
+
+def ragged_samples(count: int = 7, seed: int = 3) -> list[Any]:
+    """Samples of 4 to 29 tokens, each with labels from some token on."""
+    from spectral_fast.calibration.data import Example
+
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(count):
+        length = int(torch.randint(4, 30, (), generator=generator))
+        prompt = int(torch.randint(1, length, (), generator=generator))
+        ids = torch.randint(0, 97, (length,), generator=generator).tolist()
+        samples.append(Example.continuation(ids, prompt))
+    return samples
+
+
+def largest_difference(got: Any, wanted: dict[str, torch.Tensor]) -> float:
+    """Of g per sample, relative to the norm of a module's: the largest over modules."""
+    assert set(got.modules) == set(wanted)
+    return max(
+        float((got.modules[name].samples.double() - g.double()).norm() / g.double().norm())
+        for name, g in wanted.items()
+    )

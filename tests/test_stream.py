@@ -1,0 +1,284 @@
+"""g of the layer-major engine: that of the model in memory and of plain autograd, whatever is kept or read again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from stream_models import (
+    FAMILIES,
+    family_model,
+    largest_difference,
+    ragged_samples,
+    save_adapter,
+    save_in_shards,
+)
+
+from spectral_fast.adapter import Adapter
+from spectral_fast.calibration.calibrate import calibrate
+from spectral_fast.calibration.data import IGNORED
+from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.skeleton import load_skeleton
+from spectral_fast.calibration.spectral_form import lora_layers
+from spectral_fast.calibration.stream import streamed
+from spectral_fast.calibration.weights import EMBEDDINGS, HEAD, OTHER
+from spectral_fast.sensitivity import Sensitivity
+
+BUDGETS = {"nothing": 0, "some": 100_000, "everything": 10**9}
+ARGUMENTS = {"batch_size": 3, "pack_tokens": 40}
+SAMPLES = ragged_samples()
+
+
+def save(tmp_path: Path, family: str = "llama", changes: dict[str, Any] | None = None, **lora: Any) -> Any:
+    """A base model and an adapter of it on disk; gives the PEFT model of both."""
+    model = family_model(family, **(changes or {}))
+    save_in_shards(model, tmp_path / "base")
+    return save_adapter(model, family, tmp_path / "adapter", **lora)
+
+
+def stream(tmp_path: Path, budget: int = 0, dtype: str = "fp32", **arguments: Any) -> tuple[Sensitivity, Any]:
+    model, weights = load_skeleton(
+        str(tmp_path / "base"), ModelOptions(dtype=dtype, device="cpu"), Adapter.open(tmp_path / "adapter")
+    )
+    folder = tmp_path / f"work {budget}"
+    folder.mkdir(exist_ok=True)
+    engines = partial(streamed, weights=weights, folder=folder, budget=budget)
+    return calibrate(model, SAMPLES, engines=engines, **{**ARGUMENTS, **arguments}), weights
+
+
+def by_autograd(model: Any, batch_size: int) -> dict[str, torch.Tensor]:
+    """g per sample from full logits, with every LoRA branch as the dense U diag(s) Vᵀ, one sample at a time."""
+    model = copy.deepcopy(model).double()
+    model.get_base_model().config._experts_implementation = "eager"  # the grouped product has no float64
+    sigmas: dict[str, torch.Tensor] = {}
+    for name, layer in lora_layers(model, "default").items():
+        b, a = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach()
+        u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
+        r = b.shape[1]
+        sigmas[name] = s[:r].clone().requires_grad_()
+
+        def forward(x: Any, layer: Any = layer, u: Any = u[:, :r], vh: Any = vh[:r], name: str = name) -> Any:
+            return layer.base_layer(x) + layer.scaling["default"] * F.linear(x, u @ torch.diag(sigmas[name]) @ vh)
+
+        layer.forward = forward
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in sigmas}
+    for first in range(0, len(SAMPLES), batch_size):
+        batch = SAMPLES[first : first + batch_size]
+        labels = sum(sample.n_labels for sample in batch)
+        for sample in batch:
+            logits = model(input_ids=torch.tensor([sample.ids])).logits[0, :-1]
+            targets = torch.tensor(sample.labels[1:])
+            loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / labels
+            grads = torch.autograd.grad(loss, list(sigmas.values()))
+            for name, grad in zip(sigmas, grads, strict=True):
+                rows[name].append(grad)
+    return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def g_of(sensitivity: Sensitivity) -> dict[str, torch.Tensor]:
+    return {name: module.samples for name, module in sensitivity.modules.items() if module.samples is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_g_per_sample_is_that_of_plain_autograd_and_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
+    model = save(tmp_path, family)
+    wanted = by_autograd(model, ARGUMENTS["batch_size"])
+    in_memory = calibrate(model, SAMPLES, **ARGUMENTS)
+    for budget in BUDGETS.values():
+        got, _ = stream(tmp_path, budget)
+        assert largest_difference(got, wanted) <= 1e-5
+        assert largest_difference(got, g_of(in_memory)) <= 1e-5
+        for name, module in got.modules.items():
+            torch.testing.assert_close(module.s, in_memory.modules[name].s)
+
+
+@pytest.mark.parametrize("family", ["bloom", "gptj"])
+def test_layers_that_return_tuples_can_be_streamed(family: str, tmp_path: Path) -> None:
+    model = save(tmp_path, family)
+    got, _ = stream(tmp_path)
+    assert largest_difference(got, by_autograd(model, ARGUMENTS["batch_size"])) <= 1e-5
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_gives_what_the_model_in_memory_gives(dtype: str, budget: str, tmp_path: Path) -> None:
+    model = save(tmp_path, changes={"initializer_range": 0.05})
+    wanted = calibrate(model.to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]), SAMPLES, **ARGUMENTS)
+    got, _ = stream(tmp_path, BUDGETS[budget], dtype)
+    assert largest_difference(got, g_of(wanted)) <= 1e-2
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}],
+    ids=str,
+)
+def test_what_peft_adds_to_lora_is_part_of_the_pass(lora: dict[str, Any], tmp_path: Path) -> None:
+    untied = {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
+    model = save(tmp_path, changes=untied, **lora)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name or "magnitude" in name or name.endswith("lora_B.default.bias"):
+            parameter.data *= 1.0 + 0.3 * torch.rand_like(parameter)
+            parameter.data += 0.1 * torch.rand_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    wanted = calibrate(model, SAMPLES, **ARGUMENTS)
+    for budget in BUDGETS.values():
+        got, _ = stream(tmp_path, budget)
+        assert largest_difference(got, g_of(wanted)) <= 1e-5
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "o_proj"]], ids=str)
+def test_a_module_of_the_head_can_be_measured(targets: list[str], tmp_path: Path) -> None:
+    model = save(tmp_path, changes={"tie_word_embeddings": False}, target_modules=targets)
+    got, weights = stream(tmp_path)
+    assert largest_difference(got, g_of(calibrate(model, SAMPLES, **ARGUMENTS))) <= 1e-5
+    if len(targets) == 1:  # no layer is wanted twice
+        assert weights.bytes_read == sum(weights.nbytes(part) for part in (EMBEDDINGS, OTHER, HEAD, *range(4)))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_layer_is_read_twice_and_the_last_once(budget: str, tmp_path: Path) -> None:
+    save(tmp_path)
+    _, weights = stream(tmp_path, BUDGETS[budget])
+    once = sum(weights.nbytes(part) for part in (EMBEDDINGS, OTHER, HEAD, 3))
+    assert weights.bytes_read == once + 2 * sum(weights.nbytes(part) for part in range(3))
+
+
+def test_nothing_is_read_twice_below_the_lowest_module(tmp_path: Path) -> None:
+    model = save(tmp_path)
+    names = [name for name in lora_layers(model, "default") if "layers.2.mlp" in name]
+    got, weights = stream(tmp_path, modules=names)
+    assert largest_difference(got, g_of(calibrate(model, SAMPLES, modules=names, **ARGUMENTS))) <= 1e-5
+    once = sum(weights.nbytes(part) for part in (EMBEDDINGS, OTHER, HEAD, 0, 1, 3))
+    assert weights.bytes_read == once + 2 * weights.nbytes(2)
+
+
+def test_one_layer_at_a_time_has_its_weights_and_kept_graphs_hold_none(tmp_path: Path) -> None:
+    save(tmp_path)
+    model, weights = load_skeleton(
+        str(tmp_path / "base"), ModelOptions(device="cpu"), Adapter.open(tmp_path / "adapter")
+    )
+    in_place, mapped = [], []
+
+    def looking(steps: Sequence[Any]) -> Iterator[Any]:
+        for step in steps:
+            gc.collect()
+            there = {name for name, value in model.named_parameters() if not value.is_meta and "lora" not in name}
+            in_place.append({name.split("layers.")[1][0] for name in there if "layers." in name})
+            mapped.append(Path("/proc/self/maps").read_text().count(str(tmp_path / "base")))
+            yield step
+
+    engines = partial(streamed, weights=weights, folder=tmp_path, budget=10**9)
+    calibrate(model, SAMPLES, engines=engines, progress=looking, **ARGUMENTS)
+    assert len(in_place) == 4 + 1 + 1 + 4
+    assert all(len(layers) <= 1 for layers in in_place)
+    files = [len({weights._shards[key].path for key in _keys(weights, part)}) for part in (OTHER, *range(4), HEAD)]
+    assert max(mapped) <= sum(sorted(files)[-3:])  # in place, being read, and the final norm; not all layers
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path / "base")) == 0
+    assert all(value.is_meta for name, value in model.named_parameters() if "lora" not in name)
+
+
+def _keys(weights: Any, part: Any) -> list[str]:
+    return [key for recipe in weights._recipes[part] for _, key in recipe.sources]
+
+
+def test_no_samples_are_no_rows_and_no_reading(tmp_path: Path) -> None:
+    model = save(tmp_path)
+    skeleton, weights = load_skeleton(
+        str(tmp_path / "base"), ModelOptions(device="cpu"), Adapter.open(tmp_path / "adapter")
+    )
+    names = list(lora_layers(model, "default"))
+    with streamed(skeleton, "default", names, weights=weights, folder=tmp_path, budget=0) as engine:
+        assert {name: tuple(g.shape) for name, g in engine([]).items()} == dict.fromkeys(names, (0, 4))
+    assert weights.bytes_read == 0
+
+
+def test_a_loss_that_is_not_finite_is_said(tmp_path: Path) -> None:
+    model = family_model("llama", tie_word_embeddings=False)
+    model.lm_head.weight.data[0] = torch.nan
+    save_in_shards(model, tmp_path / "base")
+    save_adapter(model, "llama", tmp_path / "adapter")
+    with pytest.raises(ValueError, match="the calibration loss is nan"):
+        stream(tmp_path)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match=r"keeps the inputs of all layers on disk, .* choose an --out_dir"):
+        stream(tmp_path)
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    edit_config(tmp_path / "base", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}))
+    with pytest.raises(ValueError, match=r"is quantised \(bitsandbytes\).*run without --stream"):
+        stream(tmp_path)
+
+
+def test_an_adapter_that_changes_the_base_weights_is_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match=r"changes the base weights.*run without --stream"):
+        stream(tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    save(tmp_path)
+    save_in_shards(family_model("llama", hidden_size=64), tmp_path / "other")
+    with pytest.raises(ValueError, match="was made for another base model"):
+        load_skeleton(str(tmp_path / "other"), ModelOptions(device="cpu"), Adapter.open(tmp_path / "adapter"))
+
+
+def test_a_trunk_that_computes_between_its_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    class Between(list):  # type: ignore[type-arg]
+        def __getitem__(self, _: Any) -> Iterator[Any]:  # type: ignore[override]
+            for layer in self:
+                yield lambda hidden, *args, layer=layer, **kwargs: 2 * layer(hidden, *args, **kwargs)
+
+    forward = LlamaModel.forward
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        layers = self.layers
+        self._modules["layers"] = Between(layers)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self._modules["layers"] = layers
+
+    save(tmp_path)
+    monkeypatch.setattr(LlamaModel, "forward", changed)
+    with pytest.raises(ValueError, match=r"computes something between its layers.*run without --stream"):
+        stream(tmp_path)
+
+
+def test_a_module_outside_of_the_layers_is_refused(tmp_path: Path) -> None:
+    from spectral_fast.calibration.stream import Streamed
+
+    save(tmp_path)
+    model, weights = load_skeleton(
+        str(tmp_path / "base"), ModelOptions(device="cpu"), Adapter.open(tmp_path / "adapter")
+    )
+    name = "base_model.model.model.norm"
+    engine = Streamed(model, "default", {name: None}, weights, tmp_path, 0)  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match=r"model\.norm is in no decoder layer.*run without --stream"):
+        _ = engine.by_part
