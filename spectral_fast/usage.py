@@ -33,12 +33,22 @@ def check_report(args: argparse.Namespace, source: Path) -> None:
         raise UsageError(f"--report {args.report} exists; choose another name, or --overwrite a file")
 
 
+def check_stream(args: argparse.Namespace) -> None:
+    """Refuses two ways at once to deal with a model that is larger than the memory."""
+    others = [name for name in ("device_map", "load_in_4bit") if name in vars(args)]
+    if getattr(args, "stream", False) and others:
+        raise UsageError(f"--stream and --{others[0]} exclude each other; leave out one of the two")
+
+
 def unused(args: argparse.Namespace, policy: Policy, needs_probe: bool) -> list[str]:
     """Warnings about flags that were given and have no effect."""
+    from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.calibration.probe import CalibrationOptions
+    from spectral_fast.calibration.stream_options import StreamOptions
 
-    unused = [] if needs_probe else [f.name for f in fields(CalibrationOptions)]
-    unused += [] if needs_probe or args.eval_gsm8k else ["base_model", "dtype", "device"]
+    unused = [] if needs_probe else [f.name for cls in (CalibrationOptions, StreamOptions) for f in fields(cls)]
+    if not (needs_probe or args.eval_gsm8k):
+        unused += ["base_model", *(f.name for f in fields(ModelOptions) if f.name != "cache_dir")]
     unused += [] if policy.needs_sensitivity else ["sensitivity"]
     given = [name for name in unused if vars(args).get(name) is not None]
     if not args.eval_gsm8k:

@@ -70,7 +70,7 @@ class Ranks:
         if self.store is None:
             return dict(found)
         flat = torch.cat([x.double().flatten() for x in found.values()])
-        self._wait()
+        self.wait()
         total = flat.to(self.device)
         _all_reduce(total)
         parts = torch.split(total.cpu(), [x.numel() for x in found.values()])
@@ -86,9 +86,15 @@ class Ranks:
             self._check()
             yield item
 
-    def _wait(self) -> None:
-        """Until all are here. On the CPU, where a connection that breaks ends the waiting."""
-        try:
+    def wait(self) -> None:
+        """Until all ranks are here.
+
+        Raises:
+            RankLostError: if another rank failed or died.
+        """
+        if self.store is None:
+            return
+        try:  # on the CPU, where a connection that breaks ends the waiting
             _all_reduce(torch.zeros(1))
         except RuntimeError as error:
             self._check()

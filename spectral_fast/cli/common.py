@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,45 @@ def add_model_flags(parser: argparse.ArgumentParser, *, base_model_required: boo
 def add_calibration_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the calibration."""
     from spectral_fast.calibration.probe import CalibrationOptions
+    from spectral_fast.calibration.stream_options import StreamOptions
 
     add_flags(parser.add_argument_group("calibration"), CalibrationOptions)
+    add_flags(parser.add_argument_group("layer by layer"), StreamOptions)
 
 
-def run_probe(args: argparse.Namespace, adapter: Any, modules: Any, options: Any, ranks: Any = None) -> Any:
+def run_probe(
+    args: argparse.Namespace, adapter: Any, modules: Any, options: Any, work_dir: Path | None, ranks: Any = None
+) -> Any:
     """Sensitivities measured as the flags say, with a progress bar."""
     from spectral_fast.calibration.probe import CalibrationOptions, probe
+    from spectral_fast.calibration.stream_options import StreamOptions
 
-    progress = bar("calibrate") if ranks is None or ranks.rank == 0 else iter
-    data = take(CalibrationOptions, vars(args))
-    return probe(adapter, modules, args.base_model, data, options, progress=progress, ranks=ranks)
+    return probe(
+        adapter,
+        modules,
+        args.base_model,
+        take(CalibrationOptions, vars(args)),
+        options,
+        progress=bar("calibrate") if ranks is None or ranks.rank == 0 else iter,
+        ranks=ranks,
+        stream=take(StreamOptions, vars(args)),
+        work_dir=work_dir,
+    )
+
+
+def work_dir(args: argparse.Namespace, rank: int = 0) -> Path | None:
+    """Where a streamed run keeps what it has so far: beside the folder that it shall write."""
+    unfinished: Path = args.out_dir.with_name(f"{args.out_dir.name}.unfinished")
+    return unfinished / f"rank-{rank}" if getattr(args, "stream", False) else None
+
+
+def certainty(record: Mapping[str, Any]) -> list[str]:
+    """Lines about how certain the choice of directions is, from a probe's record."""
+    from spectral_fast.calibration import rounds
+    from spectral_fast.statistics import as_text
+
+    lines = [as_text(record["stability"])] if record["stability"] else []
+    return [rounds.as_text(record), *lines] if record["until_stable"] else lines
 
 
 def warn(warnings: Iterable[str]) -> None:

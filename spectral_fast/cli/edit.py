@@ -13,13 +13,15 @@ from spectral_fast.cli.common import (
     add_calibration_flags,
     add_command,
     add_model_flags,
+    certainty,
     run_probe,
     warn,
+    work_dir,
 )
 from spectral_fast.options import add_flags, flag_name, take
 from spectral_fast.policies import POLICIES, Policy
 from spectral_fast.progress import bar, counter
-from spectral_fast.usage import UsageError, check_inputs_kept, check_report, unused
+from spectral_fast.usage import UsageError, check_inputs_kept, check_report, check_stream, unused
 
 SHARED_POLICY_FLAGS = {"seed"}  # accepted with every mode: the seed of the run as a whole
 
@@ -54,6 +56,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
     from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.calibration.work_folder import discard
     from spectral_fast.edit import edit_adapter
     from spectral_fast.evaluation.profiles import EvaluationOptions
     from spectral_fast.sensitivity import Sensitivity
@@ -69,12 +72,14 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     adapter.check_out_dir(args.out_dir, overwrite=args.overwrite)
     check_inputs_kept(args)
     check_report(args, adapter.path)
+    check_stream(args)
     warn([*adapter.warnings, *unused(args, policy, needs_probe)])
     if args.eval_gsm8k:  # its mistakes are better known before the edit
         take(EvaluationOptions, vars(args), prefix="eval_").load()
-    sensitivity = None
+    sensitivity = folder = None
     if needs_probe:
-        sensitivity = run_probe(args, adapter, modules, take(ModelOptions, vars(args)))
+        folder = work_dir(args)
+        sensitivity = run_probe(args, adapter, modules, take(ModelOptions, vars(args)), folder)
     elif policy.needs_sensitivity:
         sensitivity = Sensitivity.load(args.sensitivity)
     meta = {**asdict(selection), "seed": getattr(args, "seed", 0)}
@@ -88,6 +93,8 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         overwrite=args.overwrite,
         progress=bar("edit"),
     )
+    if folder is not None:
+        discard(folder)
     values = sum(len(module.s) for module in edited.values())
     result: dict[str, Any] = {
         "out_dir": str(args.out_dir),
@@ -97,6 +104,8 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "carried": adapter.carried,
     }
     text = f"edited {len(edited)} modules ({values} singular values, mode {args.mode}) -> {args.out_dir}"
+    if needs_probe and sensitivity is not None:
+        text = "\n".join([text, *certainty(sensitivity.record)])
     if adapter.carried:
         text += f"\ncarried through unchanged: {len(adapter.carried)} other tensors or modules (named in --json)"
     if args.report is not None:

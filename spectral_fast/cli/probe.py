@@ -11,11 +11,13 @@ from spectral_fast.cli.common import (
     add_calibration_flags,
     add_command,
     add_model_flags,
+    certainty,
     run_probe,
     warn,
+    work_dir,
 )
 from spectral_fast.options import take
-from spectral_fast.usage import check_inputs_kept
+from spectral_fast.usage import check_inputs_kept, check_stream
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -46,6 +48,7 @@ def _probe(args: argparse.Namespace, options: Any, ranks: Any) -> tuple[dict[str
     """The result, on rank 0: nobody else writes or prints."""
     from spectral_fast.adapter import resolve
     from spectral_fast.atomic import check_out_dir, replace_directory
+    from spectral_fast.calibration.work_folder import discard
     from spectral_fast.sensitivity import RECORD
 
     selection = take(SelectionOptions, vars(args))
@@ -53,17 +56,24 @@ def _probe(args: argparse.Namespace, options: Any, ranks: Any) -> tuple[dict[str
     target = {"source": adapter.path, "overwrite": args.overwrite, "marker": RECORD}
     check_out_dir(args.out_dir, **target)
     check_inputs_kept(args)
+    check_stream(args)
     if ranks.rank == 0:
         warn(adapter.warnings)
-    sensitivity = run_probe(args, adapter, modules, options, ranks)
+    folder = work_dir(args, ranks.rank)
+    sensitivity = run_probe(args, adapter, modules, options, folder, ranks)
+    if ranks.rank == 0:
+        with replace_directory(args.out_dir, **target) as directory:
+            sensitivity.save(directory)
+    if folder is not None:
+        ranks.wait()  # until the result is safe
+        discard(folder)
     if ranks.rank != 0:
         return None
-    with replace_directory(args.out_dir, **target) as directory:
-        sensitivity.save(directory)
     record = sensitivity.record
-    text = (
-        f"probed {len(modules)} modules on {record['samples_used']} samples ({record['labels']} labelled tokens) "
-        f"-> {args.out_dir}\nnext: spectral-fast edit --sensitivity {args.out_dir} --lora_path {args.lora_path} "
-        "--out_dir ./edited"
-    )
-    return {"out_dir": str(args.out_dir), "modules": len(modules), **record}, text
+    samples = f"{record['samples_used']} samples ({record['labels']} labelled tokens)"
+    lines = [
+        f"probed {len(modules)} modules on {samples} -> {args.out_dir}",
+        *certainty(record),
+        f"next: spectral-fast edit --sensitivity {args.out_dir} --lora_path {args.lora_path} --out_dir ./edited",
+    ]
+    return {"out_dir": str(args.out_dir), "modules": len(modules), **record}, "\n".join(lines)
