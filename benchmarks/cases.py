@@ -217,9 +217,10 @@ EDIT_70B = Task("edit", Adapter(LLAMA3_70B, ALL_LINEAR, 64, "bfloat16"), (), rou
 
 BATCH_8, PADDED = f"{OURS}, nominal batch 8", f"{OURS}, padded"
 HOOKS, PLAIN = ("hooks, batch 2", "hooks, batch 8"), ("PEFT, batch 2", "PEFT, batch 8")
+ONE, TWO, STREAMED = "1 rank, 1 thread", "2 ranks, 1 thread each", "probe --stream"
 SUMMED, WITHOUT, IN_MEMORY = "g summed over samples", "without g", "in memory"
 SMALL_LLAMA = Calibration("8 layers of 1024", 8, 1024, 2816, 16, 32000, 32, 64, "bfloat16")
-CALIBRATE = Task("calibrate", SMALL_LLAMA, (BATCH_8, PADDED, *HOOKS, *PLAIN), rounds=3, budget=100)
+CALIBRATE = Task("calibrate", SMALL_LLAMA, (BATCH_8, PADDED, *HOOKS, *PLAIN), rounds=3, budget=60)
 # One packed row, so that many pairs of passes are compared.
 COST = Task("cost of g", replace(SMALL_LLAMA, samples=8), (SUMMED, WITHOUT), rounds=21)
 STREAM = Task("stream", Calibration("Llama-2-7B", 32, 4096, 11008, 32, 32000, 8, 64, "bfloat16"), (), rounds=1)

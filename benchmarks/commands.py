@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.cases import ITEMSIZE, Calibration, Task
+from benchmarks.cases import ITEMSIZE, ONE, STREAMED, TWO, Calibration, Task
 from benchmarks.records import Measurement, Table
 from benchmarks.timing import Finished, run_pinned
 
-STREAM = "probe --stream"
-ONE, TWO = "1 rank, 1 thread", "2 ranks, 1 thread each"
 WHOLE = "{}, the whole command"
 KEPT = "300MB"  # activations that are kept instead of computed again
 
@@ -46,7 +44,7 @@ def stream(task: Task, all_cores: Sequence[int], work_dir: Path | None) -> Itera
             record = json.loads((folder / "out" / "sensitivity.json").read_text(encoding="utf-8"))
             read.append(record["weights_read"])
         measured = Measurement(
-            STREAM,
+            STREAMED,
             cores,
             [x.seconds for x in finished],
             peak_bytes=max(x.peak_bytes for x in finished),

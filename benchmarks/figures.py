@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks import cases, commands, files
-from benchmarks.cases import OURS, SUMMED, WITHOUT, Adapter, Calibration, Task
+from benchmarks import cases, files
+from benchmarks.cases import ONE, OURS, STREAMED, SUMMED, TWO, WITHOUT, Adapter, Calibration, Task
 from benchmarks.records import Table
 from benchmarks.scaling import Shape
 
@@ -81,14 +81,14 @@ def extra_memory(table: Table) -> float:
 
 def peak_gigabytes(table: Table) -> float:
     """Peak resident set."""
-    peak = table.of(commands.STREAM).peak_bytes
+    peak = table.of(STREAMED).peak_bytes
     assert peak is not None
     return peak / 1e9
 
 
 def times_read(table: Table) -> float:
     """Bytes of weights read over those of all linear layers, embeddings and the head."""
-    case, read = table.task.case, table.of(commands.STREAM).read_bytes
+    case, read = table.task.case, table.of(STREAMED).read_bytes
     assert isinstance(case, Calibration)
     assert read is not None
     return read / (Shape.of(case).parameters * cases.ITEMSIZE[case.dtype])
@@ -166,7 +166,7 @@ FIGURES = (
     Figure(
         "calibrate: 1 rank / 2 ranks on gloo, one thread each",
         cases.RANKS,
-        faster(commands.TWO, commands.ONE),
+        faster(TWO, ONE),
         1.7,
         at_least=True,
     ),

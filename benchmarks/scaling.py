@@ -6,11 +6,14 @@ activations have two bytes per element unless said otherwise. The samples are th
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import SURGERY, Calibration
+from benchmarks import cases
+from benchmarks.cases import ONE, OURS, STREAMED, SURGERY, TWO, Calibration
 
 LOGITS = 2**24  # that the head forms at once
 LOGIT_BYTES = 16  # of each: in the model's dtype twice, in float32 twice, and what lies between
@@ -102,19 +105,39 @@ def flops(shape: Shape, work: Work, *, recomputed: bool) -> int:
     return linear + branch + attention + 4 * work.labels * shape.head
 
 
-def saved(shape: Shape, tokens: int, rank: int, itemsize: int = 2) -> int:
+def saved(shape: Shape, tokens: int, rank: int, itemsize: int = 2, attention: int | None = None) -> int:
     """What autograd keeps of a layer.
 
     Both norms' inputs in float32; q, k, v and attention's output, and its log sums in float32; gate, its SiLU and up;
     and p of both modules, which is all that g adds.
+
+    Args:
+        shape: the model.
+        tokens: that go through it together.
+        rank: of the adapter.
+        itemsize: of the model's dtype.
+        attention: of the dtype in which attention is computed; the model's if left out.
     """
-    attention = 2 * (shape.hidden + shape.key_value) * itemsize + 4 * shape.heads
-    return tokens * (2 * 4 * shape.hidden + attention + (3 * shape.mlp + 2 * rank) * itemsize)
+    elsewhere = 2 * 4 * shape.hidden + (3 * shape.mlp + 2 * rank) * itemsize
+    return tokens * elsewhere + _of_attention(shape, tokens, attention or itemsize)
+
+
+def _of_attention(shape: Shape, tokens: int, itemsize: int) -> int:
+    return tokens * (2 * (shape.hidden + shape.key_value) * itemsize + 4 * shape.heads)
+
+
+def kept(shape: Shape, tokens: int, rank: int, itemsize: int = 2, attention: int | None = None) -> int:
+    """What autograd keeps of the whole model, see `saved`.
+
+    The graph begins with the lowest o_proj, so that of the layer below nothing is kept; the last norm comes on top.
+    """
+    lowest = 4 * shape.hidden * tokens + _of_attention(shape, tokens, attention or itemsize)
+    return shape.layers * saved(shape, tokens, rank, itemsize, attention) - lowest + 4 * shape.hidden * tokens
 
 
 def memory(shape: Shape, work: Work, itemsize: int = 2) -> float:
     """Of a model in memory: its weights, one pack's activations in all layers, and logits."""
-    activations = shape.layers * saved(shape, min(work.tokens, work.pack), work.rank, itemsize)
+    activations = kept(shape, min(work.tokens, work.pack), work.rank, itemsize)
     return shape.parameters * itemsize + activations + LOGITS * LOGIT_BYTES
 
 
@@ -192,7 +215,7 @@ MACHINES = (
 )
 EFFICIENCY = 0.4  # of these machines; see the page
 # The benchmark's samples: 32 problems of GSM8K.
-SAMPLES = Work(tokens=6912, labels=4386, pairs=0, rank=64)
+SAMPLES = Work(tokens=6912, labels=4386, pairs=839170, rank=64)
 
 
 def predictions() -> str:
@@ -238,5 +261,53 @@ def _time(seconds: float) -> str:
     )
 
 
+RESULTS = Path(__file__).parent / "results" / "intel-xeon-avx512-2-cores-calibration.csv"
+
+
+def measured(path: Path) -> str:
+    """What the formulas say of the benchmark's own runs, as Markdown.
+
+    One number is taken from a run, the share of the peak that products reach in memory; all else is predicted.
+    """
+    with path.open(encoding="utf-8") as file:
+        rows = {(row["work"], row["implementation"]): row for row in csv.DictReader(file)}
+    ours, one, two, big = (
+        rows[key] for key in (("calibrate", OURS), ("ranks", ONE), ("ranks", TWO), ("stream", STREAMED))
+    )
+    share = efficiency(ours)
+    case = cases.STREAM.case
+    assert isinstance(case, Calibration)
+    shape, work = Shape.of(case), Work(int(big["tokens"]), 0, 0, case.rank)
+    peak_memory = PROCESS + KEPT + streamed_memory(shape, work)
+    streamed, memory_ = (rows["stream or memory", name] for name in (OURS, cases.IN_MEMORY))
+    lines = [
+        "| run | quantity | predicted | measured |",
+        "|---|---|---|---|",
+        f"| in memory, 8 layers, bfloat16 | share of the peak, {float(ours['peak_flops_s']) / 1e9:.0f} Gflop/s "
+        f"| taken from here | {share:.2f} |",
+        f"| in memory, 8 layers, float32 | time | {_time(_predicted(memory_, share))} | {_median(memory_)} |",
+        f"| streamed, 8 layers, float32 | time | {_time(_predicted(streamed, share))} | {_median(streamed)} |",
+        f"| 1 rank, one thread | time | {_time(_predicted(one, share) * 2)} | {_median(one)} |",
+        f"| 2 ranks, one thread each | time | {_time(_predicted(two, share))} | {_median(two)} |",
+        f"| streamed, Llama-2-7B, 8 samples | time | {_time(_predicted(big, share))} | {_median(big)} |",
+        f"| | peak memory | {_size(peak_memory)} | {_size(int(big['peak_bytes']))} |",
+        f"| | weights read | {_size(weights_read(shape))} | {_size(int(big['read_bytes']))} |",
+    ]
+    return "\n".join(lines)
+
+
+def efficiency(row: dict[str, str]) -> float:
+    """The share of the peak that a run reached."""
+    return int(row["flops"]) / float(row["median_s"]) / float(row["peak_flops_s"])
+
+
+def _predicted(row: dict[str, str], share: float) -> float:
+    return int(row["flops"]) / (float(row["peak_flops_s"]) * share)
+
+
+def _median(row: dict[str, str]) -> str:
+    return _time(float(row["median_s"]))
+
+
 if __name__ == "__main__":
-    print(predictions())
+    print(predictions(), measured(RESULTS), sep="\n\n")

@@ -48,18 +48,18 @@ def stream_or_memory(case: Calibration, names: Sequence[str]) -> Workload:
     def run(name: str, model: Any, on: Sequence[Example]) -> Found:
         if name == IN_MEMORY:
             return ours(model, on, 2)
-        skeleton, weights = model
+        empty, weights = model
         with TemporaryDirectory() as work:
 
             def engine(model: nn.Module, adapter: str, modules: Sequence[str]) -> AbstractContextManager[Streamed]:
                 budget = StreamOptions(stream=True).budget(torch.device("cpu"))
                 return streamed(model, adapter, modules, weights=weights, folder=Path(work), budget=budget)
 
-            found = calibrate(skeleton, on, batch_size=2, engines=engine)
+            found = calibrate(empty, on, batch_size=2, engines=engine)
         return {key: module.samples for key, module in found.modules.items() if module.samples is not None}
 
     def candidate(name: str) -> Candidate:
-        make = _loaded if name == IN_MEMORY else _skeleton
+        make = _loaded if name == IN_MEMORY else skeleton
         return Candidate(
             name,
             warm_up=partial(run, name, make(small, folder / "small"), samples[:2]),
@@ -74,7 +74,8 @@ def _loaded(case: Calibration, folder: Path) -> Any:
     return load_model(str(folder / "model"), _options(case), Adapter.open(folder / "adapter"))
 
 
-def _skeleton(case: Calibration, folder: Path) -> tuple[Any, Any]:
+def skeleton(case: Calibration, folder: Path) -> tuple[Any, Any]:
+    """A model of `models.write` without its weights, and what fills them in."""
     return load_skeleton(str(folder / "model"), _options(case), Adapter.open(folder / "adapter"))
 
 
