@@ -19,7 +19,7 @@ from torch import Tensor
 
 from spectral_fast.policies import AbsSelect
 
-CERTAIN = 0.95
+CERTAIN, SIGNIFICANT = 0.95, 0.05
 DEFAULT = AbsSelect()
 Samples = Mapping[str, Tensor]  # module name -> (n, r), the same n for all, r of each module
 
@@ -174,6 +174,35 @@ def doubling(samples: Samples, choice: AbsSelect = DEFAULT) -> float:
     return _overlap(samples, choice, ones * (torch.arange(n) < n // 2), ones).item() if n > 1 else float("nan")
 
 
+def signal(samples: Samples, *, draws: int = 999, seed: int = 0) -> float:
+    """P-value of the hypothesis that all g are noise around zero: that each sample could as well have the other sign.
+
+    An exact randomisation test by Σ_k g_k² / Σ_i c_ik², summed over modules, among random signs of the samples. On data
+    that the adapter was trained on until its loss was flat it is often large: then whatever is chosen is luck.
+
+    Args:
+        samples: module name -> (n, r) part of each sample in g.
+        draws: of the signs of all samples; p is at least 1 / (draws + 1).
+        seed: of the draws.
+
+    Returns:
+        The p-value, in (0, 1]; 1 for a single sample.
+
+    Source: Fisher, "The Design of Experiments", 1935, section 21.
+    """
+    n = _count(samples)
+    signs = torch.randint(2, (draws, n), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+    signs = torch.cat([torch.ones(1, n, dtype=torch.float64), signs])
+    found = torch.zeros(len(signs), dtype=torch.float64)
+    for _, parts in _stacks(samples, len(signs)):
+        largest = parts.abs().amax(1, keepdim=True)
+        parts = parts / torch.where(largest > 0, largest, 1.0)  # squares stay in range
+        total = parts.square().sum(1, keepdim=True)
+        found += ((signs @ parts).square() / torch.where(total > 0, total, 1.0)).sum((0, 2))
+    as_large = found >= found[0] * (1 - 1e-9)  # equal up to rounding is as large
+    return as_large.double().mean().item()
+
+
 def _overlap(samples: Samples, choice: AbsSelect, first: Tensor, second: Tensor) -> Tensor:
     """Agreement of the choices by g = first @ c and by g = second @ c, per row of these (W, n) weights. (W,)."""
     common, total = torch.zeros(len(first), dtype=torch.float64), 0
@@ -257,6 +286,7 @@ class Stability:
             "noise_frac": self.choice.noise_frac,
             "core_certain": core,
             "noise_certain": noise,
+            "signal_p": signal(self.samples),
             "agreement": [asdict(entry) for entry in self.agreement],
         }
 
@@ -275,4 +305,7 @@ def as_text(summary: Mapping[str, Any]) -> str:
         f"doubling the samples to {last['samples']} changed {1 - last['doubling']:.0%} of the choice (without any "
         f"signal: {1 - last['doubling_by_chance']:.0%})"
     )
+    p = summary["signal_p"]
+    if p > SIGNIFICANT:
+        parts.append(f"warning: these samples do not show that g is anything but noise around zero (p = {p:.2g})")
     return "; ".join(parts)

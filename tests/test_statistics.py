@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spectral_fast.policies import POLICIES, AbsSelect
-from spectral_fast.statistics import Stability, agreement, as_text, bootstrap, doubling, standard_error
+from spectral_fast.statistics import Stability, agreement, as_text, bootstrap, doubling, signal, standard_error
 
 ONE_EACH = AbsSelect(core_frac=0.25, noise_frac=0.25)  # of r = 4: one core and one noise direction
 
@@ -168,6 +168,29 @@ def test_agreement_grows_with_the_signal_and_with_the_samples() -> None:
 def test_doubling_is_the_agreement_of_all_samples() -> None:
     samples, _ = noisy(1.0, n=13)
     assert doubling(samples) == agreement(samples)[-1].doubling
+
+
+def test_the_p_value_of_the_signal_by_hand() -> None:
+    # g² / Σ c² of both signs alike is 16 / 10, of opposite ones 4 / 10: half of the draws are as large as what is seen.
+    assert signal({"m": parts([1.0], [3.0])}, draws=4000) == pytest.approx(0.5, abs=5 * math.sqrt(0.25 / 4000))
+    assert signal({"m": parts([1.0], [-3.0])}) == 1.0
+    assert signal({"m": torch.ones(20, 3), "dead": torch.zeros(20, 2)}) == 1 / 1000
+    assert signal({"m": 1e-200 * torch.ones(20, 3, dtype=torch.float64)}) == 1 / 1000
+    assert signal({"m": torch.zeros(4, 3)}) == 1.0
+
+
+def test_the_p_value_is_uniform_without_signal_and_small_with_it() -> None:
+    without = torch.tensor([signal(noisy(0.0, modules=3, r=16, seed=seed)[0], draws=99) for seed in range(200)])
+    for level in (0.05, 0.25, 0.5):
+        assert (without <= level).double().mean().item() == pytest.approx(
+            level, abs=4 * math.sqrt(level * (1 - level) / 200)
+        )
+    assert signal(noisy(1.0)[0]) == 1 / 1000
+
+
+def test_a_calibration_without_signal_is_warned_of() -> None:
+    assert "warning: these samples do not show" in as_text(Stability.of(noisy(0.0)[0]).summary())
+    assert "warning" not in as_text(Stability.of(noisy(1.0)[0]).summary())
 
 
 def test_a_single_sample_tells_nothing() -> None:

@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from torch import Tensor
 
 from spectral_fast.report.drawing import CORE, INK, NOISE, OTHER, WIDTH, Floats, Picture
-from spectral_fast.statistics import CERTAIN, Agreement, Stability, standard_error
+from spectral_fast.statistics import CERTAIN, SIGNIFICANT, Agreement, Stability, signal, standard_error
 
 HALVES = "#007a5a"  # green, dark enough for a thin line on white
 
@@ -39,6 +39,8 @@ def stability(found: Stability) -> Picture | None:
         "directions of each module in the order of |g|, mean over modules. Other samples of the same kind would choose "
         f"{certainty} again with a probability above {CERTAIN:.0%} (bootstrap)."
     )
+    if (p := signal(found.samples)) > SIGNIFICANT:
+        caption += f" These samples do not show that g is anything but noise around zero (p = {p:.2g})."
     return Picture.of(figure, "stability", "Were the samples enough?", caption)
 
 
