@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import tiny_llama, with_lora
 
+from spectral_fast import embedded
 from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.data import Example
 from spectral_fast.calibration.probe import CalibrationOptions
 from spectral_fast.calibration.rounds import as_text, in_rounds
+from spectral_fast.cli import main
+from spectral_fast.sensitivity import Sensitivity
 from spectral_fast.statistics import doubling
 
 
@@ -116,3 +122,53 @@ def test_limits_of_the_options() -> None:
             CalibrationOptions(until_stable=wrong)
     with pytest.raises(TypeError, match="calib_samples must be int; got 'all'"):
         CalibrationOptions(calib_samples="all")  # type: ignore[arg-type]
+
+
+BASE = ["--base_model", str(embedded.base_model_dir()), "--lora_path", str(embedded.adapter_dir())]
+DATA = ["--calib_data", str(embedded.calibration_file())]
+
+
+def probed(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    assert main(["probe", *BASE, *DATA, *map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+def test_probe_tells_how_many_samples_it_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = probed(capsys, "--until_stable", 0.5, "--out_dir", tmp_path / "probed", "--json")
+    record = json.loads(out)
+    used = record["samples_used"]
+    assert (record["stable"], record["until_stable"], record["calib_samples"]) == (True, 0.5, None)
+    assert [check["samples"] for check in record["checks"]] == [8, 10, 14, 18, 24, 30, 38][: len(record["checks"])]
+    assert record["checks"][-1]["samples"] == used
+    assert record["stability"]["samples"] == used
+    assert record["stability"]["agreement"][-1]["doubling"] == record["checks"][-1]["agreement"]
+    plain = json.loads(probed(capsys, "--calib_samples", used, "--out_dir", tmp_path / "plain", "--json"))
+    for same in ("calib_tokens_sha256", "labels", "tokens", "samples_used"):
+        assert plain[same] == record[same]
+    one, other = Sensitivity.load(tmp_path / "probed"), Sensitivity.load(tmp_path / "plain")
+    for name, module in one.modules.items():
+        assert float((module.g - other.modules[name].g).norm() / module.g.norm()) <= 1e-5
+
+
+def test_data_that_run_out_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--until-stable", 1, "--calib_samples", 9, "--out_dir", tmp_path / "probed"]
+    lines = probed(capsys, *argv).splitlines()
+    assert lines[0].startswith("probed 8 modules on 9 samples")
+    assert lines[1].startswith("warning: not stable with all 9 samples")
+    assert lines[2].startswith("core directions certain (bootstrap > 0.95): ")
+
+
+def test_an_edit_in_one_go_says_so_too_and_draws_the_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--until_stable", "1", "--calib_samples", "9", "--out_dir", str(tmp_path / "out")]
+    assert main(["edit", *BASE, *DATA, *argv, "--report", str(tmp_path / "report.html")]) == 0
+    assert "warning: not stable with all 9 samples" in capsys.readouterr().out
+    assert "Were the samples enough?" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_rounds_and_streaming_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--until_stable", "0.9", "--stream", "--out_dir", str(tmp_path / "out")]
+    assert main(["probe", *BASE, *DATA, *argv]) == 1
+    assert "--until_stable 0.9 takes samples in rounds, but --stream" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
