@@ -25,7 +25,7 @@ from stream_models import (
 from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.data import IGNORED
-from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.model import ModelOptions, load_model
 from spectral_fast.calibration.skeleton import load_skeleton
 from spectral_fast.calibration.spectral_form import lora_layers
 from spectral_fast.calibration.stream import streamed
@@ -110,12 +110,14 @@ def test_layers_that_return_tuples_can_be_streamed(family: str, tmp_path: Path) 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_gives_what_the_model_in_memory_gives(dtype: str, budget: str, tmp_path: Path) -> None:
-    model = save(tmp_path, changes={"initializer_range": 0.05})
-    wanted = calibrate(model.to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]), SAMPLES, **ARGUMENTS)
+    save(tmp_path, changes={"initializer_range": 0.05})
+    options = ModelOptions(dtype=dtype, device="cpu")
+    model = load_model(str(tmp_path / "base"), options, Adapter.open(tmp_path / "adapter"))
     got, _ = stream(tmp_path, BUDGETS[budget], dtype)
-    assert largest_difference(got, g_of(wanted)) <= 1e-2
+    assert largest_difference(got, g_of(calibrate(model, SAMPLES, **ARGUMENTS))) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")  # PEFT's, of the bias of lora_B
 @pytest.mark.parametrize(
     "lora",
     [{"use_dora": True}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}],
@@ -135,6 +137,7 @@ def test_what_peft_adds_to_lora_is_part_of_the_pass(lora: dict[str, Any], tmp_pa
         assert largest_difference(got, g_of(wanted)) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize("targets", [["lm_head"], ["lm_head", "o_proj"]], ids=str)
 def test_a_module_of_the_head_can_be_measured(targets: list[str], tmp_path: Path) -> None:
     model = save(tmp_path, changes={"tie_word_embeddings": False}, target_modules=targets)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from spectral_fast.adapter import Adapter
 from spectral_fast.adapter.naming import changes_base
@@ -48,11 +49,12 @@ def load_skeleton(base_model: str, options: ModelOptions, adapter: Adapter) -> t
     weights = Weights(model, files, layers, device)
     with weights.placeholders():
         wrapped = PeftModel.from_pretrained(model, str(adapter.path), low_cpu_mem_usage=True)
-    for module in wrapped.modules():
-        for values in (module._parameters, module._buffers):
-            for name, value in values.items():
-                if value is not None and not value.is_meta and value.device != device:
-                    values[name] = _moved(value, device)
+    for path, module in wrapped.named_modules():
+        copied = ".modules_to_save." in path  # the adapter's own copy of a module, in the model's dtype
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None and not value.is_meta:
+                moved = value.detach().to(device, dtype if copied and value.is_floating_point() else value.dtype)
+                setattr(module, name, nn.Parameter(moved) if name in module._parameters else moved)
     return wrapped.eval(), weights
 
 
@@ -86,11 +88,6 @@ def checkpoint_files(base_model: str, cache_dir: str | None = None) -> list[Path
         f"--stream reads model.safetensors or the shards that model.safetensors.index.json names, and {base_model} "
         f"has neither: save the model as safetensors, or {INSTEAD}"
     )
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    moved = value.detach().to(device)
-    return torch.nn.Parameter(moved, value.requires_grad) if isinstance(value, torch.nn.Parameter) else moved
 
 
 def _dtype_of(file: Path) -> torch.dtype:

@@ -119,14 +119,14 @@ class Weights:
 
     @contextmanager
     def placeholders(self) -> Iterator[None]:
-        """Within the context every slot has a tensor of its shape on the device, without memory of its own.
+        """Within the context every slot has a float32 tensor of its shape on the device, without memory of its own.
 
-        For libraries that look at a layer's weights to know where its adapter is to be.
+        For PEFT, which puts a layer's adapter where the layer's weights are, and rounds it to their dtype.
         """
         every = [slot for slots in self._slots.values() for slot, _ in slots]
         try:
             for slot in every:
-                slot.put(torch.zeros((), dtype=slot.meta.dtype, device=self.device).expand(slot.meta.shape))
+                slot.put(torch.zeros((), device=self.device).expand(slot.meta.shape))
             yield
         finally:
             for slot in every:
