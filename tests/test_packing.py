@@ -15,9 +15,9 @@ from spectral_fast.calibration import calibrate as calibrating
 from spectral_fast.calibration.attention import NAME
 from spectral_fast.calibration.calibrate import calibrate, routed
 from spectral_fast.calibration.data import Example
-from spectral_fast.calibration.decoder import LOGITS_AT_ONCE, Decoder
+from spectral_fast.calibration.decoder import LOGITS_AT_ONCE, Decoder, ready_for
 from spectral_fast.calibration.packing import LAYOUTS, packs
-from spectral_fast.calibration.spectral_form import lora_layers
+from spectral_fast.calibration.spectral_form import lora_layers, per_sample, spectral_form
 
 
 def examples(lengths: tuple[int, ...] = (9, 4, 21, 13, 2, 17, 8), seed: int = 5) -> list[Example]:
@@ -142,6 +142,32 @@ def test_g_of_a_sample_does_not_depend_on_its_company() -> None:
         alone = calibrate(model, [example], batch_size=1)
         for name, module in alone.modules.items():
             torch.testing.assert_close(together.modules[name].samples[index], module.samples[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "gemma3"])
+def test_a_pack_is_as_large_as_the_memory_that_its_graph_takes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = ["qkv_proj", "o_proj"] if family == "phi3" else ["q_proj", "o_proj"]
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_key_value_heads": 4, "head_dim": 64}
+    model = with_lora(family_model(family, **sizes), target_modules=targets).bfloat16()
+    decoder = Decoder(model)
+    with spectral_form(model, "default", list(lora_layers(model, "default"))) as layers:
+        [pack] = packs(examples((60, 60)), 2)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        kept = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes() if storage.data_ptr() not in weights else 0
+            return x
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        with ready_for(decoder, "packed"), per_sample(layers, pack.starts), hooks:
+            hidden = decoder.hidden(pack)
+    assert hidden.requires_grad
+    per_token = sum(kept.values()) / 120
+    monkeypatch.setattr("spectral_fast.calibration.decoder.GRAPH_BYTES", int(2000 * per_token))
+    assert 2000 / 1.5 <= decoder.pack_tokens() <= 2000 * 1.5
+    assert decoder.pack_tokens(1) == 4096
 
 
 def test_the_attention_of_the_model_is_what_it_was() -> None:

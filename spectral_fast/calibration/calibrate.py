@@ -29,6 +29,10 @@ class Engine(Protocol):
     def s(self) -> Mapping[str, Tensor]:
         """Name -> singular values, (r,) float64, on the CPU."""
 
+    @property
+    def layers_at_once(self) -> int | None:
+        """How many layers have a graph at the same time; None for all."""
+
     def __call__(self, packs: Sequence[Pack], progress: Progress = iter, /) -> dict[str, Tensor]:
         """Name -> g of each sample, (samples, r), in the order of the packs and of the samples in them."""
 
@@ -50,7 +54,7 @@ def calibrate(
     adapter_name: str = "default",
     modules: Iterable[str] | None = None,
     batch_size: int = 2,
-    pack_tokens: int = 1024,
+    pack_tokens: int | None = None,
     until_stable: float = 0.0,
     progress: Progress = iter,
     ranks: Ranks | None = None,
@@ -69,7 +73,8 @@ def calibrate(
         adapter_name: name under which PEFT knows the adapter.
         modules: names of the LoRA layers to measure; by default all linear ones.
         batch_size: examples per nominal batch (`--calib_batch_size`).
-        pack_tokens: tokens that go through the model at once, at most; longer samples go alone.
+        pack_tokens: tokens that go through the model at once, at most; longer samples go alone. By default as many as
+            keep some 4 GiB for the backward pass, but at least 512.
         until_stable: take no more examples once doubling them has left this share of the core and noise directions as
             they were, see `spectral_fast.calibration.rounds`; g is then that of a plain run on the examples used.
         progress: wraps the list of packs, e.g. with a progress bar; once per round with `until_stable`.
@@ -92,11 +97,12 @@ def calibrate(
     ranks = ranks or Ranks()
     layout = "single" if any(routed(name) for name in names) else "packed"
     with engines(model, adapter_name, names) as engine:
+        tokens = pack_tokens or decoder.pack_tokens(engine.layers_at_once)
 
         def laid_out(part: range, layout: str) -> dict[str, Tensor]:
             lengths = [len(examples[i].ids) for i in part]
             mine = [part[i] for i in ranks.share(lengths)]
-            chosen = packs(examples[: part.stop], batch_size, samples=mine, tokens=pack_tokens, layout=layout)
+            chosen = packs(examples[: part.stop], batch_size, samples=mine, tokens=tokens, layout=layout)
             with ready_for(decoder, layout):
                 found = engine(chosen, lambda packs: ranks.watched(progress(packs)))
             return ranks.sum(in_order(found, chosen, part))
@@ -120,6 +126,8 @@ class InMemory:
         decoder: the model, which holds all its weights.
         layers: its layers in spectral form.
     """
+
+    layers_at_once = None
 
     def __init__(self, decoder: Decoder, layers: Mapping[str, SpectralLinear]) -> None:
         self.decoder, self.layers = decoder, layers

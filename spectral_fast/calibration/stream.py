@@ -67,6 +67,11 @@ class Streamed:
         """Name -> singular values, (r,) float64."""
         return {name: spectrum.s.cpu() for name, spectrum in self.spectra.items()}
 
+    @property
+    def layers_at_once(self) -> int:
+        """Graphs that are kept beside it are counted, see `budget`."""
+        return 1
+
     @cached_property
     def decoder(self) -> Decoder:
         """The model in its two halves."""
