@@ -220,9 +220,9 @@ HOOKS, PLAIN = ("hooks, batch 2", "hooks, batch 8"), ("PEFT, batch 2", "PEFT, ba
 ONE, TWO, STREAMED = "1 rank, 1 thread", "2 ranks, 1 thread each", "probe --stream"
 SUMMED, WITHOUT, IN_MEMORY = "g summed over samples", "without g", "in memory"
 SMALL_LLAMA = Calibration("8 layers of 1024", 8, 1024, 2816, 16, 32000, 32, 64, "bfloat16")
-CALIBRATE = Task("calibrate", SMALL_LLAMA, (BATCH_8, PADDED, *HOOKS, *PLAIN), rounds=3, budget=60)
+CALIBRATE = Task("calibrate", SMALL_LLAMA, (BATCH_8, PADDED, *HOOKS, *PLAIN), rounds=3, budget=30)
 # One packed row, so that many pairs of passes are compared.
-COST = Task("cost of g", replace(SMALL_LLAMA, samples=8), (SUMMED, WITHOUT), rounds=21)
+COST = Task("cost of g", replace(SMALL_LLAMA, samples=8), (SUMMED, WITHOUT), rounds=15)
 STREAM = Task("stream", Calibration("Llama-2-7B", 32, 4096, 11008, 32, 32000, 8, 64, "bfloat16"), (), rounds=1)
 STREAM_OR_MEMORY = Task("stream or memory", replace(SMALL_LLAMA, dtype="float32"), (IN_MEMORY,), rounds=3)
 RANKS = Task("ranks", SMALL_LLAMA, (), rounds=3)

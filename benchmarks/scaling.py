@@ -18,7 +18,7 @@ from benchmarks.cases import ONE, OURS, STREAMED, SURGERY, TWO, Calibration
 LOGITS = 2**24  # that the head forms at once
 LOGIT_BYTES = 16  # of each: in the model's dtype twice, in float32 twice, and what lies between
 KEPT = 0.3e9  # activations that the benchmark's streaming keeps instead of computing them again
-PROCESS = 0.55e9  # resident set of a process that has imported torch, transformers and PEFT
+PROCESS = 0.6e9  # resident set of a process that has imported torch, transformers and PEFT
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,19 @@ class Work:
         labels: of all samples.
         pairs: of tokens that attend to each other: Σ t (t + 1) / 2 over samples of t tokens.
         rank: of the adapter.
-        pack: tokens that go through a layer together.
     """
 
     tokens: int
     labels: int
     pairs: int
     rank: int
-    pack: int = 2048
 
     @classmethod
-    def of(cls, samples: Iterable[Any], rank: int, pack: int = 2048) -> Work:
+    def of(cls, samples: Iterable[Any], rank: int) -> Work:
         """Counted from ``Example``s."""
         lengths = [(len(x.ids), x.n_labels) for x in samples]
         pairs = sum(t * (t + 1) // 2 for t, _ in lengths)
-        return cls(sum(t for t, _ in lengths), sum(n for _, n in lengths), pairs, rank, pack)
+        return cls(sum(t for t, _ in lengths), sum(n for _, n in lengths), pairs, rank)
 
 
 def flops(shape: Shape, work: Work, *, recomputed: bool) -> int:
@@ -135,9 +133,15 @@ def kept(shape: Shape, tokens: int, rank: int, itemsize: int = 2, attention: int
     return shape.layers * saved(shape, tokens, rank, itemsize, attention) - lowest + 4 * shape.hidden * tokens
 
 
+def pack(shape: Shape, work: Work, layers: int, itemsize: int = 2) -> int:
+    """Tokens that go through a layer together: graphs of 4 GiB in that many layers, 512 at least, 4096 at most."""
+    graph = layers * (12 * shape.hidden + 3 * shape.mlp) * itemsize
+    return min(work.tokens, max(512, min(4096, 2**32 // graph)))
+
+
 def memory(shape: Shape, work: Work, itemsize: int = 2) -> float:
     """Of a model in memory: its weights, one pack's activations in all layers, and logits."""
-    activations = kept(shape, min(work.tokens, work.pack), work.rank, itemsize)
+    activations = kept(shape, pack(shape, work, shape.layers, itemsize), work.rank, itemsize)
     return shape.parameters * itemsize + activations + LOGITS * LOGIT_BYTES
 
 
@@ -146,7 +150,7 @@ def streamed_memory(shape: Shape, work: Work, itemsize: int = 2) -> float:
 
     The parts at the turning point: the last layer, which stays, the head, and the layer before, which is read already.
     """
-    activations = saved(shape, min(work.tokens, work.pack), work.rank, itemsize)
+    activations = saved(shape, pack(shape, work, 1, itemsize), work.rank, itemsize)
     return (2 * shape.layer + shape.head) * itemsize + max(activations, LOGITS * LOGIT_BYTES)
 
 
@@ -182,7 +186,7 @@ class Machine:
 
 def seconds(shape: Shape, work: Work, machine: Machine, efficiency: float) -> float:
     """How long a model in memory takes: its operations, or its weights, which every pack needs twice."""
-    packs = -(-work.tokens // work.pack)
+    packs = -(-work.tokens // pack(shape, work, shape.layers))
     compute = flops(shape, work, recomputed=False) / (machine.peak * efficiency)
     return max(compute, 2 * packs * 2 * shape.parameters / machine.bandwidth)
 
