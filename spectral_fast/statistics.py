@@ -292,7 +292,7 @@ class Stability:
 
 
 def as_text(summary: Mapping[str, Any]) -> str:
-    """One line for people about what `Stability.summary` says."""
+    """What `Stability.summary` says, for people: a line, and perhaps a warning on another."""
     if not summary["agreement"]:
         return "a single sample says nothing about how certain the choice of directions is"
     parts = [
@@ -305,7 +305,7 @@ def as_text(summary: Mapping[str, Any]) -> str:
         f"doubling the samples to {last['samples']} changed {1 - last['doubling']:.0%} of the choice (without any "
         f"signal: {1 - last['doubling_by_chance']:.0%})"
     )
-    p = summary["signal_p"]
+    text, p = "; ".join(parts), summary["signal_p"]
     if p > SIGNIFICANT:
-        parts.append(f"warning: these samples do not show that g is anything but noise around zero (p = {p:.2g})")
-    return "; ".join(parts)
+        text += f"\nwarning: these samples do not show that g is anything but noise around zero (p = {p:.2g})"
+    return text
