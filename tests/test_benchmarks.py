@@ -19,11 +19,12 @@ spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py"
 assert spec is not None
 sys.modules["benchmarks"] = module_from_spec(spec)
 
-from benchmarks import cases, factors, files, peers, timing  # noqa: E402
+from benchmarks import calibration, cases, factors, files, models, peers, samples, timing  # noqa: E402
 from benchmarks.cases import Adapter, Cores, Task  # noqa: E402
 from benchmarks.figures import FIGURES  # noqa: E402
 from benchmarks.records import Measurement, Table, write_csv  # noqa: E402
 from spectral_fast.bench import gate  # noqa: E402
+from spectral_fast.calibration.data import IGNORED, Example  # noqa: E402
 
 TINY = Adapter(cases.TINY, cases.ALL_LINEAR, 8, "bfloat16")
 
@@ -94,6 +95,38 @@ def test_the_gate_refuses_a_sum_that_lacks_a_token() -> None:
         gate.check_sensitivity("tail", pairs, starts, sums)
 
 
+def test_every_calibration_and_every_pass_finds_the_same_g() -> None:
+    tiny = cases.TINY_LLAMA
+    ways = [(calibration.calibrations, list(calibration.RUNS)), (calibration.cost_of_g, [cases.OURS, cases.SUMMED])]
+    for prepare, names in ways:
+        for candidate in prepare(tiny, names).candidates:
+            candidate.check(candidate.run())
+
+
+def test_the_gate_refuses_g_that_lacks_a_label() -> None:
+    tiny = cases.TINY_LLAMA
+    [first, *others] = samples.examples(tiny.samples)
+    fewer = Example(first.ids, (*first.labels[:-1], IGNORED))
+    model = models.peft_model(tiny)
+    wanted = calibration.ours(model, [first, *others], 2)
+    with pytest.raises(gate.WrongResult, match="is rounding"):
+        calibration.check("fewer", calibration.ours(model, [fewer, *others], 2), wanted, 1e-5)
+
+
+def test_what_autograd_keeps_more_for_g_is_p_and_the_leaves() -> None:
+    with torch.enable_grad():
+        workload = calibration.cost_of_g(cases.TINY_LLAMA, [cases.OURS, cases.WITHOUT])
+        kept = {}
+        for candidate in workload.candidates:
+            assert candidate.saved is not None
+            kept[candidate.name] = candidate.saved()
+    tiny, tokens = cases.TINY_LLAMA, workload.tokens
+    assert tokens is not None
+    p, leaves = tokens * tiny.rank * 2 * tiny.modules, tiny.samples * tiny.rank * 4 * tiny.modules
+    starts = (tiny.samples + 1) * 8
+    assert kept[cases.OURS] - kept[cases.WITHOUT] == p + leaves + starts
+
+
 def test_factors_have_the_condition_numbers_they_are_said_to_have() -> None:
     case = replace(TINY, dtype="float32")
     bs, as_ = factors.adapter_factors(case)
@@ -157,6 +190,28 @@ def test_what_misses_its_figure_is_called_short() -> None:
     )
     ends = [figure.line([edit]).split()[-4:] for figure in FIGURES[3:6]]
     assert ends == [["2.10", "≤", "2", "short"], ["1.20", "≤", "1.3", "PASS"], ["5.58", "≤", "1", "short"]]
+
+
+def test_figures_of_calibration_take_rounds_in_pairs_and_count_bytes() -> None:
+    cost = replace(
+        table(
+            cases.COST,
+            Measurement(cases.OURS, 2, [2.0, 3.0, 8.0], saved_bytes=1000 + 8 * 64 * 2 * 16),
+            Measurement(cases.SUMMED, 2, [1.0, 3.0, 9.0]),
+            Measurement(cases.WITHOUT, 2, [1.0, 3.0, 4.0], saved_bytes=1000),
+        ),
+        tokens=4,
+    )
+    read = int(2.1 * 13.476e9)
+    stream = table(cases.STREAM, Measurement(cases.STREAMED, 2, [9.0], peak_bytes=2_500_000_000, read_bytes=read))
+    ends = [line.split()[-4:] for figure in FIGURES[6:] if (line := figure.line([cost, stream]))]
+    assert ends == [
+        ["2.00", "≤", "1.02", "short"],
+        ["1.00", "≤", "1.02", "PASS"],
+        ["2.00", "≤", "1.2", "short"],
+        ["2.50", "≤", "3", "PASS"],
+        ["2.10", "≤", "2.05", "short"],
+    ]
 
 
 def test_every_measurement_is_a_row(tmp_path: Path) -> None:
