@@ -42,7 +42,10 @@ def check(name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], 
 
 def ours(model: Any, samples: Sequence[Example], batch_size: int) -> Found:
     """Sensitivities per sample, as ``spectral_fast.calibrate`` finds it."""
-    return {name: module.samples for name, module in calibrate(model, samples, batch_size=batch_size).modules.items()}
+    return {
+        name: module.samples
+        for name, module in calibrate(model, "default", samples, batch_size=batch_size).modules.items()
+    }
 
 
 def ours_padded(model: Any, samples: Sequence[Example], batch_size: int) -> Found:

@@ -29,10 +29,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with join(ModelOptions(device="cpu")) as ranks:
         model, samples = peft_model(task.case), examples(task.case.samples)
-        calibrate(model, samples[:2], batch_size=2)  # imports, threads and code pages
+        calibrate(model, "default", samples[:2], batch_size=2)  # imports, threads and code pages
         ranks.sum({"": torch.zeros(1)})
         start = time.perf_counter()
-        found = calibrate(model, samples, batch_size=2, ranks=ranks)
+        found = calibrate(model, "default", samples, batch_size=2, ranks=ranks)
         seconds = time.perf_counter() - start
         if ranks.rank == 0:
             g = [float(x) for module in found.modules.values() for x in module.g]

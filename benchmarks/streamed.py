@@ -55,7 +55,7 @@ def stream_or_memory(case: Calibration, names: Sequence[str]) -> Workload:
                 budget = StreamOptions(stream=True).budget(torch.device("cpu"))
                 return streamed(model, adapter, modules, weights=weights, folder=Path(work), budget=budget)
 
-            found = calibrate(empty, on, batch_size=2, engines=engine)
+            found = calibrate(empty, "default", on, batch_size=2, engines=engine)
         return {key: module.samples for key, module in found.modules.items() if module.samples is not None}
 
     def candidate(name: str) -> Candidate:

@@ -131,7 +131,7 @@ def test_g_equals_every_independent_formula(oracle: str, setting: str) -> None:
     model = with_lora(tiny_llama(), **SETTINGS[setting])
     examples = ragged_examples()
     wanted = ORACLES[oracle](copy.deepcopy(model).double().eval(), "default", examples, 3)
-    got = calibrate(model, examples, batch_size=3)
+    got = calibrate(model, "default", examples, batch_size=3)
     assert relative_difference(got, wanted) <= 1e-5
 
 
@@ -146,7 +146,7 @@ def test_g_equals_every_independent_formula_with_several_adapters_loaded(oracle:
     model.set_adapter("other")
     examples = ragged_examples()
     wanted = ORACLES[oracle](copy.deepcopy(model).double().eval(), "other", examples, 2)
-    assert relative_difference(calibrate(model, examples, adapter_name="other"), wanted) <= 1e-5
+    assert relative_difference(calibrate(model, "other", examples), wanted) <= 1e-5
 
 
 @hook_warning
@@ -157,7 +157,7 @@ def test_g_in_half_precision_is_within_two_percent(oracle: str, dtype: torch.dty
     model = with_lora(tiny_llama(initializer_range=0.05)).to(dtype)
     examples = ragged_examples(24)
     wanted = ORACLES[oracle](copy.deepcopy(model).double().eval(), "default", examples, 2)
-    got = calibrate(model, examples)
+    got = calibrate(model, "default", examples)
     whole = torch.cat([wanted[name].double() for name in got.modules])
     assert float((torch.cat([module.g for module in got.modules.values()]) - whole).norm() / whole.norm()) <= 2e-2
 
@@ -173,7 +173,7 @@ def test_dora_is_differentiated_through_its_magnitude() -> None:
     with spectral_form(model, "default", list(lora_layers(model, "default"))):
         assert calibration_loss(model, examples, 3) == pytest.approx(sum(losses), rel=1e-5)
     wanted = by_closed_form(twin, "default", examples, 3)
-    assert relative_difference(calibrate(model, examples, batch_size=3), wanted) <= 1e-5
+    assert relative_difference(calibrate(model, "default", examples, batch_size=3), wanted) <= 1e-5
 
 
 def test_a_bias_on_lora_b_is_part_of_the_forward_pass() -> None:
@@ -183,7 +183,7 @@ def test_a_bias_on_lora_b_is_part_of_the_forward_pass() -> None:
             torch.nn.init.normal_(parameter, std=0.5)
     examples = ragged_examples()
     wanted = by_closed_form(copy.deepcopy(model).double().eval(), "default", examples, 3)
-    assert relative_difference(calibrate(model, examples, batch_size=3), wanted) <= 1e-5
+    assert relative_difference(calibrate(model, "default", examples, batch_size=3), wanted) <= 1e-5
 
 
 def test_the_masked_loss_is_that_of_transformers() -> None:
@@ -198,12 +198,15 @@ def test_the_masked_loss_is_that_of_transformers() -> None:
 def test_g_is_a_sum_over_nominal_batches_of_mean_losses() -> None:
     model = with_lora(tiny_llama().double())
     examples = ragged_examples(6)
-    whole = calibrate(model, examples, batch_size=3)
-    parts = [calibrate(model, examples[start : start + 3], batch_size=3) for start in (0, 3)]
+    whole = calibrate(model, "default", examples, batch_size=3)
+    parts = [calibrate(model, "default", examples[start : start + 3], batch_size=3) for start in (0, 3)]
     for name, module in whole.modules.items():
         torch.testing.assert_close(module.g, parts[0].modules[name].g + parts[1].modules[name].g)
     assert (
-        relative_difference(calibrate(model, examples, batch_size=2), {k: v.g for k, v in whole.modules.items()}) > 1e-3
+        relative_difference(
+            calibrate(model, "default", examples, batch_size=2), {k: v.g for k, v in whole.modules.items()}
+        )
+        > 1e-3
     )
 
 
@@ -212,7 +215,7 @@ def test_a_token_that_equals_the_padding_token_still_counts() -> None:
     ending_in_zero = [Example.continuation((5, 6, 7, 0), 2), Example.continuation((8, 9, 10, 11, 12, 0), 3)]
     assert (
         relative_difference(
-            calibrate(model, ending_in_zero),
+            calibrate(model, "default", ending_in_zero),
             by_closed_form(copy.deepcopy(model).eval(), "default", ending_in_zero, 2),
         )
         <= 1e-9
@@ -232,7 +235,7 @@ def test_the_model_is_left_as_it_was_found() -> None:
     model = with_lora(tiny_llama()).train()
     model_loss(model, next(nominal_batches(ragged_examples(), 2))).backward()
     before = state(model)
-    calibrate(model, ragged_examples())
+    calibrate(model, "default", ragged_examples())
     assert state(model) == before
 
 
@@ -245,7 +248,7 @@ def test_the_model_is_left_as_it_was_found_after_an_error_in_the_middle() -> Non
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, ragged_examples(), progress=failing)
+        calibrate(model, "default", ragged_examples(), progress=failing)
     assert state(model) == before
 
 
@@ -265,7 +268,7 @@ def test_nan_in_a_weight_is_reported_and_nothing_else_happens() -> None:
     model = with_lora(tiny_llama())
     model.get_submodule("base_model.model.lm_head").weight.data[3, 3] = float("nan")
     with pytest.raises(ValueError, match="loss is nan"):
-        calibrate(model, ragged_examples())
+        calibrate(model, "default", ragged_examples())
 
 
 def test_an_infinite_gradient_names_its_module() -> None:
@@ -283,7 +286,7 @@ def test_an_infinite_gradient_names_its_module() -> None:
     norm = model.get_submodule("base_model.model.model.layers.1.input_layernorm")
     norm.register_forward_hook(lambda *hooked: Exploding.apply(hooked[-1]))
     with pytest.raises(ValueError, match=r"sensitivity of .*layers\.0\.mlp\.down_proj is NaN or infinite"):
-        calibrate(model, ragged_examples())
+        calibrate(model, "default", ragged_examples())
 
 
 @pytest.mark.parametrize(
@@ -297,16 +300,18 @@ def test_adapters_that_do_not_act_are_refused(prepare: Any, message: str) -> Non
     model = with_lora(tiny_llama())
     prepare(model)
     with pytest.raises(ValueError, match=message):
-        calibrate(model, ragged_examples())
+        calibrate(model, "default", ragged_examples())
 
 
 def test_unknown_modules_unlabelled_batches_and_long_samples_are_refused() -> None:
     model = with_lora(tiny_llama())
     with pytest.raises(ValueError, match="not a linear LoRA layer"):
-        calibrate(model, ragged_examples(), modules=["base_model.model.model.layers.0.mlp.gate_proj"])
+        calibrate(model, "default", ragged_examples(), modules=["base_model.model.model.layers.0.mlp.gate_proj"])
     with pytest.raises(ValueError, match="samples 0 to 0 have no label"):
-        calibrate(model, [Example.continuation((1, 2, 3), 3), Example.continuation((1, 2, 3), 1)], batch_size=1)
+        calibrate(
+            model, "default", [Example.continuation((1, 2, 3), 3), Example.continuation((1, 2, 3), 1)], batch_size=1
+        )
     with pytest.raises(ValueError, match="has 65 tokens, but the model has only 64 positions"):
-        calibrate(model, [Example.continuation((1,) * 65, 3)])
+        calibrate(model, "default", [Example.continuation((1,) * 65, 3)])
     with pytest.raises(ValueError, match="at least one sample"):
-        calibrate(model, [])
+        calibrate(model, "default", [])

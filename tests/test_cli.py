@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from spectral_fast import backends, embedded
 from spectral_fast.backends import Backend
 from spectral_fast.cli import main
+from spectral_fast.sensitivity import Sensitivity
 
 BASE = ["--base_model", str(embedded.base_model_dir())]
 LORA = ["--lora_path", str(embedded.adapter_dir())]
@@ -101,6 +102,7 @@ def test_random_index_needs_neither_base_model_nor_calibration(
         (["--mode", "abs_select"], "needs --base_model to measure sensitivities, or --sensitivity"),
         (["--mode", "random_index", "--core_fraction", "2"], "unrecognized arguments: --core_fraction"),
         (["--mode", "random_index", "--eval_gsm8k"], "--eval_gsm8k needs --base_model"),
+        ([*BASE, "--stream", "--load_in_4bit"], "--stream and --load_in_4bit exclude each other"),
     ],
 )
 def test_a_wrong_command_line_ends_with_status_2(
@@ -120,6 +122,37 @@ def test_a_flag_may_be_spelt_with_dashes_or_with_underscores(
     assert run(capsys, "probe", *base, "--out-dir", tmp_path / "dash-ed")[0] == 0
     sensitivity = "sensitivity.safetensors"
     assert (tmp_path / "dash-ed" / sensitivity).read_bytes() == (probed / sensitivity).read_bytes()
+
+
+def test_an_edit_by_streaming_is_that_of_the_model_in_memory_and_leaves_no_work_behind(
+    probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--out_dir", tmp_path / "out", "--stream", "--activation-memory", "1MB"]
+    assert run(capsys, "edit", *BASE, *LORA, *DATA, *argv)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run(capsys, "edit", *LORA, "--sensitivity", probed, "--out_dir", tmp_path / "other")[0] == 0
+    got, wanted = tensors(tmp_path / "out"), tensors(tmp_path / "other")
+    assert all(torch.allclose(got[key], wanted[key], rtol=0, atol=1e-6) for key in wanted)
+
+
+def test_a_killed_probe_goes_on_only_when_it_shall(
+    probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spectral_fast.calibration.stream import _Sweeps
+
+    argv = ["probe", *BASE, *LORA, *DATA, "--out_dir", tmp_path / "out", "--stream"]
+    with monkeypatch.context() as killed:
+        killed.setattr(_Sweeps, "_loss", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(capsys, *argv)[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    status, _, err = run(capsys, *argv)
+    assert status == 1
+    assert "go on with it by --resume" in err
+    assert run(capsys, *argv, "--resume")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    got, wanted = Sensitivity.load(tmp_path / "out"), Sensitivity.load(probed)
+    for name, module in wanted.modules.items():
+        torch.testing.assert_close(got.modules[name].g, module.g, rtol=0, atol=1e-5 * module.g.abs().max().item())
 
 
 def break_config(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import tiny_llama, with_lora
 
-from spectral_fast import calibrate, sensitivity_from_gradients
-from spectral_fast.calibration.data import as_examples
+from spectral_fast import POLICIES, Adapter, calibrate, edit_adapter, sensitivity_from_gradients
 from spectral_fast.calibration.spectral_form import lora_layers
 from spectral_fast.sensitivity import Sensitivity
 
@@ -89,7 +89,7 @@ def test_it_is_what_calibrate_measures_on_the_same_rows() -> None:
         rows = chats()
         for first in (0, 2, 4):
             backward(model, rows[first : first + 2])
-        measured = calibrate(model, as_examples(rows), batch_size=2)
+        measured = calibrate(model, "default", rows, batch_size=2)
         wanted = {name: module.g for name, module in measured.modules.items()}
         assert difference(sensitivity_from_gradients(model), wanted) <= 1e-10
 
@@ -103,11 +103,35 @@ def test_a_training_loop_with_accumulation_has_it_at_every_step() -> None:
             backward(model, rows[first : first + 2], divide_by=4)
         before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         got = sensitivity_from_gradients(model)
-        wanted = calibrate(model, as_examples(rows), batch_size=2)
+        wanted = calibrate(model, "default", rows, batch_size=2)
         assert difference(got, {name: module.g for name, module in wanted.modules.items()}, 4.0) <= 1e-10
         assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters() if name in before)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_a_model_carries_an_adapter_from_its_files_for_one_call(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    with_lora(tiny_llama()).save_pretrained(tmp_path / "adapter")
+    adapter = Adapter.open(tmp_path / "adapter")
+    wanted = calibrate(PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter"), "default", chats())
+    model = tiny_llama().train()
+    before = {name: id(module) for name, module in model.named_modules()}
+    for _ in range(2):
+        got = calibrate(model, adapter, chats())
+        assert {name: id(module) for name, module in model.named_modules()} == before
+        assert all(p.requires_grad for p in model.parameters())
+        assert all(module.training for module in model.modules())
+        assert not hasattr(model, "peft_config")
+        assert difference(got, {name: module.g for name, module in wanted.modules.items()}) <= 1e-6
+    assert got.record["adapter_sha256"] == adapter.fingerprint()
+    edit_adapter(adapter, POLICIES["abs_select"](), tmp_path / "edited", sensitivity=got)
+    with pytest.raises(ValueError, match="carries adapters already"):
+        calibrate(with_lora(model), adapter, chats())
+    other = tiny_llama(hidden_size=64)
+    with pytest.raises(ValueError, match="was made for another base model"):
+        calibrate(other, adapter, chats())
 
 
 def test_factors_in_single_precision_are_measured_to_single_precision() -> None:

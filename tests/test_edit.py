@@ -123,7 +123,7 @@ def test_probe_in_memory_then_edit_lowers_or_raises_what_g_says(adapter: Adapter
         return calibration_loss(model, examples, 2)
 
     model = PeftModel.from_pretrained(tiny_llama(), adapter.path)
-    measured = calibrate(model, examples)
+    measured = calibrate(model, "default", examples)
     policy = POLICIES["gd"](eta=1e-4, update_mode="additive", grad_norm="none", preserve_energy="none")
     edit_adapter(adapter, policy, tmp_path / "out", sensitivity=measured)
     expected = 1e-4 * sum(module.g.square().sum().item() for module in measured.modules.values())

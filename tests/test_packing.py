@@ -72,7 +72,7 @@ def test_g_equals_autograd_through_padded_batches(family: str, monkeypatch: pyte
         return lay_out(*args, layout=layout, **kwargs)
 
     monkeypatch.setattr(calibrating, "packs", noting)
-    got = calibrate(model, examples(), batch_size=3, pack_tokens=40)
+    got = calibrate(model, "default", examples(), batch_size=3, pack_tokens=40)
     assert layouts == wanted_layouts.get(family, ["packed"])
     for name, g in plain(model, examples(), 3).items():
         assert (got.modules[name].g - g).norm() <= 1e-5 * g.norm(), name
@@ -137,9 +137,9 @@ def test_a_batch_without_labels_is_an_error_that_names_its_samples() -> None:
 
 def test_g_of_a_sample_does_not_depend_on_its_company() -> None:
     model = with_lora(family_model("llama"))
-    together = calibrate(model, examples(), batch_size=1)
+    together = calibrate(model, "default", examples(), batch_size=1)
     for index, example in enumerate(examples()):
-        alone = calibrate(model, [example], batch_size=1)
+        alone = calibrate(model, "default", [example], batch_size=1)
         for name, module in alone.modules.items():
             torch.testing.assert_close(together.modules[name].samples[index], module.samples[0], rtol=1e-4, atol=1e-6)
 
@@ -173,7 +173,7 @@ def test_a_pack_is_as_large_as_the_memory_that_its_graph_takes(family: str, monk
 def test_the_attention_of_the_model_is_what_it_was() -> None:
     model = with_lora(family_model("llama"))
     before = model.config._attn_implementation
-    calibrate(model, examples())
+    calibrate(model, "default", examples())
     assert model.config._attn_implementation == before != NAME
 
 
@@ -197,7 +197,7 @@ def test_logits_come_in_bounded_chunks_and_sum_to_the_loss_of_all(monkeypatch: p
 
 def test_a_lora_on_the_head_is_measured_per_sample() -> None:
     model = with_lora(family_model("qwen3"), target_modules=["lm_head", "o_proj"])
-    got = calibrate(model, examples(), batch_size=3, pack_tokens=40)
+    got = calibrate(model, "default", examples(), batch_size=3, pack_tokens=40)
     wanted = plain(model, examples(), 3)
     assert any("lm_head" in name for name in wanted)
     for name, g in wanted.items():
@@ -208,7 +208,7 @@ def test_only_a_lora_on_the_head_runs_no_graph_in_the_trunk() -> None:
     model = with_lora(family_model("qwen3"), target_modules=["lm_head"])
     grads = []
     handle = Decoder(model).trunk.register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
-    calibrate(model, examples())
+    calibrate(model, "default", examples())
     handle.remove()
     assert grads == [False] * len(grads) != []
 
@@ -218,7 +218,7 @@ def test_nothing_is_differentiated_below_the_lowest_module() -> None:
     needs = {}
     for index, layer in enumerate(Decoder(model).layers[1]):
         layer.register_forward_hook(lambda _, __, out, i=index: needs.update({i: out.requires_grad}))
-    calibrate(model, examples())
+    calibrate(model, "default", examples())
     assert needs == {0: False, 1: False, 2: True, 3: True}
 
 

@@ -42,22 +42,22 @@ def difference(got: Sensitivity, wanted: Sensitivity) -> float:
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential"])
 def test_a_device_map_gives_the_same_g(saved: tuple[str, Adapter], device_map: str) -> None:
-    wanted = calibrate(load_model(saved[0], ModelOptions(), saved[1]), EXAMPLES)
+    wanted = calibrate(load_model(saved[0], ModelOptions(), saved[1]), "default", EXAMPLES)
     spread = load_model(saved[0], ModelOptions(device_map=device_map, dtype="fp32"), saved[1])
-    assert difference(calibrate(spread, EXAMPLES), wanted) <= 1e-6
+    assert difference(calibrate(spread, "default", EXAMPLES), wanted) <= 1e-6
 
 
 def test_a_model_with_the_hooks_of_a_dispatch_gives_the_same_g(saved: tuple[str, Adapter]) -> None:
     from accelerate import dispatch_model
 
     model = load_model(saved[0], ModelOptions(), saved[1])
-    wanted = calibrate(model, EXAMPLES)
+    wanted = calibrate(model, "default", EXAMPLES)
     names = [
         name for name, _ in model.named_modules() if name.count(".") == 4 or name.endswith(("tokens", "norm", "emb"))
     ]
     dispatched = dispatch_model(model, dict.fromkeys([*names, "base_model.model.lm_head"], "cpu"), force_hooks=True)
     assert any(hasattr(module, "_hf_hook") for module in dispatched.modules())
-    assert difference(calibrate(dispatched, EXAMPLES), wanted) <= 1e-6
+    assert difference(calibrate(dispatched, "default", EXAMPLES), wanted) <= 1e-6
 
 
 def test_a_model_that_does_not_fit_the_gpus_is_sent_to_streaming(
@@ -95,11 +95,11 @@ def test_g_of_a_quantised_base_is_that_of_its_weights_put_back(saved: tuple[str,
         weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         plain.get_submodule(name).weight.data.copy_(weight)
     training = [name for name, module in quantised.named_modules() if module.training]
-    got = calibrate(quantised, EXAMPLES)
+    got = calibrate(quantised, "default", EXAMPLES)
     assert [name for name, module in quantised.named_modules() if module.training] == training
     assert len(got.modules) == 9
-    assert difference(got, calibrate(plain, EXAMPLES)) <= (1e-6 if dtype == "fp32" else 1e-2)
-    assert difference(calibrate(quantised, EXAMPLES), got) == 0.0
+    assert difference(got, calibrate(plain, "default", EXAMPLES)) <= (1e-6 if dtype == "fp32" else 1e-2)
+    assert difference(calibrate(quantised, "default", EXAMPLES), got) == 0.0
 
 
 @with_bitsandbytes
@@ -110,7 +110,7 @@ def test_weights_that_were_packed_for_inference_are_refused(saved: tuple[str, Ad
     with pytest.raises(
         ValueError, match=r"layers\.1\.mlp\.down_proj\.base_layer: bitsandbytes packed its 4-bit weights"
     ):
-        calibrate(model, EXAMPLES)
+        calibrate(model, "default", EXAMPLES)
 
 
 def test_without_bitsandbytes_the_error_says_what_to_install(

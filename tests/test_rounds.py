@@ -101,12 +101,12 @@ def test_a_calibration_that_stopped_is_that_of_the_samples_it_used() -> None:
         for length in torch.randint(4, 20, (5,), generator=generator)
     ]
     examples = (9 * few)[:41]  # the same again and again: more of them change little
-    stopped = calibrate(model, examples, batch_size=3, until_stable=0.9)
+    stopped = calibrate(model, "default", examples, batch_size=3, until_stable=0.9)
     used = stopped.record["samples_used"]
     assert stopped.record["stable"]
     assert 8 <= used < 41
     assert used % 3 == 0
-    plain = calibrate(model, examples[:used], batch_size=3)
+    plain = calibrate(model, "default", examples[:used], batch_size=3)
     assert plain.record == {"samples_used": used}
     for name, module in plain.modules.items():
         # The same numbers but for which samples share a pass: rounding of float32.

@@ -51,7 +51,7 @@ def stream(tmp_path: Path, budget: int = 0, dtype: str = "fp32", **arguments: An
     folder = tmp_path / f"work {budget}"
     folder.mkdir(exist_ok=True)
     engines = partial(streamed, weights=weights, folder=folder, budget=budget)
-    return calibrate(model, SAMPLES, engines=engines, **{**ARGUMENTS, **arguments}), weights
+    return calibrate(model, "default", SAMPLES, engines=engines, **{**ARGUMENTS, **arguments}), weights
 
 
 def by_autograd(model: Any, batch_size: int) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ def g_of(sensitivity: Sensitivity) -> dict[str, torch.Tensor]:
 def test_g_per_sample_is_that_of_plain_autograd_and_of_the_model_in_memory(family: str, tmp_path: Path) -> None:
     model = save(tmp_path, family)
     wanted = by_autograd(model, ARGUMENTS["batch_size"])
-    in_memory = calibrate(model, SAMPLES, **ARGUMENTS)
+    in_memory = calibrate(model, "default", SAMPLES, **ARGUMENTS)
     for budget in BUDGETS.values():
         got, _ = stream(tmp_path, budget)
         assert largest_difference(got, wanted) <= 1e-5
@@ -114,7 +114,7 @@ def test_half_precision_gives_what_the_model_in_memory_gives(dtype: str, budget:
     options = ModelOptions(dtype=dtype, device="cpu")
     model = load_model(str(tmp_path / "base"), options, Adapter.open(tmp_path / "adapter"))
     got, _ = stream(tmp_path, BUDGETS[budget], dtype)
-    assert largest_difference(got, g_of(calibrate(model, SAMPLES, **ARGUMENTS))) <= 1e-5
+    assert largest_difference(got, g_of(calibrate(model, "default", SAMPLES, **ARGUMENTS))) <= 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")  # PEFT's, of the bias of lora_B
@@ -131,7 +131,7 @@ def test_what_peft_adds_to_lora_is_part_of_the_pass(lora: dict[str, Any], tmp_pa
             parameter.data *= 1.0 + 0.3 * torch.rand_like(parameter)
             parameter.data += 0.1 * torch.rand_like(parameter)
     model.save_pretrained(tmp_path / "adapter")
-    wanted = calibrate(model, SAMPLES, **ARGUMENTS)
+    wanted = calibrate(model, "default", SAMPLES, **ARGUMENTS)
     for budget in BUDGETS.values():
         got, _ = stream(tmp_path, budget)
         assert largest_difference(got, g_of(wanted)) <= 1e-5
@@ -142,7 +142,7 @@ def test_what_peft_adds_to_lora_is_part_of_the_pass(lora: dict[str, Any], tmp_pa
 def test_a_module_of_the_head_can_be_measured(targets: list[str], tmp_path: Path) -> None:
     model = save(tmp_path, changes={"tie_word_embeddings": False}, target_modules=targets)
     got, weights = stream(tmp_path)
-    assert largest_difference(got, g_of(calibrate(model, SAMPLES, **ARGUMENTS))) <= 1e-5
+    assert largest_difference(got, g_of(calibrate(model, "default", SAMPLES, **ARGUMENTS))) <= 1e-5
     if len(targets) == 1:  # no layer is wanted twice
         assert weights.bytes_read == sum(weights.nbytes(part) for part in (EMBEDDINGS, OTHER, HEAD, *range(4)))
 
@@ -159,7 +159,7 @@ def test_nothing_is_read_twice_below_the_lowest_module(tmp_path: Path) -> None:
     model = save(tmp_path)
     names = [name for name in lora_layers(model, "default") if "layers.2.mlp" in name]
     got, weights = stream(tmp_path, modules=names)
-    assert largest_difference(got, g_of(calibrate(model, SAMPLES, modules=names, **ARGUMENTS))) <= 1e-5
+    assert largest_difference(got, g_of(calibrate(model, "default", SAMPLES, modules=names, **ARGUMENTS))) <= 1e-5
     once = sum(weights.nbytes(part) for part in (EMBEDDINGS, OTHER, HEAD, 0, 1, 3))
     assert weights.bytes_read == once + 2 * weights.nbytes(2)
 
@@ -180,7 +180,7 @@ def test_one_layer_at_a_time_has_its_weights_and_kept_graphs_hold_none(tmp_path:
             yield step
 
     engines = partial(streamed, weights=weights, folder=tmp_path, budget=10**9)
-    calibrate(model, SAMPLES, engines=engines, progress=looking, **ARGUMENTS)
+    calibrate(model, "default", SAMPLES, engines=engines, progress=looking, **ARGUMENTS)
     assert len(in_place) == 4 + 1 + 1 + 4
     assert all(len(layers) <= 1 for layers in in_place)
     files = [len({weights._shards[key].path for key in _keys(weights, part)}) for part in (OTHER, *range(4), HEAD)]

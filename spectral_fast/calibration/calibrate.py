@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.attention import Unpackable
-from spectral_fast.calibration.data import Example
+from spectral_fast.calibration.data import Example, as_examples
 from spectral_fast.calibration.decoder import Decoder, ready_for
+from spectral_fast.calibration.model import attached
 from spectral_fast.calibration.packing import Pack, packs
 from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.rounds import in_rounds
@@ -49,9 +51,9 @@ def in_memory(model: nn.Module, adapter_name: str, names: Sequence[str]) -> Iter
 
 def calibrate(
     model: nn.Module,
-    examples: Sequence[Example],
+    adapter: str | Adapter,
+    data: Iterable[Example | Mapping[str, Any]],
     *,
-    adapter_name: str = "default",
     modules: Iterable[str] | None = None,
     batch_size: int = 2,
     pack_tokens: int | None = None,
@@ -68,9 +70,9 @@ def calibrate(
     evaluation mode, in its own dtype and on its own device, and is left as it was found.
 
     Args:
-        model: PEFT model with the adapter loaded and active.
-        examples: token ids with their labels; see `spectral_fast.calibration.data`.
-        adapter_name: name under which PEFT knows the adapter.
+        model: PEFT model with the adapter loaded and active; or a model without, for an adapter from its files.
+        adapter: name under which PEFT knows the adapter; or the adapter, which the model then carries during this call.
+        data: samples as a training loop has them, such as rows of a data set; see `as_examples`.
         modules: names of the LoRA layers to measure; by default all linear ones.
         batch_size: examples per nominal batch (`--calib_batch_size`).
         pack_tokens: tokens that go through the model at once, at most; longer samples go alone. By default as many as
@@ -86,37 +88,43 @@ def calibrate(
         has what `in_rounds` tells: `samples_used` and, with `until_stable`, its checks.
 
     Raises:
-        ValueError: without a labelled token in some batch, for an example longer than the model's positions, for
-            names that cannot be probed, and when the loss or some g is NaN or infinite (named by module).
+        ValueError: for data that `as_examples` refuses, without a labelled token in some batch, for an example longer
+            than the model's positions, for names that cannot be probed, and when the loss or some g is NaN or infinite (named by module).
 
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, section on gradient-guided sensitivity.
     """
+    examples = as_examples(data)
     check_examples(examples, model)
-    decoder = Decoder(model)
-    names = list(lora_layers(model, adapter_name) if modules is None else modules)
-    ranks = ranks or Ranks()
-    layout = "single" if any(routed(name) for name in names) else "packed"
-    with engines(model, adapter_name, names) as engine:
-        tokens = pack_tokens or decoder.pack_tokens(engine.layers_at_once)
+    with attached(model, adapter) as (model, adapter_name):
+        decoder = Decoder(model)
+        names = list(lora_layers(model, adapter_name) if modules is None else modules)
+        ranks = ranks or Ranks()
+        layout = "single" if any(routed(name) for name in names) else "packed"
+        with engines(model, adapter_name, names) as engine:
+            tokens = pack_tokens or decoder.pack_tokens(engine.layers_at_once)
 
-        def laid_out(part: range, layout: str) -> dict[str, Tensor]:
-            lengths = [len(examples[i].ids) for i in part]
-            mine = [part[i] for i in ranks.share(lengths)]
-            chosen = packs(examples[: part.stop], batch_size, samples=mine, tokens=tokens, layout=layout)
-            with ready_for(decoder, layout):
-                found = engine(chosen, lambda packs: ranks.watched(progress(packs)))
-            return ranks.sum(in_order(found, chosen, part))
+            def laid_out(part: range, layout: str) -> dict[str, Tensor]:
+                lengths = [len(examples[i].ids) for i in part]
+                mine = [part[i] for i in ranks.share(lengths)]
+                chosen = packs(examples[: part.stop], batch_size, samples=mine, tokens=tokens, layout=layout)
+                with ready_for(decoder, layout):
+                    found = engine(chosen, lambda packs: ranks.watched(progress(packs)))
+                return ranks.sum(in_order(found, chosen, part))
 
-        def measure(part: range) -> dict[str, Tensor]:
-            nonlocal layout
-            try:
-                return laid_out(part, layout)
-            except Unpackable:
-                layout = "padded"
-                return laid_out(part, layout)
+            def measure(part: range) -> dict[str, Tensor]:
+                nonlocal layout
+                try:
+                    return laid_out(part, layout)
+                except Unpackable:
+                    layout = "padded"
+                    return laid_out(part, layout)
 
-        found, record = in_rounds(measure, len(examples), batch_size, until_stable)
-        return Sensitivity({name: ModuleSensitivity.of_samples(s, found[name]) for name, s in engine.s.items()}, record)
+            found, record = in_rounds(measure, len(examples), batch_size, until_stable)
+            if isinstance(adapter, Adapter):
+                record["adapter_sha256"] = adapter.fingerprint()
+            return Sensitivity(
+                {name: ModuleSensitivity.of_samples(s, found[name]) for name, s in engine.s.items()}, record
+            )
 
 
 class InMemory:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from spectral_fast.adapter import Adapter, LoraModule
+from spectral_fast.adapter.naming import changes_base
 from spectral_fast.options import check, option
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,6 +98,41 @@ def load_model(base_model: str, options: ModelOptions, adapter: Adapter | None =
         check_fit(model, adapter.modules.values(), base_model, adapter.path)
         model = PeftModel.from_pretrained(model, str(adapter.path))
     return (model if placed else model.to(device)).eval()
+
+
+@contextmanager
+def attached(model: Any, adapter: str | Adapter) -> Iterator[tuple[Any, str]]:
+    """Give the PEFT model that carries an adapter, and the adapter's name in it.
+
+    Args:
+        model: a PEFT model, of which `adapter` is a name; or a model without adapters, which carries one from its
+            files within the context, and is afterwards what it was before.
+        adapter: a name, or an adapter.
+
+    Raises:
+        ValueError: if the adapter does not fit the model, changes its weights, or the model carries others.
+    """
+    if isinstance(adapter, str):
+        yield model, adapter
+        return
+    from peft import PeftModel
+
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model carries adapters already; load this one with load_adapter(), and give its name")
+    if changes_base(adapter.config):
+        raise ValueError(f"{adapter.path} changes the base weights; load it with PEFT, and give its name")
+    check_fit(model, adapter.modules.values(), type(model).__name__, adapter.path)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    carrier = PeftModel.from_pretrained(model, str(adapter.path))
+    try:
+        yield carrier, "default"
+    finally:
+        carrier.unload()
+        for p in trainable:
+            p.requires_grad_(True)
+        for module in training:
+            module.training = True
 
 
 def _check_in_memory(model: nn.Module, base_model: str) -> None:

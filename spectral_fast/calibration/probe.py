@@ -135,6 +135,7 @@ def probe(
     with _opened(base_model, adapter, options, stream, run, work_dir) as (model, device, engines, weights):
         measured = calibrate(
             model,
+            "default",
             examples,
             modules=names,
             batch_size=data.calib_batch_size,
