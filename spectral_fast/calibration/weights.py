@@ -172,7 +172,8 @@ class Weights:
             size = shard.path.stat().st_size
             mappings[shard.path] = torch.from_file(str(shard.path), shared=False, size=size, dtype=torch.uint8)
         with shard.path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(file.fileno(), offset, info.nbytes, os.POSIX_FADV_WILLNEED)
         raw = mappings[shard.path][offset : offset + info.nbytes]
         raw[::_PAGE].sum()  # brings the pages in now, in this thread
         if offset % info.dtype.itemsize:
