@@ -17,7 +17,11 @@ def _slow_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_values_and_gradients_are_the_exact_ones_rounded_once(dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("widened", [products.WIDENED, 10 * 48])
+def test_values_and_gradients_are_the_exact_ones_rounded_once(
+    dtype: torch.dtype, bias: bool, widened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "WIDENED", widened)  # as a whole, and in blocks of ten rows
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, ROWS, 48, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(33, 48, generator=generator).to(dtype)

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 ROWS = 64  # below, widening the weight costs more than it saves
+WIDENED = 2**25  # elements of a weight at once: 128 MB, where the head of a large model takes half a gigabyte and more
 
 
 class WideProducts(TorchFunctionMode):
@@ -36,8 +37,16 @@ class WideProducts(TorchFunctionMode):
 
     def product(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         """The matrix product x w, (rows, k) and (k, m), plus a bias (m,), rounded to x's dtype."""
-        wide = self._wide("x", x), self._wide("w", w) if w.is_contiguous() else self._wide("w", w.mT).mT
-        out = torch.mm(*wide, out=self._room("y", torch.Size((len(x), w.shape[1]))))
+        wide, out = self._wide("x", x), self._room("y", torch.Size((len(x), w.shape[1])))
+        summed = w.is_contiguous()  # the weight's own rows are then what the product sums over
+        rows = w if summed else w.mT
+        step = max(1, WIDENED // rows.shape[1])
+        for a in range(0, len(rows), step):
+            part = self._wide("w", rows[a : a + step])
+            if summed:
+                torch.addmm(out, wide[:, a : a + step], part, beta=min(a, 1), out=out)
+            else:
+                torch.mm(wide, part.mT, out=out[:, a : a + step])
         return (out if bias is None else out.add_(bias)).to(x.dtype)
 
     def _wide(self, role: str, x: Tensor) -> Tensor:
