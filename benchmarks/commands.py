@@ -17,7 +17,7 @@ from benchmarks.records import Measurement, Table
 from benchmarks.timing import Finished, run_pinned
 
 WHOLE = "{}, the whole command"
-KEPT = "300MB"  # activations that are kept instead of computed again
+KEPT = "100MB"  # activations that are kept instead of computed again
 
 
 def stream(task: Task, all_cores: Sequence[int], work_dir: Path | None) -> Iterator[Table]:
