@@ -89,7 +89,8 @@ def calibrate(
 
     Raises:
         ValueError: for data that `as_examples` refuses, without a labelled token in some batch, for an example longer
-            than the model's positions, for names that cannot be probed, and when the loss or some g is NaN or infinite (named by module).
+            than the model's positions, for names that cannot be probed, and when the loss or some g is NaN or
+            infinite (named by module).
 
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, section on gradient-guided sensitivity.
     """
