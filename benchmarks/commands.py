@@ -57,7 +57,7 @@ def ranks(task: Task, all_cores: Sequence[int], _: Path | None) -> Iterator[Tabl
     """`calibrate` in one process, and split over two by torchrun, each on a core of its own and with one thread.
 
     Timed is what ``benchmarks.ranks`` says, and the whole commands: Python, torch and the model are then made once per
-    process. Both find the same g.
+    process. Both find the same g. The peak of the table is one core's.
 
     Args:
         task: the model.
