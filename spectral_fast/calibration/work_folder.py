@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,5 +127,6 @@ def discard(path: Path) -> None:
     if path.exists():
         (path / _RUN).unlink(missing_ok=True)  # first: what is left if this is killed is no run
         shutil.rmtree(path)
-    if path.parent.exists() and not any(path.parent.iterdir()):
-        path.parent.rmdir()
+    with suppress(FileNotFoundError):  # another rank was faster
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
