@@ -62,8 +62,10 @@ def spectral_linear(
         )
     if len(devices := {str(t.device) for t in (x, y, u, s, vh)}) > 1:
         raise ValueError(f"x, y, u, s and vh must be on one device, got {', '.join(sorted(devices))}")
-    out: Tensor = _SpectralLinear.apply(x, y, u, s, vh, scaling, starts)  # type: ignore[no-untyped-call]
-    return out
+    # Shapes change outside of the function, whose output may not be a view: some models add to it in place.
+    flat = x.reshape(-1, n), y.reshape(-1, m)
+    out: Tensor = _SpectralLinear.apply(*flat, u, s, vh, scaling, starts)  # type: ignore[no-untyped-call]
+    return out.view(y.shape)
 
 
 class _SpectralLinear(torch.autograd.Function):
@@ -71,19 +73,18 @@ class _SpectralLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, u: Tensor, s: Tensor, vh: Tensor, scaling: float, starts: Tensor | None
     ) -> Tensor:
-        (m, _), (_, n) = u.shape, vh.shape
-        out, p = _forward_op(x.reshape(-1, n), y.reshape(-1, m), u, s, vh, scaling, starts)
+        out, p = _forward_op(x, y, u, s, vh, scaling, starts)
         ctx.save_for_backward(p, u, s, vh, starts)
         ctx.scaling = scaling
-        return out.view(y.shape)  # type: ignore[no-any-return]
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         p, u, s, vh, starts = ctx.saved_tensors
         wanted: bool = ctx.needs_input_grad[0]
-        dx, g = _backward_op(dy.reshape(-1, u.shape[0]), p, u, s, vh, ctx.scaling, starts, wanted)
-        return dx.view(*dy.shape[:-1], vh.shape[1]) if wanted else None, dy, None, g, None, None, None
+        dx, g = _backward_op(dy, p, u, s, vh, ctx.scaling, starts, wanted)
+        return dx if wanted else None, dy, None, g, None, None, None
 
 
 def _forward(

@@ -149,7 +149,7 @@ class InMemory:
     @property
     def s(self) -> dict[str, Tensor]:
         """Name -> singular values, (r,) float64, on the CPU."""
-        return {name: layer.s.double().cpu() for name, layer in self.layers.items()}
+        return {name: layer.singular_values for name, layer in self.layers.items()}
 
     def __call__(self, packs: Sequence[Pack], progress: Progress = iter) -> dict[str, Tensor]:
         """Name -> g of each sample, (samples, r), in the order of the packs and of the samples in them.

@@ -106,7 +106,7 @@ class Decoder:
         step = max(1, LOGITS_AT_ONCE // int(self.model.config.get_text_config().vocab_size))
         with torch.enable_grad(), self._trunk_gives() as head:
             for a in range(0, len(pack.targets), step):
-                where, targets = pack.positions[a : a + step], pack.targets[a : a + step]
+                where, targets = pack.positions[a : a + step].to(flat.device), pack.targets[a : a + step]
                 before(pack.label_starts.clamp(a, a + len(where)) - a)
                 chosen = flat[where].requires_grad_()
                 logits = head(chosen[None])[0]

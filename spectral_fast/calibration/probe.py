@@ -161,6 +161,8 @@ def probe(
         "labels": sum(example.n_labels for example in examples),
         "dtype": str(next(model.get_base_model().parameters()).dtype).removeprefix("torch."),
         "device": str(device),
+        "device_map": options.device_map,
+        "load_in_4bit": options.load_in_4bit,
         "stream": stream.stream,
         "weights_read": None if weights is None else weights.bytes_read,
         "ranks": ranks.size,

@@ -32,7 +32,10 @@ class WideProducts(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """F.linear in float32 where it pays; everything else as it is."""
         if func is F.linear and not kwargs and _pays(*args):
-            return _FrozenLinear.apply(self, *args)  # type: ignore[no-untyped-call]
+            x, weight, *bias = args
+            # Shapes change outside of the function, whose output may not be a view: some models add to it in place.
+            y = _FrozenLinear.apply(self, x.reshape(-1, x.shape[-1]), weight, *bias)  # type: ignore[no-untyped-call]
+            return y.view(*x.shape[:-1], len(weight))
         return func(*args, **(kwargs or {}))
 
     def product(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,15 +66,13 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx: Any, products: WideProducts, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ctx.products = products
         ctx.save_for_backward(weight)
-        y = products.product(x.reshape(-1, x.shape[-1]), weight.mT, bias)
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return products.product(x, weight.mT, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         [weight] = ctx.saved_tensors
-        dx = ctx.products.product(dy.reshape(-1, dy.shape[-1]), weight)
-        return None, dx.view(*dy.shape[:-1], weight.shape[1]), None, None
+        return None, ctx.products.product(dy, weight), None, None
 
 
 def _pays(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

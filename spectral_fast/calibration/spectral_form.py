@@ -20,7 +20,8 @@ class SpectralLinear(nn.Module):
     Singular values are given once per sample, by `per_sample`, so that each sample has a gradient of its own.
 
     Attributes:
-        s: singular values, (r,) float32, or float64 in a float64 model.
+        singular_values: (r,) float64, on the CPU.
+        s: the same as the layer computes with them: float32, or float64 in a float64 model.
         starts: first token of each sample among those that the layer is called with, and their number.
         of_samples: the leaf that is differentiated, (samples, r): s in every row.
 
@@ -37,6 +38,7 @@ class SpectralLinear(nn.Module):
         wide = torch.float64 if base_dtype == torch.float64 else torch.float32
         self.base_layer = layer.base_layer
         self.scaling = float(layer.scaling[adapter_name])
+        self.singular_values = spectrum.s.cpu()
         self.s = spectrum.s.to(factor.device, wide)
         self.starts: Tensor | None = None
         self.of_samples = self.s[None]
