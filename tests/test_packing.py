@@ -54,11 +54,13 @@ def plain(model: Any, samples: list[Example], batch_size: int) -> dict[str, torc
     return {name: sigma.grad for name, sigma in sigmas.items()}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "bloom", "gpt_oss", "falcon"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "bloom", "gpt_oss", "falcon", "opt"])
 def test_g_equals_autograd_through_padded_batches(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {
         "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 97},
         "falcon": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 97},
+        "opt": {"hidden_size": 32, "ffn_dim": 40, "word_embed_proj_dim": 32, "num_hidden_layers": 4, "vocab_size": 97}
+        | {"num_attention_heads": 4, "max_position_embeddings": 64},
         "bloom": {"hidden_size": 32, "n_layer": 4, "n_head": 4, "vocab_size": 97},
     }
     config = {"target_modules": "all-linear", "fan_in_fan_out": family == "gpt2"}
@@ -109,6 +111,93 @@ def test_every_layout_holds_every_sample_once_with_its_labels_and_weights(layout
             assert (pack.weights[labels] == 1 / sum(mate.n_labels for mate in mates)).all()
             seen[index] = seen.get(index, 0) + 1
     assert seen == dict.fromkeys(range(len(samples)), 1)
+
+
+def test_a_sample_of_one_token_is_a_sample() -> None:
+    model = with_lora(family_model("llama"))
+    got = calibrate(model, "default", [Example((5,), (5,)), *examples()[:2]], batch_size=2)
+    assert all((module.samples[0] == 0).all() and module.samples[1].any() for module in got.modules.values())
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (Example((), ()), "sample 1 has no tokens"),
+        (Example((5, 97), (5, 97)), "sample 1 has token 97, but the model knows 97; is the tokenizer"),
+        (Example((5, 6), (5, 97)), "sample 1 has token 97"),
+        (Example((5, -3), (5, 5)), "sample 1 has token -3"),
+        (Example((5,) * 65, (5,) * 65), "sample 1 has 65 tokens, but the model has only 64 positions"),
+    ],
+)
+def test_samples_that_the_model_cannot_take_are_named(sample: Example, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrate(with_lora(family_model("llama")), "default", [examples()[0], sample])
+
+
+def test_a_share_or_a_batch_size_that_cannot_be_is_refused_at_once() -> None:
+    model = with_lora(family_model("llama"))
+    with pytest.raises(ValueError, match="until_stable is a share"):
+        calibrate(model, "default", examples(), until_stable=90)
+    with pytest.raises(ValueError, match="calib_batch_size must be at least 1, got 0"):
+        calibrate(model, "default", examples(), batch_size=0, until_stable=0.9)
+
+
+def against_single(model: Any, samples: list[Example], monkeypatch: pytest.MonkeyPatch) -> float:
+    """The largest relative difference of g from that with a pass per sample."""
+    got = calibrate(model, "default", samples)
+    monkeypatch.setattr(calibrating, "routed", lambda _: True)
+    wanted = calibrate(model, "default", samples).modules
+    return max(float((got.modules[name].g - wanted[name].g).norm() / wanted[name].g.norm()) for name in wanted)
+
+
+def test_masks_that_the_attention_is_not_told_of_otherwise_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2-MoE's attention does not hand on its window, and Gemma 3 may see both ways."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base, qwen3 = FAMILIES["llama"][1], FAMILIES["qwen3_moe"][1]
+    kinds = ["full_attention", "sliding_attention"] * 2
+    window = {"use_sliding_window": True, "sliding_window": 5, "layer_types": kinds}
+    torch.manual_seed(0)
+    for family, config in (
+        ("qwen2_moe", {**qwen3, **window, "shared_expert_intermediate_size": 24}),
+        ("gemma3_text", {**base, "head_dim": 8, "sliding_window": 5, "use_bidirectional_attention": True}),
+    ):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config)).eval()
+        assert against_single(with_lora(model, target_modules=["q_proj", "o_proj"]), examples(), monkeypatch) <= 1e-5
+
+
+def test_samples_go_alone_where_the_longest_of_a_pass_changes_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = 4
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * half, "long_factor": [3.0] * half, "factor": 4.0}
+    model = with_lora(
+        family_model("phi3", rope_parameters=rope, original_max_position_embeddings=16), target_modules=["o_proj"]
+    )
+    assert against_single(model, examples(), monkeypatch) <= 1e-5
+
+
+def test_autocast_and_inputs_that_require_gradients_change_nothing() -> None:
+    model = with_lora(family_model("llama"), layers_to_transform=[2])
+    plainly = calibrate(model, "default", examples())
+    model.enable_input_require_grads()
+    needs = []
+    Decoder(model).layers[1][1].register_forward_hook(lambda _, __, out: needs.append(out.requires_grad))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = calibrate(model, "default", examples())
+    assert not any(needs)
+    assert all((inside.modules[name].g == module.g).all() for name, module in plainly.modules.items())
+
+
+def test_two_threads_calibrate_at_once() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    models = [with_lora(family_model(family)) for family in ("llama", "qwen3")]
+    alone = [calibrate(model, "default", examples(), pack_tokens=40) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda model: calibrate(model, "default", examples(), pack_tokens=40), models))
+    for one, other in zip(alone, both, strict=True):
+        for name, module in one.modules.items():
+            torch.testing.assert_close(other.modules[name].g, module.g)
 
 
 def test_padding_stands_on_the_right_and_is_masked_by_length() -> None:

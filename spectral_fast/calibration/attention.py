@@ -1,9 +1,10 @@
-"""Causal attention within each sample of a packed row, for transformers' models."""
+"""Attention within each sample of a packed row, for transformers' models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,14 @@ from torch import Tensor, nn
 from spectral_fast.calibration.products import float32_is_faster
 
 NAME = "spectral_fast_packed"
+# What models hand to their attention that changes nothing here; `sliding_window` is in the mask already.
+HARMLESS = {
+    *("dropout", "is_causal", "sliding_window", "position_ids", "position_embeddings", "use_cache", "cache_position"),
+    *("past_key_values", "layer_past", "return_dict"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+}
+_CALLED, _CAUSAL_ROWS = "_spectral_fast_called", "_spectral_fast_causal_rows"
+_starts: ContextVar[Sequence[int] | None] = ContextVar("sample_starts", default=None)
 
 
 class Unpackable(Exception):
@@ -22,9 +31,7 @@ class Unpackable(Exception):
 
 @contextmanager
 def packed_attention(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the context the model's attention keeps to the samples whose bounds the pass names.
-
-    They are given to the trunk as `sample_starts=[0, …, tokens]`, which it hands on to its layers.
+    """Within the context the model's attention keeps to the samples that `keeping_apart` names.
 
     Args:
         model: a transformers causal language model.
@@ -34,7 +41,7 @@ def packed_attention(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[
         Unpackable: if the model does not choose its attention by transformers' interface or mixes tokens otherwise,
             at once or when a layer is run.
     """
-    from transformers import AttentionInterface, PreTrainedModel
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for part in models:
@@ -42,22 +49,12 @@ def packed_attention(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[
             raise Unpackable(f"{type(part).__name__} does not use transformers' attention interface")
         if getattr(part, "_is_stateful", False) or any(isinstance(m, nn.Conv1d) for m in part.modules()):
             raise Unpackable(f"{type(part).__name__} mixes tokens by more than attention")
-    calls = 0
-
-    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        nonlocal calls
-        calls += 1
-        return _attention(*args, **kwargs)
-
-    def check(layer: nn.Module, *_: Any) -> None:
-        nonlocal calls
-        if calls == 0:
-            raise Unpackable(f"a {type(layer).__name__} mixes tokens without transformers' attention interface")
-        calls = 0
-
-    AttentionInterface.register(NAME, attention)
+        if getattr(part.config, "index_topk", None):
+            raise Unpackable(f"{type(part).__name__} chooses tokens by an index of its own")
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
     before = [(config, config._attn_implementation) for config in {id(m.config): m.config for m in models}.values()]
-    hooks = [layer.register_forward_hook(check) for layer in layers]
+    hooks = [layer.register_forward_hook(_check_called) for layer in layers]
     try:
         for config, _ in before:
             config._attn_implementation = NAME
@@ -69,6 +66,46 @@ def packed_attention(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[
             hook.remove()
 
 
+@contextmanager
+def keeping_apart(starts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Within the context a trunk in `packed_attention` may be run on samples with these bounds, [0, …, tokens].
+
+    Yields:
+        Arguments for the trunk, which hands them on to its layers.
+    """
+    token = _starts.set(starts)
+    try:
+        yield {"sample_starts": starts}
+    finally:
+        _starts.reset(token)
+
+
+def _mask(*, mask_function: Callable[..., Any], use_vmap: bool = False, device: Any = "cpu", **_: Any) -> Tensor | None:
+    """What transformers' mask interface asks for: which tokens each token of a row sees. None if plainly causal.
+
+    Here of the longest sample, (1, 1, longest, longest) bool, which begins with that of any other; it carries up to
+    what length samples are causal.
+    """
+    starts = _starts.get()
+    if starts is None or use_vmap:
+        raise Unpackable("the model has masks of its own")
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    masks = []
+    for start, end in pairwise(starts):
+        places = torch.arange(start, end, device=device)
+        seen = mask_function(zero, zero, places[:, None], places[None, :])
+        masks.append(torch.as_tensor(seen, device=device).expand(end - start, end - start))
+    longest = max(masks, key=len)
+    if not all(torch.equal(mask, longest[: len(mask), : len(mask)]) for mask in masks):
+        raise Unpackable("what the model's tokens see depends on where their sample stands in the row")
+    causal = (longest == torch.ones_like(longest).tril()).all(1)
+    if causal.all():
+        return None
+    mask = longest[None, None]
+    setattr(mask, _CAUSAL_ROWS, int(causal.long().cumprod(0).sum()))
+    return mask
+
+
 def _attention(
     module: Any,
     query: Tensor,
@@ -77,36 +114,42 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     sample_starts: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' interface wants it: query (1, heads, tokens, d) to (1, tokens, heads, d).
 
     Raises:
-        Unpackable: for what scaled_dot_product_attention has not (soft caps, sinks, position biases), and where the
-            model did not hand on the bounds of its samples.
+        Unpackable: for what is not known to be done by scaled_dot_product_attention (soft caps, sinks, indices), for
+            masks that are not `_mask`'s, and where the model did not hand on the bounds of its samples.
     """
-    if sample_starts is None or attention_mask is not None or kwargs.get("is_causal") is False:
-        raise Unpackable(f"{type(module).__name__} is not told the bounds of the samples")
-    if odd := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise Unpackable(f"{type(module).__name__} has {odd[0]}")
+    name = type(module).__name__
+    if sample_starts is None or (attention_mask is not None and not hasattr(attention_mask, _CAUSAL_ROWS)):
+        raise Unpackable(f"{name} is not told the bounds of the samples")
+    if odd := [key for key, value in kwargs.items() if value is not None and key not in HARMLESS]:
+        raise Unpackable(f"{name} has {odd[0]}")
+    setattr(module, _CALLED, True)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    causal_rows: int = getattr(attention_mask, _CAUSAL_ROWS, 0)
     narrow = query.dtype
     if query.device.type == "cpu" and narrow in (torch.bfloat16, torch.float16) and float32_is_faster():
         query, key, value = query.float(), key.float(), value.float()
     lengths = [end - start for start, end in pairwise(sample_starts)]
     outputs = []
     for q, k, v in zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True):
-        near = None
-        if sliding_window is not None and q.shape[2] > sliding_window:
-            near = _band(q.shape[2], sliding_window, q)
+        n = q.shape[2]
+        seen = None if attention_mask is None or n <= causal_rows else attention_mask[..., :n, :n]
+        plain = seen is None and (attention_mask is not None or causal)
+        grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=near, is_causal=near is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=seen, is_causal=plain, scale=scaling, enable_gqa=grouped
         )
         outputs.append(out.transpose(1, 2))
     return torch.cat(outputs, 1).to(narrow), None
 
 
-def _band(length: int, window: int, like: Tensor) -> Tensor:
-    """Token t sees itself and the window - 1 tokens before it. (length, length) bool."""
-    return torch.ones(length, length, dtype=torch.bool, device=like.device).tril().triu(1 - window)
+def _check_called(layer: nn.Module, *_: Any) -> None:
+    """Raises unless the layer's tokens were mixed by `_attention`."""
+    if not [module for module in layer.modules() if module.__dict__.pop(_CALLED, False)]:
+        raise Unpackable(f"a {type(layer).__name__} mixes tokens without transformers' attention interface")

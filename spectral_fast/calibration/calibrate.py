@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.attention import Unpackable
-from spectral_fast.calibration.data import Example, as_examples
+from spectral_fast.calibration.data import IGNORED, Example, as_examples
 from spectral_fast.calibration.decoder import Decoder, ready_for
 from spectral_fast.calibration.model import attached
-from spectral_fast.calibration.packing import Pack, packs
+from spectral_fast.calibration.packing import Pack, label_weights, packs
 from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.rounds import in_rounds
-from spectral_fast.calibration.spectral_form import SpectralLinear, lora_layers, per_sample, spectral_form
+from spectral_fast.calibration.spectral_form import SpectralLinear, adapter_layers, bare, per_sample, spectral_form
 from spectral_fast.sensitivity import ModuleSensitivity, Sensitivity
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
@@ -95,12 +95,17 @@ def calibrate(
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, section on gradient-guided sensitivity.
     """
     examples = as_examples(data)
+    model = bare(model)
     check_examples(examples, model)
+    label_weights(examples, batch_size)  # what is wrong with a batch is said before anything is computed
+    if not 0 <= until_stable <= 1:
+        raise ValueError(f"until_stable is a share of directions, from 0 (off) to 1; got {until_stable}")
     with attached(model, adapter) as (model, adapter_name):
         decoder = Decoder(model)
-        names = list(lora_layers(model, adapter_name) if modules is None else modules)
+        names = adapter_layers(model, adapter_name, modules)
         ranks = ranks or Ranks()
-        layout = "single" if any(routed(name) for name in names) else "packed"
+        alone = any(routed(name) for name in names) or length_matters(decoder.model.config, examples)
+        layout = "single" if alone else "packed"
         with engines(model, adapter_name, names) as engine:
             tokens = pack_tokens or decoder.pack_tokens(engine.layers_at_once)
 
@@ -215,16 +220,37 @@ def routed(name: str) -> bool:
     return len(re.findall(r"\.\d+(?=\.|$)", name)) > 1
 
 
+def length_matters(config: Any, examples: Sequence[Example]) -> bool:
+    """Whether the model's rotary embeddings change with the longest sample of a pass, and some sample is that long."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            own = parameters.get("original_max_position_embeddings") or text.max_position_embeddings
+            return any(len(example.ids) > own for example in examples)
+    return False
+
+
 def check_examples(examples: Sequence[Example], model: Any) -> None:
-    """Raises ValueError for no example at all, or one longer than the model's positions."""
+    """Raises ValueError for no example at all, or one that the model cannot take."""
     if not examples:
         raise ValueError("calibration needs at least one sample, got none")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    limit, vocabulary = (getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size"))
     for index, example in enumerate(examples):
+        if not example.ids:
+            raise ValueError(f"calibration sample {index} has no tokens; leave it out")
         if limit is not None and len(example.ids) > limit:
             raise ValueError(
                 f"calibration sample {index} has {len(example.ids)} tokens, but the model has only {limit} positions; "
                 "leave it out of the file"
+            )
+        tokens = {*example.ids, *(label for label in example.labels if label != IGNORED)}
+        wrong = [token for token in tokens if token < 0 or (vocabulary is not None and token >= vocabulary)]
+        if wrong:
+            raise ValueError(
+                f"calibration sample {index} has token {wrong[0]}, but the model knows {vocabulary}; is the tokenizer "
+                "that of another model?"
             )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_fast.calibration.attention import NAME, packed_attention
+from spectral_fast.calibration.attention import NAME, Unpackable, keeping_apart, packed_attention
 from spectral_fast.calibration.packing import Pack
 from spectral_fast.calibration.products import WideProducts
 
@@ -31,11 +31,11 @@ class Decoder:
 
     def __init__(self, model: Any) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.prefix = getattr(self.model, "base_model_prefix", "")
-        trunk = getattr(self.model, self.prefix, None) if self.prefix else None
-        if not isinstance(trunk, nn.Module) or trunk is self.model:
+        names = [getattr(self.model, "base_model_prefix", ""), "model", "transformer"]
+        self.prefix = next((x for x in names if x and isinstance(getattr(self.model, x, None), nn.Module)), "")
+        self.trunk: Any = getattr(self.model, self.prefix) if self.prefix else None
+        if self.trunk is None or self.trunk is self.model:
             raise ValueError(f"{type(self.model).__name__} is not a causal language model as transformers builds them")
-        self.trunk: Any = trunk
 
     @property
     def layers(self) -> tuple[str, nn.ModuleList]:
@@ -77,12 +77,11 @@ class Decoder:
         Raises:
             Unpackable: if some layer does not keep the samples of a packed row apart.
         """
-        inputs: dict[str, Any] = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "use_cache": False}
-        if self.model.config._attn_implementation == NAME:
-            inputs["sample_starts"] = pack.starts.tolist()
-        else:
-            inputs["attention_mask"] = pack.attention_mask
-        hidden: Tensor = self.trunk(**inputs).last_hidden_state
+        inputs = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "use_cache": False}
+        packed = self.model.config._attn_implementation == NAME
+        apart = keeping_apart(pack.starts.tolist()) if packed else nullcontext({"attention_mask": pack.attention_mask})
+        with apart as how:
+            hidden: Tensor = self.trunk(**inputs, **how, return_dict=True).last_hidden_state
         return hidden
 
     def loss_gradient(
@@ -127,7 +126,7 @@ class Decoder:
 
         def head(hidden: Tensor) -> Tensor:
             given.hidden = hidden
-            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
             return logits
 
         try:
@@ -145,6 +144,8 @@ class _Given(nn.Module):
         return _Output(self.hidden)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "decoder":  # some run this part of their trunk only, which ends in the same
+            return self
         raise ValueError(f"this model's head asks its trunk for {name}, and cannot be calibrated")
 
 
@@ -163,11 +164,26 @@ class _Output:
 
 @contextmanager
 def ready_for(decoder: Decoder, layout: str) -> Iterator[None]:
-    """Within the context the model takes packs of a layout, and its frozen products are as fast as they can be.
+    """Within the context the model takes packs of a layout, in its own dtype, and as fast as it can.
+
+    Autocast is off, nothing is differentiated below the lowest layer that is to be, and frozen products are formed in
+    the precision in which the processor is fast.
 
     Raises:
         Unpackable: see `packed_attention`.
     """
-    packed = packed_attention(decoder.model, decoder.layers[1]) if layout == "packed" else nullcontext()
-    with packed, WideProducts():
-        yield
+    packed: AbstractContextManager[None] = nullcontext()
+    if layout == "packed":
+        try:
+            packed = packed_attention(decoder.model, decoder.layers[1])
+        except ValueError as error:
+            raise Unpackable(str(error)) from error
+    # Where inputs were made to require gradients, as gradient checkpointing wants it, all layers would have graphs.
+    embeddings = decoder.model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, __, hidden: hidden.detach())
+    device = next(decoder.model.parameters()).device.type
+    try:
+        with packed, torch.autocast(device if device != "meta" else "cpu", enabled=False), WideProducts():
+            yield
+    finally:
+        hook.remove()

@@ -73,7 +73,7 @@ def packs(
     Raises:
         ValueError: if a nominal batch has no label to predict, or batch_size is below 1.
     """
-    weights = _weights(examples, batch_size)
+    weights = label_weights(examples, batch_size)
     chosen = range(len(examples)) if samples is None else samples
     if layout == "padded":
         chosen = sorted(chosen, key=lambda i: len(examples[i].ids))
@@ -81,7 +81,8 @@ def packs(
     return [_pack(group, [examples[i] for i in group], [weights[i] for i in group], layout) for group in groups]
 
 
-def _weights(examples: Sequence[Example], batch_size: int) -> list[float]:
+def label_weights(examples: Sequence[Example], batch_size: int) -> list[float]:
+    """Of the labels of each example: 1 / labels in its nominal batch. Raises as `packs`."""
     if batch_size < 1:
         raise ValueError(f"calib_batch_size must be at least 1, got {batch_size}")
     weights = []
@@ -111,7 +112,7 @@ def _groups(lengths: Sequence[tuple[int, int]], tokens: int, layout: str) -> Ite
 
 def _pack(indices: Sequence[int], examples: Sequence[Example], weights: Sequence[float], layout: str) -> Pack:
     lengths = torch.tensor([len(example.ids) for example in examples])
-    ids = [torch.tensor(example.ids) for example in examples]
+    ids = [torch.tensor(example.ids, dtype=torch.long) for example in examples]
     places = [torch.arange(len(example.ids)) for example in examples]
     if padded := layout == "padded":
         width = int(lengths.max())
@@ -121,7 +122,9 @@ def _pack(indices: Sequence[int], examples: Sequence[Example], weights: Sequence
     else:
         input_ids, position_ids = torch.cat(ids)[None], torch.cat(places)[None]
         starts = _bounds(lengths)
-    labels = [torch.tensor(example.labels[1:]) for example in examples]  # nothing predicts the first token
+    labels = [
+        torch.tensor(example.labels[1:], dtype=torch.long) for example in examples
+    ]  # nothing predicts the first token
     predicting = [(label != IGNORED).nonzero().squeeze(1) for label in labels]
     counts = torch.tensor([len(place) for place in predicting])
     return Pack(
