@@ -122,17 +122,39 @@ def attached(model: Any, adapter: str | Adapter) -> Iterator[tuple[Any, str]]:
     if changes_base(adapter.config):
         raise ValueError(f"{adapter.path} changes the base weights; load it with PEFT, and give its name")
     check_fit(model, adapter.modules.values(), type(model).__name__, adapter.path)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    carrier = PeftModel.from_pretrained(model, str(adapter.path))
+    with _restored(model, adapter.weights.tensors):
+        yield PeftModel.from_pretrained(model, str(adapter.path)), "default"
+
+
+@contextmanager
+def _restored(model: nn.Module, keys: Iterable[str]) -> Iterator[None]:
+    """Afterwards the model has its own modules, hooks and flags again, and so its configuration.
+
+    PEFT's unload() leaves copies of `modules_to_save`, overwritten biases and embeddings, and hooks.
+
+    Args:
+        model: before PEFT has it.
+        keys: of the adapter's file; tensors of the model that they name are overwritten by loading it.
+    """
+    owners: list[Any] = [*model.modules(), *([model.config] if hasattr(model, "config") else [])]
+    attributes = [vars(owner) for owner in owners]
+    dicts = [d for own in attributes for d in (own, *(value for value in own.values() if isinstance(value, dict)))]
+    before = [d.copy() for d in dicts]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    names = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in keys}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    overwritten = [(tensor, tensor.detach().clone()) for name, tensor in tensors if name in names]
     try:
-        yield carrier, "default"
+        yield
     finally:
-        carrier.unload()
-        for p in trainable:
-            p.requires_grad_(True)
-        for module in training:
-            module.training = True
+        for d, content in zip(dicts, before, strict=True):  # in place: handles of hooks refer to these very dicts
+            d.clear()
+            d.update(content)
+        with torch.no_grad():
+            for tensor, content in overwritten:
+                tensor.copy_(content)
+        for p, flag in flags:
+            p.requires_grad_(flag)
 
 
 def _check_in_memory(model: nn.Module, base_model: str) -> None:
