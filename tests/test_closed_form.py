@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_tools import logits, save
 from tiny_models import tiny_llama, with_lora
 
 from spectral_fast import POLICIES, Adapter, calibrate, edit_adapter, sensitivity_from_gradients
@@ -134,6 +136,118 @@ def test_a_model_carries_an_adapter_from_its_files_for_one_call(tmp_path: Path) 
         calibrate(other, adapter, chats())
 
 
+def state(model: Any) -> tuple[dict[str, Any], ...]:
+    """All of a model that an adapter may change, tensors by their bits, modules and parameters as objects."""
+    return (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        {name: (id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)},
+        {name: (id(m), m.training, tuple(m._forward_hooks)) for name, m in model.named_modules(remove_duplicate=False)},
+        {"attributes": sorted(vars(model)), "config": model.config.to_dict()},
+    )
+
+
+def assert_unchanged(model: Any, before: tuple[dict[str, Any], ...]) -> None:
+    tensors, *rest = state(model)
+    assert rest == list(before[1:])
+    assert tensors.keys() == before[0].keys()
+    assert all(torch.equal(tensor, before[0][name]) for name, tensor in tensors.items())
+
+
+def biased_llama(**config: Any) -> Any:
+    """A model of which every kind of tensor may be saved by an adapter; half of it is frozen."""
+    model = tiny_llama(attention_bias=True, mlp_bias=True, **config).train()
+    model.model.layers[0].eval().requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"bias": "all"}, True),
+        ({"bias": "lora_only"}, False),
+        ({"trainable_token_indices": [1, 2]}, True),
+        ({"use_dora": True}, False),
+    ],
+)
+def test_an_adapter_with_more_than_factors_leaves_the_model_as_it_was(
+    tmp_path: Path, config: dict[str, Any], tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether all goes well, calibration fails, or PEFT fails after it has put its layers into the model."""
+    from peft import PeftModel
+
+    source = with_lora(biased_llama(tie_word_embeddings=tied), **config)
+    with torch.no_grad():
+        for p in source.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    adapter = Adapter.open(save(source, tmp_path / "adapter"))
+    model = biased_llama(tie_word_embeddings=tied)
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    before = state(model)
+    got = calibrate(model, adapter, chats())
+    assert_unchanged(model, before)
+    wanted = calibrate(source, "default", chats())
+    assert difference(got, {name: module.g for name, module in wanted.modules.items()}) <= 1e-6
+    with pytest.raises(ValueError, match="is not a linear LoRA layer"):
+        calibrate(model, adapter, chats(), modules=["lm_head"])
+    assert_unchanged(model, before)
+    monkeypatch.setattr(PeftModel, "load_adapter", lambda *_, **__: (_ for _ in ()).throw(OSError("the disk")))
+    with pytest.raises(OSError, match="the disk"):
+        calibrate(model, adapter, chats())
+    assert_unchanged(model, before)
+    seen.clear()
+    handle.remove()
+    logits(model)
+    assert not seen  # the handle still knew its hook
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("wrappers", [["ddp"], ["compile"], ["compile", "ddp"], ["ddp", "compile"]])
+def test_a_compiled_or_distributed_model_is_measured_like_the_bare_one(wrappers: list[str]) -> None:
+    model = with_lora(tiny_llama().double()).double()
+    backward(model, chats(2))
+    wanted = sensitivity_from_gradients(model), calibrate(model, "default", chats())
+    for wrapper in wrappers:
+        model = torch.compile(model) if wrapper == "compile" else torch.nn.parallel.DistributedDataParallel(model)
+    got = sensitivity_from_gradients(model), calibrate(model, "default", chats())
+    for one, same in zip(got, wanted, strict=True):
+        assert difference(one, {name: module.g for name, module in same.modules.items()}) == 0.0
+
+
+def test_a_compiled_base_model_carries_an_adapter_too(tmp_path: Path) -> None:
+    adapter = Adapter.open(save(with_lora(tiny_llama()), tmp_path / "adapter"))
+    model = tiny_llama()
+    wanted = calibrate(model, adapter, chats())
+    got = calibrate(torch.compile(model), adapter, chats())
+    assert difference(got, {name: module.g for name, module in wanted.modules.items()}) == 0.0
+
+
+def test_a_model_that_looks_at_the_weights_of_its_linear_layers_can_be_measured() -> None:
+    """As Jamba and RWKV do, for dtypes and devices."""
+    model = with_lora(tiny_llama(attention_bias=True))
+    wanted = calibrate(model, "default", chats())
+    attention = model.get_base_model().model.layers[1].self_attn
+    looked = []
+
+    def look(module: Any, _: Any) -> None:
+        looked.append((type(module.o_proj).__name__, id(module.o_proj.weight), id(module.o_proj.bias)))
+
+    base = attention.o_proj.base_layer
+    attention.register_forward_pre_hook(look)
+    got = calibrate(model, "default", chats())
+    assert set(looked) == {("SpectralLinear", id(base.weight), id(base.bias))}
+    assert difference(got, {name: module.g for name, module in wanted.modules.items()}) == 0.0
+
+
 def test_factors_in_single_precision_are_measured_to_single_precision() -> None:
     model = with_lora(tiny_llama())
     rows = chats()
@@ -208,10 +322,14 @@ def test_what_has_no_gradient_is_refused_by_its_name(prepare: Any, message: str)
         sensitivity_from_gradients(model)
 
 
-def test_names_that_are_not_there_are_refused() -> None:
+@pytest.mark.parametrize("measure", [sensitivity_from_gradients, lambda m, *a, **k: calibrate(m, *a, chats(2), **k)])
+def test_names_that_are_not_there_are_refused(measure: Any) -> None:
     model = with_lora(tiny_llama())
-    with pytest.raises(ValueError, match=r"^lm_head is not a linear LoRA layer"):
-        sensitivity_from_gradients(model, modules=["lm_head"])
-    for other in (model.get_base_model().lm_head, with_lora(tiny_llama())):
-        with pytest.raises(ValueError, match="no linear LoRA layer of adapter 'mine'"):
-            sensitivity_from_gradients(other, "mine")
+    with pytest.raises(ValueError, match=r"^lm_head is not a linear LoRA layer of adapter 'default'.*\.q_proj is$"):
+        measure(model, "default", modules=["lm_head"])
+    with pytest.raises(ValueError, match="modules must name at least one LoRA layer, got none"):
+        measure(model, "default", modules=[])
+    with pytest.raises(ValueError, match=r"no linear LoRA layer of adapter 'mine'; it has 'default'$"):
+        measure(model, "mine")
+    with pytest.raises(ValueError, match=r"no linear LoRA layer of adapter 'mine'; pass the PEFT model itself$"):
+        measure(tiny_llama(), "mine")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_fast.calibration.spectral_form import lora_layers
+from spectral_fast.calibration.spectral_form import adapter_layers, bare, lora_layers
 from spectral_fast.sensitivity import ModuleSensitivity, Sensitivity
 from spectral_fast.spectrum import Spectrum, lowrank_svd
 
@@ -29,7 +29,8 @@ def sensitivity_from_gradients(
     with a gradient scaler after `unscale_()`.
 
     Args:
-        model: PEFT model whose adapter was active in the backward pass. Of A no gradient is needed.
+        model: PEFT model whose adapter was active in the backward pass, also within torch.compile or
+            DistributedDataParallel. Of A no gradient is needed.
         adapter_name: name under which PEFT knows the adapter.
         modules: names of LoRA layers in `model.named_modules()`; by default all linear ones.
 
@@ -39,18 +40,16 @@ def sensitivity_from_gradients(
         step of training; a dead rank or a rank-deficient A does no harm to the other directions.
 
     Raises:
-        ValueError: naming the module, for a name that is not a linear LoRA layer of this adapter, a merged adapter,
-            a B without gradient, a LoRA variant other than DoRA, a NaN or an infinity.
+        ValueError: for an adapter that the model does not have; naming the module, for a name that is not a linear
+            LoRA layer of this adapter, a merged adapter, a B without gradient, a LoRA variant other than DoRA, a NaN
+            or an infinity.
 
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, the definition of g; the chain rule.
     """
+    model = bare(model)
+    names = adapter_layers(model, adapter_name, modules)
     layers = lora_layers(model, adapter_name)
-    names = list(layers if modules is None else modules)
-    if not names:
-        raise ValueError(f"the model has no linear LoRA layer of adapter {adapter_name!r}; pass the PEFT model itself")
     for name in names:
-        if name not in layers:
-            raise ValueError(f"{name} is not a linear LoRA layer of adapter {adapter_name!r} in this model")
         _check(name, layers[name], adapter_name)
     bs = [layers[name].lora_B[adapter_name].weight for name in names]
     as_ = [layers[name].lora_A[adapter_name].weight.detach() for name in names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,18 @@ class SpectralLinear(nn.Module):
         bias = layer.lora_B[adapter_name].bias
         self.branch_bias = None if bias is None else (self.scaling * bias.detach()).to(base_dtype)
         self.u, self.vh = u.to(base_dtype), vh.to(base_dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, as PEFT's layers have it: some models look at the weights of their linear layers."""
+        weight: Tensor = self.base_layer.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's, like `weight`."""
+        bias: Tensor | None = self.base_layer.bias
+        return bias
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output, (..., m), for input (..., n)."""
@@ -105,6 +117,45 @@ def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     return {name: layer for name, layer in layers if is_lora_linear(layer) and adapter_name in layer.lora_A}
 
 
+def adapter_layers(model: nn.Module, adapter_name: str, modules: Iterable[str] | None = None) -> list[str]:
+    """Names of the linear LoRA layers of an adapter, in `model.named_modules()`.
+
+    Args:
+        model: a PEFT model.
+        adapter_name: name under which PEFT knows the adapter.
+        modules: those that are wanted; by default all.
+
+    Raises:
+        ValueError: for an adapter that no linear LoRA layer carries, naming those that there are; for an empty
+            `modules`, or a name in it that is not a linear LoRA layer of the adapter.
+    """
+    layers = lora_layers(model, adapter_name)
+    if not layers:
+        others = sorted({name for m in model.modules() if is_lora_linear(m) for name in cast("Any", m).lora_A})
+        instead = f"it has {', '.join(map(repr, others))}" if others else "pass the PEFT model itself"
+        raise ValueError(f"the model has no linear LoRA layer of adapter {adapter_name!r}; {instead}")
+    names = list(layers if modules is None else modules)
+    if not names:
+        raise ValueError("modules must name at least one LoRA layer, got none; leave it out to take all")
+    for name in names:
+        if name not in layers:
+            raise ValueError(
+                f"{name} is not a linear LoRA layer of adapter {adapter_name!r} in this model; {next(iter(layers))} is"
+            )
+    return names
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model itself, out of what torch.compile, DistributedDataParallel or DataParallel made of it."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif (compiled := model._modules.get("_orig_mod")) is not None:
+            model = compiled
+        else:
+            return model
+
+
 @contextlib.contextmanager
 def spectral_form(model: nn.Module, adapter_name: str, names: Iterable[str]) -> Iterator[dict[str, SpectralLinear]]:
     """Within the context the named LoRA layers compute in spectral form, and no parameter is trainable.
@@ -135,11 +186,9 @@ def spectra_of(model: nn.Module, adapter_name: str, names: Iterable[str]) -> dic
     Raises:
         ValueError: as `spectral_form`.
     """
+    names = adapter_layers(model, adapter_name, names)
     layers = lora_layers(model, adapter_name)
-    names = list(names)
     for name in names:
-        if name not in layers:
-            raise ValueError(f"{name} is not a linear LoRA layer of adapter {adapter_name!r} in this model")
         _check_layer(name, layers[name], adapter_name)
     pairs = [(layers[name].lora_B[adapter_name].weight, layers[name].lora_A[adapter_name].weight) for name in names]
     spectra = lowrank_svd([b.detach() for b, _ in pairs], [a.detach() for _, a in pairs], names)
