@@ -30,6 +30,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", GEMMA),
     "gemma2": ("Gemma2", {**GEMMA, "sliding_window": 5, "query_pre_attn_scalar": 8}),
     "gemma3": ("Gemma3Text", {**GEMMA, "sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8}),
+    "gemma4": (
+        "Gemma4Text",
+        {
+            **GEMMA,
+            "global_head_dim": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 97,
+        },
+    ),
     "phi3": ("Phi3", {**BASE, "tie_word_embeddings": False}),
     "gpt_neox": ("GPTNeoX", {**BASE, "rotary_pct": 0.5}),
     "mixtral": ("Mixtral", {**BASE, **EXPERTS, "num_local_experts": 3}),

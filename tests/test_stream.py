@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -243,6 +244,13 @@ def test_an_adapter_that_changes_the_base_weights_is_refused(tmp_path: Path) -> 
         stream(tmp_path)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_with_biases_of_the_base_is_refused(bias: str, tmp_path: Path) -> None:
+    save(tmp_path, changes={"attention_bias": True}, bias=bias)
+    with pytest.raises(ValueError, match=rf"has its own biases .*bias={bias}.*run without --stream"):
+        stream(tmp_path)
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     save(tmp_path)
     save_in_shards(family_model("llama", hidden_size=64), tmp_path / "other")
@@ -272,6 +280,70 @@ def test_a_trunk_that_computes_between_its_layers_is_refused(tmp_path: Path, mon
     monkeypatch.setattr(LlamaModel, "forward", changed)
     with pytest.raises(ValueError, match=r"computes something between its layers.*run without --stream"):
         stream(tmp_path)
+
+
+def test_layers_that_share_keys_and_values_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, "gemma4", {"num_kv_shared_layers": 2})
+    with pytest.raises(ValueError, match=r"Gemma4ForCausalLM's layers may hand on .*run without --stream"):
+        stream(tmp_path)
+
+
+class Box:
+    """An object in which a layer may leave something."""
+
+
+@pytest.mark.parametrize(
+    "shared", [{"seen": 1}, UserDict(seen=1), [], [torch.zeros(1)], set(), Box(), (1, [])], ids=str
+)
+def test_what_layers_could_hand_on_beside_hidden_states_is_refused(
+    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    forward = LlamaModel.forward
+    save(tmp_path)
+    monkeypatch.setattr(LlamaModel, "forward", lambda self, *args, **kw: forward(self, *args, **kw, shared=shared))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM's layers may hand on .*run without --stream"):
+        stream(tmp_path)
+
+
+@pytest.mark.parametrize("look", [lambda shared: shared.get(0), lambda shared: shared[0], lambda shared: 0 in shared])
+def test_a_layer_may_fill_an_empty_mapping_but_not_look_into_it(
+    look: Callable[[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+
+    def filling(self: Any, *args: Any, shared: Any, **kwargs: Any) -> Any:
+        shared[self.self_attn.layer_idx] = args
+        return forward_layer(self, *args, **kwargs)
+
+    def looking(self: Any, *args: Any, shared: Any, **kwargs: Any) -> Any:
+        look(shared)
+        return forward_layer(self, *args, **kwargs)
+
+    model = save(tmp_path)
+    wanted = by_autograd(model, ARGUMENTS["batch_size"])
+    forward, forward_layer = LlamaModel.forward, LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda self, *args, **kw: forward(self, *args, **kw, shared=UserDict()))
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", filling)
+    got, _ = stream(tmp_path)
+    assert largest_difference(got, wanted) <= 1e-5
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", looking)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM's layers may hand on .*run without --stream"):
+        stream(tmp_path, 1)
+
+
+def test_a_forward_that_a_hook_gave_the_embeddings_is_there_again_afterwards(tmp_path: Path) -> None:
+    save(tmp_path)
+    model, weights = load_skeleton(
+        str(tmp_path / "base"), ModelOptions(device="cpu"), Adapter.open(tmp_path / "adapter")
+    )
+    embeddings = model.get_input_embeddings()
+    plain = embeddings.forward
+    embeddings.forward = hooked = lambda ids: plain(ids)
+    engines = partial(streamed, weights=weights, folder=tmp_path, budget=0)
+    calibrate(model, "default", SAMPLES, engines=engines, **ARGUMENTS)
+    assert vars(embeddings)["forward"] is hooked
 
 
 def test_a_module_outside_of_the_layers_is_refused(tmp_path: Path) -> None:

@@ -107,19 +107,37 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_g(folder: Path)
             assert torch.equal(got[name], g), name
 
 
-def test_what_is_there_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new run that ends before its first layer is differentiated."""
     from spectral_fast.calibration import stream
-
-    discard(folder / "work")
-    steps: list[Any] = []
 
     def failing(_: Any, part: Any) -> None:
         raise KeyboardInterrupt(part)
 
+    discard(folder / "work")
     with monkeypatch.context() as patch:
         patch.setattr(stream._Sweeps, "_backward", failing)
         with pytest.raises(KeyboardInterrupt):
             run(folder, 0, resume=False)
+
+
+def test_layers_that_are_given_something_of_the_embeddings_get_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family_model("gemma4")
+    save_in_shards(model, tmp_path / "base")
+    save_adapter(model, "gemma4", tmp_path / "adapter")
+    wanted = run(tmp_path, 0, resume=False)
+    stopped(tmp_path, monkeypatch)
+    got = run(tmp_path, 0, resume=True)
+    assert all(torch.equal(got[name], g) for name, g in wanted.items())
+
+
+def test_what_is_there_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectral_fast.calibration import stream
+
+    steps: list[Any] = []
+    stopped(folder, monkeypatch)
     first = stream._Sweeps._steps
     monkeypatch.setattr(stream._Sweeps, "_steps", lambda self: steps.append(found := first(self)) or found)
     wanted = run(folder, 0, resume=True)

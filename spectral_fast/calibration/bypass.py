@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from spectral_fast.calibration.decoder import Decoder
 from spectral_fast.calibration.packing import Pack
+from spectral_fast.calibration.weights import INSTEAD
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class _Chain:
 
     form: Callable[[Tensor], Any]
     given: Tensor | None
+    refusal: str
     calls: list[Call] = field(default_factory=list)
     first: Tensor | None = None
     passed: Tensor | None = None
@@ -65,14 +68,46 @@ class _Chain:
         hidden = kwargs.pop("hidden_states") if named else args[0]
         if index != len(self.calls) or (self.passed is not None and hidden is not self.passed):
             raise _OtherFormError
-        if odd := [name for name, value in kwargs.items() if isinstance(value, dict)]:
-            raise ValueError(f"its layers hand on {odd[0]} to each other beside the hidden states")
-        self.calls.append(Call(args if named else args[1:], kwargs, named))
+        others = tuple(self._constant(value) for value in (args if named else args[1:]))
+        self.calls.append(Call(others, {name: self._constant(value) for name, value in kwargs.items()}, named))
         if self.first is None:
             self.first = hidden
             hidden = hidden if self.given is None else self.given
         self.passed = hidden
         return self.form(hidden)
+
+    def _constant(self, value: Any) -> Any:
+        """A value by which no layer can hand on anything to another one."""
+        if isinstance(value, MutableMapping) and not value:
+            return _Unread(self.refusal)
+        if not _immutable(value):
+            raise ValueError(self.refusal)
+        return value
+
+
+def _immutable(value: Any) -> bool:
+    if isinstance(value, list):  # of numbers, such as the starts of samples; an empty one may be there to be filled
+        return bool(value) and all(isinstance(item, int | float) for item in value)
+    if isinstance(value, tuple):
+        return all(_immutable(item) for item in value)
+    return value is None or isinstance(value, Tensor | int | float | str)
+
+
+class _Unread(UserDict[Any, Any]):
+    """In the place of an empty mapping that all layers are given: models may fill it in vain, but not look into it."""
+
+    def __init__(self, refusal: str) -> None:
+        super().__init__()
+        self._refusal = refusal
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
+
+    def __getitem__(self, _: Any) -> Any:
+        raise ValueError(self._refusal)
+
+    def __contains__(self, _: Any) -> bool:
+        raise ValueError(self._refusal)
 
 
 class _StandIn(nn.Module):
@@ -100,9 +135,13 @@ def bypass(decoder: Decoder, pack: Pack, given: Tensor | None = None) -> Trace:
     Raises:
         ValueError: the trunk does more between its layers than to hand on hidden states.
     """
+    name = type(decoder.model).__name__
+    refusal = f"{name}'s layers may hand on more than hidden states, such as keys and values that they share; {INSTEAD}"
+    if getattr(decoder.model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise ValueError(refusal)
     # Most layers return hidden states, some of the older ones a tuple of which they are the first.
     for form in (lambda hidden: hidden, lambda hidden: (hidden,)):
-        chain = _Chain(form, given)
+        chain = _Chain(form, given, refusal)
         try:
             with _stand_ins(decoder, chain):
                 last = decoder.hidden(pack)
@@ -110,16 +149,14 @@ def bypass(decoder: Decoder, pack: Pack, given: Tensor | None = None) -> Trace:
             continue
         assert chain.first is not None
         return Trace(chain.first, chain.calls, last)
-    raise ValueError(
-        f"{type(decoder.trunk).__name__} computes something between its layers, which cannot be streamed; "
-        "run without --stream"
-    )
+    raise ValueError(f"{name} computes something between its layers, which cannot be streamed; {INSTEAD}")
 
 
 @contextmanager
 def _stand_ins(decoder: Decoder, chain: _Chain) -> Iterator[None]:
     layers = decoder.layers[1]
     real, embedding = list(layers), decoder.model.get_input_embeddings()
+    own = vars(embedding).get("forward")  # hooks on a module may have put one there
     try:
         for index, layer in enumerate(real):
             layers[index] = _StandIn(chain, index, layer)
@@ -131,3 +168,5 @@ def _stand_ins(decoder: Decoder, chain: _Chain) -> Iterator[None]:
             layers[index] = layer
         if chain.given is not None:
             del embedding.forward
+            if own is not None:
+                embedding.forward = own

@@ -22,7 +22,7 @@ def load_skeleton(base_model: str, options: ModelOptions, adapter: Adapter) -> t
     Raises:
         FileNotFoundError: the base model is not to be had, or not as safetensors.
         ValueError: it cannot be streamed (quantised, or layers that are not in one list), its checkpoint does not
-            fit its config, the adapter does not fit it, or changes its weights.
+            fit its config, the adapter does not fit it, or changes its weights or biases.
     """
     from peft import PeftModel
     from transformers import AutoConfig
@@ -35,6 +35,8 @@ def load_skeleton(base_model: str, options: ModelOptions, adapter: Adapter) -> t
     if changes_base(adapter.config):
         init = adapter.config["init_lora_weights"]
         raise ValueError(f"{adapter.path} changes the base weights (init_lora_weights={init}); {INSTEAD}")
+    if (bias := adapter.config.get("bias") or "none") != "none":
+        raise ValueError(f"{adapter.path} has its own biases of the base model (bias={bias}); {INSTEAD}")
     files = checkpoint_files(base_model, options.cache_dir)
     device, dtype = options.resolved()
     if not isinstance(dtype, torch.dtype):

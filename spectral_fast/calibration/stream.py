@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_fast.calibration.attention import Unpackable
-from spectral_fast.calibration.bypass import Call, bypass
+from spectral_fast.calibration.bypass import Call, Trace, bypass
 from spectral_fast.calibration.decoder import Decoder
 from spectral_fast.calibration.graphs import Graph, KeptGraphs, record
 from spectral_fast.calibration.packing import Pack
@@ -139,20 +139,23 @@ class _Sweeps:
         stays = [k >= 2 and steps[k - 2] == (FORWARD, part) for k, (_, part) in enumerate(steps)]
         reads = [part for (_, part), there in zip(steps, stays, strict=True) if not there]
         do = {EMBED: self._embed, FORWARD: self._forward, LOSS: self._loss, BACKWARD: self._backward}
+        resumed = bool(steps) and steps[0][0] != EMBED
+        first = [OTHER, EMBEDDINGS] if resumed else [OTHER]
         try:
-            with self.weights.prefetched([OTHER, *reads] if steps else []) as parts:
+            with self.weights.prefetched([*first, *reads] if steps else []) as parts:
                 for k, (kind, part) in enumerate(progress(steps)):
                     if k == 0:
-                        assert next(parts) == OTHER
+                        assert [next(parts) for _ in first] == first
+                    if k == 0 and resumed:  # how layers are called may depend on the embeddings
+                        self.calls = [trace.calls for trace in self._traces()]
+                        self.weights.drop(EMBEDDINGS)
                     if not stays[k]:
                         assert next(parts) == part
-                    if k == 0 and kind != EMBED:
-                        self.calls = [bypass(self.decoder, pack, self._no_hidden(pack)).calls for pack in self.packs]
                     do[kind](part)
                     if (kind, part) != (FORWARD, len(self.layers) - 1):
                         self.weights.drop(part)
         finally:
-            for part in (OTHER, *range(len(self.layers))):
+            for part in (OTHER, EMBEDDINGS, *range(len(self.layers))):
                 self.weights.drop(part)
         return {name: self.g[name] for name in self.engine.spectra}
 
@@ -169,14 +172,12 @@ class _Sweeps:
             steps += [(FORWARD, k) for k in range(depth)]
         return [*steps, (LOSS, HEAD), *((BACKWARD, k) for k in range(depth - 1, self.lowest - 1, -1))]
 
-    def _no_hidden(self, pack: Pack) -> Tensor:
-        """Hidden states without a meaning, where only what the trunk does beside them is wanted."""
-        width = self.decoder.model.config.get_text_config().hidden_size
-        return torch.zeros(*pack.input_ids.shape, width, dtype=self.dtype, device=pack.input_ids.device)
+    def _traces(self) -> list[Trace]:
+        with torch.no_grad():
+            return [bypass(self.decoder, pack) for pack in self.packs]
 
     def _embed(self, _: Part) -> None:
-        with torch.no_grad():
-            traces = [bypass(self.decoder, pack) for pack in self.packs]
+        traces = self._traces()
         self.calls = [trace.calls for trace in traces]
         hidden = {str(i): trace.first for i, trace in enumerate(traces)}
         # Of every layer from the lowest on, of the head, and while a file takes another's place.
