@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from stream_models import FAMILIES, family_model, save_in_shards
 
-from spectral_fast.calibration.skeleton import checkpoint_files, empty_model
+from spectral_fast.calibration.checkpoint import checkpoint_files
+from spectral_fast.calibration.skeleton import empty_model
 from spectral_fast.calibration.weights import EMBEDDINGS, HEAD, OTHER, Weights
 
 CPU = torch.device("cpu")
@@ -175,9 +176,3 @@ def test_a_lost_expert_is_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.\w+ is \(3, .* but \(2, "):
         streamed(tmp_path)
-
-
-def test_a_checkpoint_without_safetensors_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"has neither.*run without --stream"):
-        checkpoint_files(str(tmp_path))

@@ -13,6 +13,7 @@ from torch import nn
 
 from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.adapter.naming import changes_base
+from spectral_fast.calibration.checkpoint import check_checkpoint, check_nothing_missing, checkpoint_files
 from spectral_fast.options import check, option
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +71,7 @@ def load_tokenizer(base_model: str, options: ModelOptions) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, base_model, options)
+    return from_pretrained(AutoTokenizer, base_model, options)
 
 
 def load_model(base_model: str, options: ModelOptions, adapter: Adapter | None = None) -> Any:
@@ -83,7 +84,7 @@ def load_model(base_model: str, options: ModelOptions, adapter: Adapter | None =
             `device_map` leaves weights for which no GPU has room.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     device, dtype = options.resolved()
     how: dict[str, Any] = {"dtype": dtype}
@@ -92,9 +93,13 @@ def load_model(base_model: str, options: ModelOptions, adapter: Adapter | None =
     placed = options.device_map != "none" or options.load_in_4bit
     if placed:
         how["device_map"] = {"": device} if options.device_map == "none" else options.device_map
-    model = _from_pretrained(AutoModelForCausalLM, base_model, options, **how)
+    config = from_pretrained(AutoConfig, base_model, options)
+    check_checkpoint(base_model, checkpoint_files(base_model, options.cache_dir), config)
+    model, told = from_pretrained(AutoModelForCausalLM, base_model, options, output_loading_info=True, **how)
+    check_nothing_missing(base_model, type(model).__name__, told["missing_keys"])
     _check_in_memory(model, base_model)
     if adapter is not None:
+        check_whole(adapter)
         check_fit(model, adapter.modules.values(), base_model, adapter.path)
         model = PeftModel.from_pretrained(model, str(adapter.path))
     return (model if placed else model.to(device)).eval()
@@ -121,6 +126,7 @@ def attached(model: Any, adapter: str | Adapter) -> Iterator[tuple[Any, str]]:
         raise ValueError("the model carries adapters already; load this one with load_adapter(), and give its name")
     if changes_base(adapter.config):
         raise ValueError(f"{adapter.path} changes the base weights; load it with PEFT, and give its name")
+    check_whole(adapter)
     check_fit(model, adapter.modules.values(), type(model).__name__, adapter.path)
     with _restored(model, adapter.weights.tensors):
         yield PeftModel.from_pretrained(model, str(adapter.path)), "default"
@@ -188,18 +194,37 @@ def _four_bits(dtype: torch.dtype | str) -> Any:
     )
 
 
-def _from_pretrained(factory: Any, base_model: str, options: ModelOptions, **kwargs: Any) -> Any:
+def from_pretrained(factory: Any, base_model: str, options: ModelOptions, **kwargs: Any) -> Any:
+    """What `factory.from_pretrained` gives.
+
+    Raises:
+        FileNotFoundError: it is no folder of a model, nor to be had from the hub.
+        RuntimeError: it needs a package that is not installed.
+    """
     if Path(base_model).is_dir() and not (Path(base_model) / "config.json").is_file():
         raise FileNotFoundError(f"{base_model} has no config.json: it is not a transformers model folder")
     try:
         return factory.from_pretrained(
             base_model, cache_dir=options.cache_dir, trust_remote_code=options.trust_remote_code, **kwargs
         )
+    except ImportError as error:
+        raise RuntimeError(f"base model {base_model!r} needs a package that is not installed: {error}") from error
     except OSError as error:
         raise FileNotFoundError(
             f"cannot load base model {base_model!r}: not a complete local folder, and not to be had from the hub "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def check_whole(adapter: Adapter) -> None:
+    """Refuse an adapter with half of a pair of factors: whoever loads it makes up the other half.
+
+    Raises:
+        ValueError: naming the module.
+    """
+    for name, why in adapter.carried.items():
+        if why.endswith("is missing"):
+            raise ValueError(f"{adapter.path} is damaged: {name} has one factor only, {why}")
 
 
 def check_fit(model: nn.Module, modules: Iterable[LoraModule], base_model: str, lora_path: Path) -> None:

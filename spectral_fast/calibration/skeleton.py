@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from spectral_fast.adapter import Adapter
 from spectral_fast.adapter.naming import changes_base
+from spectral_fast.calibration.checkpoint import INDEX, SINGLE, check_checkpoint, checkpoint_files
 from spectral_fast.calibration.decoder import Decoder
-from spectral_fast.calibration.model import ModelOptions, _from_pretrained, check_fit
+from spectral_fast.calibration.model import ModelOptions, check_fit, check_whole, from_pretrained
 from spectral_fast.calibration.weights import INSTEAD, Weights
 from spectral_fast.tensorfile import SafetensorsFile
 
@@ -27,7 +28,7 @@ def load_skeleton(base_model: str, options: ModelOptions, adapter: Adapter) -> t
     from peft import PeftModel
     from transformers import AutoConfig
 
-    config = _from_pretrained(AutoConfig, base_model, options)
+    config = from_pretrained(AutoConfig, base_model, options)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method", "an unknown method") if isinstance(quantised, dict) else quantised
@@ -38,10 +39,17 @@ def load_skeleton(base_model: str, options: ModelOptions, adapter: Adapter) -> t
     if (bias := adapter.config.get("bias") or "none") != "none":
         raise ValueError(f"{adapter.path} has its own biases of the base model (bias={bias}); {INSTEAD}")
     files = checkpoint_files(base_model, options.cache_dir)
+    if not files:
+        raise FileNotFoundError(
+            f"--stream reads {SINGLE} or the shards that {INDEX} names, and {base_model} has neither: save the model "
+            f"as safetensors, or {INSTEAD}"
+        )
+    check_checkpoint(base_model, files, config)
     device, dtype = options.resolved()
     if not isinstance(dtype, torch.dtype):
         dtype = config.dtype or _dtype_of(files[0])
     model = empty_model(config, dtype, options.trust_remote_code)
+    check_whole(adapter)
     check_fit(model, adapter.modules.values(), base_model, adapter.path)
     decoder = Decoder(model)
     try:
@@ -68,28 +76,6 @@ def empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.eval()
-
-
-def checkpoint_files(base_model: str, cache_dir: str | None = None) -> list[Path]:
-    """The safetensors files of a local folder or of a repository on the hub.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    def find(name: str) -> str | None:
-        found = cached_file(base_model, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False)
-        return cast("str | None", found)
-
-    if single := find("model.safetensors"):
-        return [Path(single)]
-    if index := find("model.safetensors.index.json"):
-        return [Path(file) for file in get_checkpoint_shard_files(base_model, index, cache_dir=cache_dir)[0]]
-    raise FileNotFoundError(
-        f"--stream reads model.safetensors or the shards that model.safetensors.index.json names, and {base_model} "
-        f"has neither: save the model as safetensors, or {INSTEAD}"
-    )
 
 
 def _dtype_of(file: Path) -> torch.dtype:

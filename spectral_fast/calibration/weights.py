@@ -60,7 +60,7 @@ class Weights:
 
     Args:
         model: causal language model as `skeleton.empty_model` makes it, not yet wrapped by an adapter.
-        files: the checkpoint, see `skeleton.checkpoint_files`.
+        files: the checkpoint, see `checkpoint_files`.
         layers: name of the decoder layers, e.g. "model.layers".
         device: where to compute; a CPU uses weights of the model's own dtype where they are mapped, without a copy.
 
