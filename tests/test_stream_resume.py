@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ import torch
 from stream_models import family_model, ragged_samples, save_adapter, save_in_shards
 
 from spectral_fast.adapter import Adapter
+from spectral_fast.calibration import stream_options
 from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.probe import CalibrationOptions, probe
 from spectral_fast.calibration.skeleton import load_skeleton
 from spectral_fast.calibration.stream import streamed
 from spectral_fast.calibration.stream_options import StreamOptions
 from spectral_fast.calibration.work_folder import discard, work_folder
+from spectral_fast.cli.common import discard_work, work_dir
 
 SAMPLES = ragged_samples(5)
 
@@ -153,13 +157,45 @@ def test_a_run_that_differs_is_refused_with_what_differs(tmp_path: Path) -> None
         pass
     with (
         pytest.raises(
-            ValueError, match=r"differs in dtype: it had \{'dtype': 'bf16'\}, this one has \{'dtype': 'fp32'\}"
+            ValueError, match=r"another run \(dtype was bf16, now it is fp32\): remove the folder, or choose another"
         ),
         work_folder(tmp_path / "work", {"dtype": "fp32", "samples": (1, 2)}, resume=True),
     ):
         pass
     with work_folder(tmp_path / "work", {"dtype": "bf16", "samples": (1, 2)}, resume=True) as path:
         assert path == tmp_path / "work"
+
+
+def test_hashes_that_differ_are_not_shown(tmp_path: Path) -> None:
+    with work_folder(tmp_path / "work", {"the adapter": "0" * 64, "calib_samples": 32}, resume=False):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"another run \(the adapter changed; calib_samples was 32, now it is 8\): "),
+        work_folder(tmp_path / "work", {"the adapter": "1" * 64, "calib_samples": 8}, resume=True),
+    ):
+        pass
+
+
+def test_a_run_of_another_dtype_is_refused_by_its_name(tmp_path: Path) -> None:
+    from spectral_fast import embedded
+
+    adapter = Adapter.open(embedded.adapter_dir())
+
+    def run(dtype: str) -> None:
+        probe(
+            adapter,
+            list(adapter.modules.values()),
+            str(embedded.base_model_dir()),
+            CalibrationOptions(calib_data=str(embedded.calibration_file()), calib_samples=2),
+            ModelOptions(dtype=dtype, device="cpu"),
+            stream=StreamOptions(stream=True, resume=True),
+            work_dir=tmp_path / "work",
+        )
+
+    run("fp32")
+    with pytest.raises(ValueError, match=r"another run \(dtype was float32, now it is bfloat16\): remove"):
+        run("bf16")
+    run("fp32")
 
 
 def test_an_unfinished_run_is_neither_continued_nor_lost_unasked(tmp_path: Path) -> None:
@@ -190,15 +226,30 @@ def test_a_temporary_folder_is_gone_afterwards() -> None:
     assert not path.exists()
 
 
-def test_discard_leaves_what_others_have_beside_it(tmp_path: Path) -> None:
-    for rank in ("rank 0", "rank 1"):
-        with work_folder(tmp_path / "out.stream" / rank, {}, resume=False):
+def test_discard_leaves_the_folder_that_held_it(tmp_path: Path) -> None:
+    with work_folder(tmp_path / "of a user" / "work", {}, resume=False) as path:
+        pass
+    discard(path)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "of a user"]
+
+
+def test_the_last_rank_removes_the_folder_of_all(tmp_path: Path) -> None:
+    args = Namespace(out_dir=tmp_path / "out", stream=True)
+    for rank in (0, 1):
+        with work_folder(work_dir(args, rank), {}, resume=False):
             pass
-    discard(tmp_path / "out.stream" / "rank 0")
-    assert (tmp_path / "out.stream" / "rank 1" / "run.json").exists()
-    discard(tmp_path / "out.stream" / "rank 1")
-    assert not (tmp_path / "out.stream").exists()
-    discard(tmp_path / "out.stream" / "rank 1")
+    discard_work(tmp_path / "out.unfinished" / "rank-0")
+    assert (tmp_path / "out.unfinished" / "rank-1" / "run.json").exists()
+    discard_work(tmp_path / "out.unfinished" / "rank-1")
+    assert not (tmp_path / "out.unfinished").exists()
+    discard_work(tmp_path / "out.unfinished" / "rank-1")
+
+
+def test_the_work_folder_is_beside_an_out_dir_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert work_dir(Namespace(out_dir=Path(), stream=True)) == tmp_path / "here.unfinished" / "rank-0"
+    assert work_dir(Namespace(out_dir=Path(), stream=False)) is None
 
 
 @pytest.mark.parametrize(
@@ -220,6 +271,15 @@ def test_by_default_half_of_the_free_memory_is_used() -> None:
 
     budget = StreamOptions(stream=True).budget(torch.device("cpu"))
     assert 0 < budget <= psutil.virtual_memory().total / 2
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_options, "_available", lambda _: 600)
+    options = StreamOptions(stream=True)
+    assert options.budget(torch.device("cpu")) == 300
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert options.budget(torch.device("cpu")) == 100
+    assert options.budget(torch.device("cuda")) == 300
 
 
 @pytest.mark.parametrize("given", [{"resume": True}, {"activation_memory": "1GB"}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -124,13 +125,14 @@ def probe(
     examples = load_examples(tokenizer, data)
     names = [module.name for module in modules]
     run = {
-        "adapter_sha256": adapter.fingerprint(),
-        "modules": names,
-        "calib_tokens_sha256": _hash(examples),
+        "the adapter": adapter.fingerprint(),
+        "the list of modules": names,
+        "calib_samples": len(examples),
+        "the tokens of the samples": _hash(examples),
         "calib_batch_size": data.calib_batch_size,
-        "until_stable": data.until_stable,
-        "rank": [ranks.rank, ranks.size],
-        "versions": versions(),
+        "the number of ranks": ranks.size,
+        "the rank": ranks.rank,
+        **{f"the version of {name}": version for name, version in versions().items()},
     }
     with _opened(base_model, adapter, options, stream, run, work_dir) as (model, device, engines, weights):
         measured = calibrate(
@@ -190,15 +192,21 @@ def _opened(
     if stream.resume and work_dir is None:
         raise ValueError("a run that is to be resumed needs a work_dir, where the files of the killed one are")
     model, weights = load_skeleton(base_model, options, adapter)
+    files = weights.files
     run = {
         **run,
-        "base_model_files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights.files],
-        "config_sha256": _hash(model.config.to_json_string()),
+        "the base model's files": _hash([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]),
+        "the base model's config": _hash(json.loads(model.config.to_json_string(), object_pairs_hook=_without_dtype)),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "device": weights.device.type,
     }
     with work_folder(work_dir, run, resume=stream.resume) as folder:
         budget = stream.budget(weights.device)
         yield model, weights.device, partial(streamed, weights=weights, folder=folder, budget=budget), weights
+
+
+def _without_dtype(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in pairs if key != "dtype"}
 
 
 def _hash(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ class StreamOptions:
     """Whether the base model is read one layer at a time, and what may be kept meanwhile."""
 
     stream: bool = option(
-        False, "read the base model one layer at a time, so that two layers are in memory instead of the whole model"
+        False,
+        "read the base model one layer at a time: two layers and activation_memory are in memory instead of all of it",
     )
     activation_memory: str | None = option(
         None,
         "with --stream: memory for activations that are kept for the backward pass instead of computed again, such as "
-        "8GB or 500MB (a plain number is in GB); left out, half of the memory that is free at the start",
+        "8GB or 500MB (a plain number is in GB), in each process; left out, half of what is free at the start",
     )
     resume: bool = option(
         False, "with --stream: go on where a killed run with the same settings stopped; starts anew if there is none"
@@ -39,8 +41,12 @@ class StreamOptions:
             _bytes(self.activation_memory)
 
     def budget(self, device: torch.device) -> int:
-        """Bytes for activations that are kept."""
-        return _available(device) // 2 if self.activation_memory is None else _bytes(self.activation_memory)
+        """Bytes for activations that are kept in this process."""
+        if self.activation_memory is not None:
+            return _bytes(self.activation_memory)
+        # The processes that torchrun starts on a machine have a GPU each, but one memory.
+        sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return _available(device) // (2 * sharing)
 
 
 def _bytes(text: str) -> int:

@@ -8,12 +8,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from spectral_fast.tensorfile import Layout, Put, SafetensorsFile, TensorInfo, writing_safetensors
 
+_SHORT = 40  # characters; a hash has more
 _RUN, _LOCK, _PARTIAL = "run.json", "lock", ".partial"
 
 
@@ -81,7 +82,7 @@ def work_folder(path: Path | None, run: Mapping[str, Any], *, resume: bool) -> I
 
     Args:
         path: where it is to be; None for a temporary one, which does not outlive the block.
-        run: what the result depends on, JSON-serialisable.
+        run: what the result depends on, by names that a user knows, JSON-serialisable.
         resume: go on with what is there; nothing need be.
 
     Raises:
@@ -109,11 +110,9 @@ def work_folder(path: Path | None, run: Mapping[str, Any], *, resume: bool) -> I
                     str(path),
                 )
             found = json.loads(record.read_text(encoding="utf-8"))
-            if odd := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
-                then, now = ({key: run.get(key) for key in odd[:3]} for run in (found, wanted))
+            if odd := _differences(found, wanted):
                 raise ValueError(
-                    f"{path} is of a run that differs in {', '.join(odd)}: it had {then}, this one has {now}; remove "
-                    "the folder, or choose another --out_dir"
+                    f"{path} is of another run ({'; '.join(odd)}): remove the folder, or choose another --out_dir"
                 )
         else:  # killed before anything was computed, or new
             partial = record.with_name(_RUN + _PARTIAL)
@@ -122,11 +121,18 @@ def work_folder(path: Path | None, run: Mapping[str, Any], *, resume: bool) -> I
         yield path
 
 
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What a user can tell apart: both values if they are short, else that they are not the same."""
+    odd = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    values = {key: [json.dumps(run.get(key)).strip('"') for run in (found, wanted)] for key in odd}
+    return [
+        f"{key} changed" if max(map(len, pair)) > _SHORT else f"{key} was {pair[0]}, now it is {pair[1]}"
+        for key, pair in values.items()
+    ]
+
+
 def discard(path: Path) -> None:
-    """Remove the folder of a run that has ended, and its parent if nothing else is in that."""
+    """Remove the folder of a run that has ended."""
     if path.exists():
         (path / _RUN).unlink(missing_ok=True)  # first: what is left if this is killed is no run
         shutil.rmtree(path)
-    with suppress(FileNotFoundError):  # another rank was faster
-        if not any(path.parent.iterdir()):
-            path.parent.rmdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,19 @@ def run_probe(
 
 def work_dir(args: argparse.Namespace, rank: int = 0) -> Path | None:
     """Where a streamed run keeps what it has so far: beside the folder that it shall write."""
-    unfinished: Path = args.out_dir.with_name(f"{args.out_dir.name}.unfinished")
-    return unfinished / f"rank-{rank}" if getattr(args, "stream", False) else None
+    if not getattr(args, "stream", False):
+        return None
+    out_dir: Path = args.out_dir.resolve()  # "." has no name of its own
+    return out_dir.with_name(f"{out_dir.name}.unfinished") / f"rank-{rank}"
+
+
+def discard_work(folder: Path) -> None:
+    """Remove what `work_dir` named, and what held it if no other rank's is left there."""
+    from spectral_fast.calibration.work_folder import discard
+
+    discard(folder)
+    with suppress(OSError):
+        folder.parent.rmdir()
 
 
 def certainty(record: Mapping[str, Any]) -> list[str]:

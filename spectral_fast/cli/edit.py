@@ -14,6 +14,7 @@ from spectral_fast.cli.common import (
     add_command,
     add_model_flags,
     certainty,
+    discard_work,
     run_probe,
     warn,
     work_dir,
@@ -56,7 +57,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
     from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.calibration.work_folder import discard
     from spectral_fast.edit import edit_adapter
     from spectral_fast.evaluation.profiles import EvaluationOptions
     from spectral_fast.sensitivity import Sensitivity
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         progress=bar("edit"),
     )
     if folder is not None:
-        discard(folder)
+        discard_work(folder)
     values = sum(len(module.s) for module in edited.values())
     result: dict[str, Any] = {
         "out_dir": str(args.out_dir),

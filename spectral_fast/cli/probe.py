@@ -12,6 +12,7 @@ from spectral_fast.cli.common import (
     add_command,
     add_model_flags,
     certainty,
+    discard_work,
     run_probe,
     warn,
     work_dir,
@@ -48,7 +49,6 @@ def _probe(args: argparse.Namespace, options: Any, ranks: Any) -> tuple[dict[str
     """The result, on rank 0: nobody else writes or prints."""
     from spectral_fast.adapter import resolve
     from spectral_fast.atomic import check_out_dir, replace_directory
-    from spectral_fast.calibration.work_folder import discard
     from spectral_fast.sensitivity import RECORD
 
     selection = take(SelectionOptions, vars(args))
@@ -66,7 +66,7 @@ def _probe(args: argparse.Namespace, options: Any, ranks: Any) -> tuple[dict[str
             sensitivity.save(directory)
     if folder is not None:
         ranks.wait()  # until the result is safe
-        discard(folder)
+        discard_work(folder)
     if ranks.rank != 0:
         return None
     record = sensitivity.record
