@@ -10,6 +10,7 @@ from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.closed_form import sensitivity_from_gradients
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.calibration.probe import CalibrationOptions, probe
+from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.edit import edit_adapter
 from spectral_fast.policies import POLICIES
 from spectral_fast.sensitivity import Sensitivity
@@ -20,6 +21,7 @@ __all__ = [
     "Adapter",
     "CalibrationOptions",
     "ModelOptions",
+    "Ranks",
     "Sensitivity",
     "Spectrum",
     "__version__",

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny_llama, with_lora
 
-from spectral_fast import embedded
+from spectral_fast import calibrate, cli, embedded
 from spectral_fast.calibration import ranks
+from spectral_fast.calibration.data import Example
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.cli import main
@@ -52,7 +58,7 @@ def torchrun(
     size: int, *argv: str, script: Sequence[str] = ("-m", "spectral_fast")
 ) -> subprocess.CompletedProcess[str]:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    return subprocess.run([*run, *script, *argv], capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run([*run, *script, *argv], capture_output=True, text=True, timeout=100, check=False)
 
 
 def test_every_sample_is_one_ranks_and_the_longest_go_first_to_who_has_least() -> None:
@@ -147,8 +153,118 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("as_torchrun")
-def test_other_commands_are_not_for_torchrun(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        main(["edit", "--mode", "random_index", *PROBE[3:5], "--out_dir", str(tmp_path / "out")])
-    assert "torchrun is for `probe` only" in capsys.readouterr().err
+def test_a_wrong_command_line_is_told_by_rank_0_only(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "RANK_0_SPEAKS", 0.0)
+    before = signal.getsignal(signal.SIGTERM)
+    edit = ["edit", "--mode", "random_index", *PROBE[3:5], "--out_dir", str(tmp_path / "out")]
+    try:
+        for rank in ("1", "0"):
+            monkeypatch.setenv("RANK", rank)
+            for argv, message in ((edit, "torchrun is for `probe` only"), (["probe", "--nonsense"], "are required")):
+                with pytest.raises(SystemExit) as ended:
+                    main(argv)
+                assert ended.value.code == 2
+                err = capsys.readouterr().err
+                assert message in err if rank == "0" else err == ""
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert not list(tmp_path.iterdir())
+
+
+SAVE = """
+import os, sys
+from pathlib import Path
+from spectral_fast import cli
+from spectral_fast.sensitivity import Sensitivity
+
+def save(*_):
+    raise OSError("no space left on device")
+
+Sensitivity.save = save
+status = cli.main(sys.argv[2:])
+Path(sys.argv[1], os.environ["RANK"]).write_text(str(status))
+sys.exit(status)
+"""
+
+
+def test_no_rank_ends_well_if_the_result_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "save.py").write_text(SAVE)
+    (tmp_path / "status").mkdir()
+    argv = [str(tmp_path / "status"), *PROBE, "--calib_samples", "2", "--out_dir", str(tmp_path / "out")]
+    result = torchrun(2, *argv, script=[str(tmp_path / "save.py")])
+    assert result.returncode != 0
+    assert "probe: error: no space left on device" in result.stderr
+    assert "0" not in [file.read_text() for file in (tmp_path / "status").iterdir()]
+    assert not (tmp_path / "out").exists()
+
+
+def free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return str(one.getsockname()[1])
+
+
+def fail_within(before: Any) -> None:
+    with ranks.join(ModelOptions(device="cpu")):
+        assert signal.getsignal(signal.SIGTERM) is not before
+        raise ValueError("on fire")
+
+
+def test_a_run_that_fails_leaves_the_signals_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(ranks.ENVIRONMENT, ("0", "1", "0", "localhost", free_port()), strict=True):
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="on fire"):
+        fail_within(before)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not torch.distributed.is_initialized()
+
+
+TOOL = """
+import sys
+import torch
+import torch.distributed as dist
+from tiny_models import tiny_llama, with_lora
+from spectral_fast import Ranks, calibrate
+from spectral_fast.calibration.data import Example
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=int(sys.argv[2]), world_size=3)
+group = dist.new_group([2, 1])
+if dist.get_rank() == 0:
+    try:
+        Ranks.of_process_group(group)
+    except ValueError as error:
+        assert "process 0 is not in this group" in str(error)
+    else:
+        sys.exit("not refused")
+else:
+    ranks = Ranks.of_process_group(group)
+    assert (ranks.size, ranks.device) == (2, "cpu")
+    examples = [Example.continuation(range(i, 20), 4 + i) for i in range(5)]
+    g = calibrate(with_lora(tiny_llama()), "default", examples, ranks=ranks)
+    torch.save({name: module.g for name, module in g.modules.items()}, f"{sys.argv[1]}/{dist.get_rank()}.pt")
+dist.barrier()
+assert dist.is_initialized()
+dist.destroy_process_group()
+"""
+
+
+def test_a_tool_measures_with_a_process_group_of_its_own(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    started = [
+        subprocess.Popen([sys.executable, "-c", TOOL, str(tmp_path), str(rank)], env=environment) for rank in range(3)
+    ]
+    assert [process.wait(100) for process in started] == [0, 0, 0]
+    examples = [Example.continuation(range(i, 20), 4 + i) for i in range(5)]
+    wanted = calibrate(with_lora(tiny_llama()), "default", examples)
+    for rank in (1, 2):
+        got = torch.load(tmp_path / f"{rank}.pt")
+        for name, module in wanted.modules.items():
+            torch.testing.assert_close(got[name], module.g, rtol=0, atol=1e-5 * module.g.abs().max().item())
+
+
+def test_without_a_process_group_there_is_nothing_to_take() -> None:
+    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group\(\) before"):
+        Ranks.of_process_group()

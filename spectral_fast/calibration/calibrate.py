@@ -80,7 +80,8 @@ def calibrate(
         until_stable: take no more examples once doubling them has left this share of the core and noise directions as
             they were, see `spectral_fast.calibration.rounds`; g is then that of a plain run on the examples used.
         progress: wraps the list of packs, e.g. with a progress bar; once per round with `until_stable`.
-        ranks: the processes that share the samples, each with this model; see `spectral_fast.calibration.ranks`.
+        ranks: the processes that share the samples, each with this model and all data: those of a process group of
+            torch.distributed by `Ranks.of_process_group(group)`. All get the same result. By default this one alone.
         engines: makes what runs the model; by default in memory, see also `spectral_fast.calibration.stream`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The processes that `torchrun` starts: samples are split over them, and their sensitivities summed."""
+"""Processes that measure together, such as those of `torchrun`: samples are split, and sensitivities summed."""
 
 from __future__ import annotations
 
@@ -35,13 +35,40 @@ class Ranks:
         rank: of this process, from 0.
         size: how many there are.
         device: on which sums over ranks are made.
-        store: what all can read and write; None where there is nobody else.
+        store: what all can read and write, to say why a rank failed; of `join` only.
+        group: the process group; by default the default one.
     """
 
     rank: int = 0
     size: int = 1
     device: str = "cpu"
     store: Any = None
+    group: Any = None
+
+    @classmethod
+    def of_process_group(cls, group: Any = None) -> Ranks:
+        """The processes of a group that the caller has made, as a training loop has; it stays the caller's.
+
+        All of them call `calibrate` with the same data. One that fails there does not tell the others, which wait for
+        it as in any collective operation: until it ends, or for the group's timeout.
+
+        Args:
+            group: of torch.distributed, of this process and others; by default the default group. Sums are made by
+                nccl on the current GPU if that is all that the group has, on the CPU otherwise.
+
+        Raises:
+            RuntimeError: if torch.distributed is not initialised.
+            ValueError: if this process is not in the group.
+        """
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("there is no process group yet; call torch.distributed.init_process_group() before")
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise ValueError(f"process {dist.get_rank()} is not in this group; only those that are may measure with it")
+        device = "cpu" if "cpu:" in dist.get_backend_config(group) else f"cuda:{torch.cuda.current_device()}"
+        return cls(rank, dist.get_world_size(group), device, group=group)
 
     def share(self, lengths: Sequence[int]) -> list[int]:
         """Which samples are this rank's, ascending: the longest first, each to the rank with the fewest tokens.
@@ -67,12 +94,12 @@ class Ranks:
         Raises:
             RankLostError: if another rank failed or died.
         """
-        if self.store is None:
+        if self.size == 1:
             return dict(found)
         flat = torch.cat([x.double().flatten() for x in found.values()])
         self.wait()
         total = flat.to(self.device)
-        _all_reduce(total)
+        self._all_reduce(total)
         parts = torch.split(total.cpu(), [x.numel() for x in found.values()])
         return {name: part.view_as(x).to(x.dtype) for (name, x), part in zip(found.items(), parts, strict=True)}
 
@@ -92,13 +119,21 @@ class Ranks:
         Raises:
             RankLostError: if another rank failed or died.
         """
-        if self.store is None:
+        if self.size == 1:
             return
-        try:  # on the CPU, where a connection that breaks ends the waiting
-            _all_reduce(torch.zeros(1))
+        # On the CPU where `join` has made the group: there a connection that breaks ends the waiting.
+        one = torch.ones(1, device=self.device if self.store is None else "cpu")
+        try:
+            self._all_reduce(one)
+            one.item()
         except RuntimeError as error:
             self._check()
             raise RankLostError(LOST) from error
+
+    def _all_reduce(self, x: Tensor) -> None:
+        import torch.distributed as dist
+
+        dist.all_reduce(x, group=self.group)
 
     def _check(self) -> None:
         if self.store is not None and (failure := _failure(self.store)):
@@ -169,7 +204,6 @@ def join(options: ModelOptions) -> Iterator[Ranks]:
     before = signal.signal(signal.SIGTERM, _ended_by_torchrun)
     try:
         yield Ranks(rank, size, str(device), store)
-        signal.signal(signal.SIGTERM, before)
     except BaseException as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it shall say why before it ends
         failure = _failure(store)
@@ -180,12 +214,7 @@ def join(options: ModelOptions) -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
-
-
-def _all_reduce(x: Tensor) -> None:
-    import torch.distributed as dist
-
-    dist.all_reduce(x)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _failure(store: Any) -> str | None:

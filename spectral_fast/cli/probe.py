@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from typing import Any
 
 from spectral_fast.adapter.selection import SelectionOptions
@@ -38,11 +39,18 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
     from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.calibration.ranks import join, place
+    from spectral_fast.calibration.ranks import join, launched, place
 
+    check_inputs_kept(args)
+    check_stream(args)
     options = place(take(ModelOptions, vars(args)))
-    with join(options) as ranks:
-        return _probe(args, options, ranks)
+    try:
+        with join(options) as ranks:
+            return _probe(args, options, ranks)
+    except Exception:
+        if launched():  # what ends this rank is still to be printed when torchrun ends those that are left
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
 
 
 def _probe(args: argparse.Namespace, options: Any, ranks: Any) -> tuple[dict[str, Any], str] | None:
@@ -55,8 +63,6 @@ def _probe(args: argparse.Namespace, options: Any, ranks: Any) -> tuple[dict[str
     adapter, modules = selection.open(resolve(args.lora_path, getattr(args, "cache_dir", None)))
     target = {"source": adapter.path, "overwrite": args.overwrite, "marker": RECORD}
     check_out_dir(args.out_dir, **target)
-    check_inputs_kept(args)
-    check_stream(args)
     if ranks.rank == 0:
         warn(adapter.warnings)
     folder = work_dir(args, ranks.rank)
@@ -64,8 +70,8 @@ def _probe(args: argparse.Namespace, options: Any, ranks: Any) -> tuple[dict[str
     if ranks.rank == 0:
         with replace_directory(args.out_dir, **target) as directory:
             sensitivity.save(directory)
+    ranks.wait()  # until the result is safe: if it cannot be written, no rank ends well
     if folder is not None:
-        ranks.wait()  # until the result is safe
         discard_work(folder)
     if ranks.rank != 0:
         return None
