@@ -26,6 +26,7 @@ from stream_models import (
 from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.data import IGNORED
+from spectral_fast.calibration.decoder import Decoder
 from spectral_fast.calibration.model import ModelOptions, load_model
 from spectral_fast.calibration.skeleton import load_skeleton
 from spectral_fast.calibration.spectral_form import lora_layers
@@ -116,6 +117,57 @@ def test_half_precision_gives_what_the_model_in_memory_gives(dtype: str, budget:
     model = load_model(str(tmp_path / "base"), options, Adapter.open(tmp_path / "adapter"))
     got, _ = stream(tmp_path, BUDGETS[budget], dtype)
     assert largest_difference(got, g_of(calibrate(model, "default", SAMPLES, **ARGUMENTS))) <= 1e-5
+
+
+def with_large_gradients(tmp_path: Path, factor: float) -> None:
+    """A model whose head is large on hidden states that are small: the gradient of the latter is large."""
+    model = family_model("llama", tie_word_embeddings=False)
+    model.lm_head.weight.data *= factor
+    model.model.norm.weight.data /= factor
+    save_in_shards(model, tmp_path / "base")
+    save_adapter(model, "llama", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_float16_gradients_that_overflow_are_found_at_a_smaller_scale(
+    budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spectral_fast.calibration.stream import _Sweeps
+
+    with_large_gradients(tmp_path, 512.0)
+    options = ModelOptions(dtype="fp16", device="cpu")
+    model = load_model(str(tmp_path / "base"), options, Adapter.open(tmp_path / "adapter"))
+    wanted = g_of(calibrate(model, "default", SAMPLES, **ARGUMENTS))
+    scales: list[float] = []
+    backward = _Sweeps._backward
+
+    def stopping(self: Any, k: Any) -> None:
+        scales.append(self.scale)
+        if len(scales) == 2:
+            raise KeyboardInterrupt
+        backward(self, k)
+
+    monkeypatch.setattr(_Sweeps, "_backward", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        stream(tmp_path, BUDGETS[budget], "fp16")
+    got, _ = stream(tmp_path, BUDGETS[budget], "fp16")
+    assert largest_difference(got, wanted) <= 1e-2  # float16 rounds gradients of another scale elsewhere
+    assert scales[-1] < 2.0**12
+    assert len(list(tmp_path.glob("work*/*/*"))) == 1
+
+
+def test_float16_gradients_that_overflow_at_any_scale_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scales: list[float] = []
+
+    def overflowing(_: Any, hidden: Any, __: Any, scale: float, *___: Any) -> Any:
+        scales.append(scale)
+        return 1.0, torch.full_like(hidden, torch.inf)
+
+    save(tmp_path)
+    monkeypatch.setattr(Decoder, "loss_gradient", overflowing)
+    with pytest.raises(ValueError, match=r"the sensitivity of .* is NaN or infinite; try --dtype bf16 or fp32"):
+        stream(tmp_path, 0, "fp16")
+    assert list(dict.fromkeys(scales)) == [2.0**12, 2.0**8, 2.0**4, 1.0]
 
 
 @pytest.mark.filterwarnings("ignore:.*LoRA tensor.* have invalid shape")  # PEFT's, of the bias of lora_B

@@ -105,12 +105,20 @@ class Streamed:
         """
         if not packs:
             return {name: s.new_empty(0, len(s), dtype=torch.float32) for name, s in self.s.items()}
-        stage = Stage(self.folder / _digest(packs))
-        try:
-            return _Sweeps(self, stage, packs).run(progress)
-        except Unpackable:  # the samples come again in another layout
-            stage.discard()
-            raise
+        scale = 2.0**12 if self.decoder.model.dtype == torch.float16 else 1.0
+        while True:
+            stage = Stage(self.folder / _digest(packs))
+            sweeps = _Sweeps(self, stage, packs, scale)
+            try:
+                return sweeps.run(progress)
+            except Unpackable:  # the samples come again in another layout
+                stage.discard()
+                raise
+            except _OverflowError:
+                if sweeps.scale <= 1.0:
+                    raise
+                scale = sweeps.scale / 16.0
+                stage.remove("gradient-*")
 
 
 class _Sweeps:
@@ -118,16 +126,19 @@ class _Sweeps:
 
     File `inputs-L` has the input of layer L for every pack, and `gradient-L` the loss's gradient with respect to it
     and g of all modules from layer L on; the head counts as the layer after the last.
+
+    float16 gradients underflow below 6e-8, so the loss is scaled by a power of two (exact). Layer inputs stay as long
+    as that may overflow: the backward sweep can then begin again.
     """
 
-    def __init__(self, engine: Streamed, stage: Stage, packs: Sequence[Pack]) -> None:
+    def __init__(self, engine: Streamed, stage: Stage, packs: Sequence[Pack], scale: float) -> None:
         self.engine, self.weights, self.decoder = engine, engine.weights, engine.decoder
         self.layers = engine.decoder.layers[1]
         self.lowest = min((part for part in engine.by_part if isinstance(part, int)), default=len(self.layers))
         self.stage = stage
         self.packs = [pack.to(engine.weights.device) for pack in packs]
         self.dtype: torch.dtype = engine.decoder.model.dtype
-        self.scale = 2.0**12 if self.dtype == torch.float16 else 1.0
+        self.scale = scale
         self.kept = KeptGraphs(engine.budget)
         self.calls: list[list[Call]] = []  # of each pack, for each layer
         self.g: dict[str, Tensor] = {}
@@ -157,6 +168,7 @@ class _Sweeps:
         finally:
             for part in (OTHER, EMBEDDINGS, *range(len(self.layers))):
                 self.weights.drop(part)
+        self.stage.remove("inputs-*")
         return {name: self.g[name] for name in self.engine.spectra}
 
     def _steps(self) -> list[Step]:
@@ -164,6 +176,7 @@ class _Sweeps:
         done = [k for k in range(self.lowest, depth + 1) if self.stage.has(f"gradient-{k}")]
         if done:
             file = self.stage.open(f"gradient-{done[0]}")
+            self.scale = file.read("scale").item()
             self.g = {key[2:]: file.read(key) for key in file.tensors if key.startswith("g.")}
             return [(BACKWARD, k) for k in range(done[0] - 1, self.lowest - 1, -1)]
         begun = [k for k in range(depth + 1) if self.stage.has(f"inputs-{k}")]
@@ -231,7 +244,7 @@ class _Sweeps:
                         last.backward(gradient)  # type: ignore[no-untyped-call]
                         put(str(i), _gradient_of(h))
                     add(leaves)
-        self.stage.remove(f"inputs-{depth}")
+        self._done_with(depth)
 
     def _backward(self, k: Part) -> None:
         assert isinstance(k, int)
@@ -251,7 +264,11 @@ class _Sweeps:
                     put(str(i), _gradient_of(graph.x))
                 add(graph.leaves)
         self.stage.remove(f"gradient-{k + 1}")
-        self.stage.remove(f"inputs-{k}")
+        self._done_with(k)
+
+    def _done_with(self, k: int) -> None:
+        if self.scale == 1.0:
+            self.stage.remove(f"inputs-{k}")
 
     def _graph(self, k: int, i: int, x: Tensor, modules: Mapping[str, SpectralLinear]) -> Graph:
         def compute() -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
@@ -275,19 +292,26 @@ class _Sweeps:
             for name, leaf in leaves.items():
                 g = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / self.scale
                 if not g.isfinite().all():
-                    raise ValueError(f"the sensitivity of {name} is NaN or infinite; try --dtype bf16 or fp32")
+                    raise _OverflowError(f"the sensitivity of {name} is NaN or infinite; try --dtype bf16 or fp32")
                 rows[name].append(g.float().cpu())
 
         samples = sum(len(pack.samples) for pack in self.packs)
         spectra = [self.engine.spectra[name] for name in modules]
         new = {name: TensorInfo(torch.float32, (samples, len(x.s))) for name, x in zip(modules, spectra, strict=True)}
         old = {name: TensorInfo(g.dtype, tuple(g.shape)) for name, g in self.g.items()}
+        scale = torch.tensor(self.scale)
+        hidden = {**hidden, "scale": TensorInfo(scale.dtype, ())}
         files = {**hidden, **{f"g.{name}": info for name, info in {**old, **new}.items()}}
         with self.stage.writing(f"gradient-{k}", files) as put:
+            put("scale", scale)
             yield put, add
             self.g |= {name: torch.cat(parts) for name, parts in rows.items()}
             for name, g in self.g.items():
                 put(f"g.{name}", g)
+
+
+class _OverflowError(ValueError):
+    """Some g is not finite; it may be at a smaller scale."""
 
 
 def _gradient_of(x: Tensor) -> Tensor:

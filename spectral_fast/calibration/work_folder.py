@@ -47,9 +47,10 @@ class Stage:
             yield put
         partial.replace(self._file(name))
 
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
-        self._file(name).unlink(missing_ok=True)
+    def remove(self, names: str) -> None:
+        """Remove the files of a name, or of a pattern such as `inputs-*`, that are there."""
+        for file in self.path.glob(names):
+            file.unlink()
 
     def discard(self) -> None:
         """Remove all of its files, and the folder."""
