@@ -46,7 +46,10 @@ def test_edit_in_one_go_equals_probe_then_edit(
 ) -> None:
     status, out, _ = run(capsys, "edit", *BASE, *LORA, *DATA, "--out_dir", tmp_path / "one", "--json")
     assert status == 0
-    assert json.loads(out)["modules"] == 8
+    result = json.loads(out)
+    assert result["modules"] == 8
+    assert (result["samples_used"], result["stable"]) == (4, None)
+    assert result["stability"] == Sensitivity.load(probed).record["stability"]
     assert run(capsys, "edit", *LORA, "--sensitivity", probed, "--out_dir", tmp_path / "two")[0] == 0
     one, two, source = tensors(tmp_path / "one"), tensors(tmp_path / "two"), tensors(embedded.adapter_dir())
     assert all(torch.equal(one[key], two[key]) for key in source)

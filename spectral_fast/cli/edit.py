@@ -105,6 +105,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     }
     text = f"edited {len(edited)} modules ({values} singular values, mode {args.mode}) -> {args.out_dir}"
     if needs_probe and sensitivity is not None:
+        result |= {key: sensitivity.record.get(key) for key in ("samples_used", "stable", "stability")}
         text = "\n".join([text, *certainty(sensitivity.record)])
     if adapter.carried:
         text += f"\ncarried through unchanged: {len(adapter.carried)} other tensors or modules (named in --json)"
