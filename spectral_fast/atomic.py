@@ -160,7 +160,7 @@ def _publish(new: Path, out: Path, overwrite: bool) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not overwrite:
             raise
         _exchange(new, out)
-    _sync_entry(out.parent)
+    sync_entry(out.parent)
 
 
 def _exchange(a: Path, b: Path) -> None:
@@ -182,11 +182,12 @@ def _exchange(a: Path, b: Path) -> None:
 def _sync(directory: Path) -> None:
     for folder, _, files in os.walk(directory, topdown=False):
         for name in files:
-            _sync_entry(Path(folder, name))
-        _sync_entry(Path(folder))
+            sync_entry(Path(folder, name))
+        sync_entry(Path(folder))
 
 
-def _sync_entry(path: Path) -> None:
+def sync_entry(path: Path) -> None:
+    """Wait until a file or a directory is on the disk as it is."""
     entry = os.open(path, os.O_RDONLY)
     try:
         os.fsync(entry)

@@ -67,6 +67,8 @@ def test_g_equals_autograd_through_padded_batches(family: str, monkeypatch: pyte
     if family in ("mixtral", "qwen3_moe"):
         config["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = with_lora(odd_family(family, more.get(family, {})), **config)
+    if family == "gemma4":  # float32's own rounding is 2.5e-5 here, by plain autograd as well
+        model = model.double()
     padded = ("gemma2", "bloom", "gpt_oss", "falcon")  # whose attention has more to it, or is not transformers'
     layouts, lay_out = [], calibrating.packs
 

@@ -220,6 +220,57 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("files", [[], ["stage/inputs-0.partial"], ["stage/inputs-0"]])
+def test_after_an_error_the_folder_stays_only_if_there_is_something_to_go_on_with(
+    files: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "work"
+
+    def ends_early() -> None:
+        with work_folder(path, {}, resume=False) as folder:
+            for file in files:
+                (folder / file).parent.mkdir()
+                (folder / file).touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ends_early()
+    assert path.exists() == (files == ["stage/inputs-0"])
+
+
+@pytest.mark.parametrize("content", [b"", b"\xd9", b"[]"])
+def test_a_damaged_record_of_a_run_says_what_to_do(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with (
+        pytest.raises(ValueError, match=r"run\.json is damaged .*remove the folder"),
+        work_folder(tmp_path, {}, resume=True),
+    ):
+        pass
+
+
+def test_what_is_kept_is_named_when_a_run_ends_early(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spectral_fast import embedded
+    from spectral_fast.calibration import stream
+    from spectral_fast.cli import main
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream._Sweeps, "_loss", interrupted)
+    command = ["probe", "--base_model", str(embedded.base_model_dir()), "--lora_path", str(embedded.adapter_dir())]
+    command += ["--calib_data", str(embedded.calibration_file()), "--calib_samples", "2"]
+    command += ["--out_dir", str(tmp_path / "out"), "--stream"]
+    assert main(command) == 130
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'out.unfinished'} keeps what was computed so far: go on with it by --resume" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    monkeypatch.undo()
+    assert main([*command, "--resume"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_temporary_folder_is_gone_afterwards() -> None:
     with work_folder(None, {}, resume=False) as path:
         assert path.is_dir()

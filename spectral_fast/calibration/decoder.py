@@ -98,6 +98,9 @@ class Decoder:
             scale: of the gradient, for float16.
             before: called with the bounds of the samples, (samples + 1,) int64, among the tokens that the head is
                 about to be run on.
+
+        Raises:
+            ValueError: the loss is NaN or infinite.
         """
         flat = hidden.detach().flatten(0, 1)
         gradient = torch.zeros_like(flat)
@@ -116,6 +119,11 @@ class Decoder:
                 assert chosen.grad is not None
                 gradient[where] = chosen.grad
                 loss += weighted.detach().to(loss)
+        if not loss.isfinite():
+            raise ValueError(
+                f"the calibration loss is {loss.item()}: the base model or the adapter has NaN or infinite weights, or "
+                f"overflows in {flat.dtype}, which a wider --dtype would not"
+            )
         return loss.item(), gradient.view(hidden.shape)
 
     @contextmanager

@@ -81,7 +81,7 @@ def load_examples(tokenizer: Any, options: CalibrationOptions) -> list[Example]:
             else:
                 question, answer = (str(row[column]) for column in columns)
                 examples.append(encode_question_answer(tokenizer, question, answer))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{options.calib_data}, row {index}: {error}") from error
     return examples
 

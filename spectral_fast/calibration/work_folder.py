@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.atomic import sync_entry
 from spectral_fast.tensorfile import Layout, Put, SafetensorsFile, TensorInfo, writing_safetensors
 
 _SHORT = 40  # characters; a hash has more
@@ -45,6 +46,7 @@ class Stage:
         partial = self._file(name + _PARTIAL)
         with writing_safetensors(partial, Layout.of(tensors)) as put:
             yield put
+        sync_entry(partial)  # after a power failure a file that is there is whole
         partial.replace(self._file(name))
 
     def remove(self, names: str) -> None:
@@ -79,7 +81,7 @@ class Stage:
 def work_folder(path: Path | None, run: Mapping[str, Any], *, resume: bool) -> Iterator[Path]:
     """Give the folder of an unfinished run: a new one, or the one that a killed run left.
 
-    The folder stays when the block ends, however it ends; `discard` removes it.
+    When the block ends the folder stays if it has files to go on with, however the block ends; `discard` removes it.
 
     Args:
         path: where it is to be; None for a temporary one, which does not outlive the block.
@@ -88,7 +90,7 @@ def work_folder(path: Path | None, run: Mapping[str, Any], *, resume: bool) -> I
 
     Raises:
         FileExistsError: there is one, and it is not to be resumed.
-        ValueError: it is of a run that differs; says in what.
+        ValueError: it is of a run that differs, saying in what, or is damaged.
         RuntimeError: another process is at work in it.
     """
     if path is None:
@@ -110,7 +112,7 @@ def work_folder(path: Path | None, run: Mapping[str, Any], *, resume: bool) -> I
                     "an unfinished calibration is there: go on with it by --resume, or remove the folder",
                     str(path),
                 )
-            found = json.loads(record.read_text(encoding="utf-8"))
+            found = _read(record)
             if odd := _differences(found, wanted):
                 raise ValueError(
                     f"{path} is of another run ({'; '.join(odd)}): remove the folder, or choose another --out_dir"
@@ -119,7 +121,22 @@ def work_folder(path: Path | None, run: Mapping[str, Any], *, resume: bool) -> I
             partial = record.with_name(_RUN + _PARTIAL)
             partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
             partial.replace(record)
-        yield path
+        try:
+            yield path
+        except BaseException:
+            if all(file.name.endswith(_PARTIAL) for file in path.glob("*/*")):  # there is nothing to go on with
+                discard(path)
+            raise
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged ({error}); remove the folder {record.parent}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{record} is damaged (no object); remove the folder {record.parent}")
+    return found
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -61,17 +61,23 @@ def run_probe(
     from spectral_fast.calibration.probe import CalibrationOptions, probe
     from spectral_fast.calibration.stream_options import StreamOptions
 
-    return probe(
-        adapter,
-        modules,
-        args.base_model,
-        take(CalibrationOptions, vars(args)),
-        options,
-        progress=bar("calibrate") if ranks is None or ranks.rank == 0 else iter,
-        ranks=ranks,
-        stream=take(StreamOptions, vars(args)),
-        work_dir=work_dir,
-    )
+    first = ranks is None or ranks.rank == 0
+    try:
+        return probe(
+            adapter,
+            modules,
+            args.base_model,
+            take(CalibrationOptions, vars(args)),
+            options,
+            progress=bar("calibrate") if first else iter,
+            ranks=ranks,
+            stream=take(StreamOptions, vars(args)),
+            work_dir=work_dir,
+        )
+    except BaseException as error:
+        if first and work_dir is not None and work_dir.exists() and not isinstance(error, FileExistsError):
+            warn([f"{work_dir.parent} keeps what was computed so far: go on with it by --resume, or remove it"])
+        raise
 
 
 def work_dir(args: argparse.Namespace, rank: int = 0) -> Path | None:

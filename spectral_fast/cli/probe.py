@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+from contextlib import nullcontext
 from typing import Any
 
 from spectral_fast.adapter.selection import SelectionOptions
@@ -66,9 +67,11 @@ def _probe(args: argparse.Namespace, options: Any, ranks: Any) -> tuple[dict[str
     if ranks.rank == 0:
         warn(adapter.warnings)
     folder = work_dir(args, ranks.rank)
-    sensitivity = run_probe(args, adapter, modules, options, folder, ranks)
-    if ranks.rank == 0:
-        with replace_directory(args.out_dir, **target) as directory:
+    # Taken before the work: who comes second, or writes where nothing can be written, is told so at once.
+    writing = replace_directory(args.out_dir, **target) if ranks.rank == 0 else nullcontext()
+    with writing as directory:
+        sensitivity = run_probe(args, adapter, modules, options, folder, ranks)
+        if directory is not None:
             sensitivity.save(directory)
     ranks.wait()  # until the result is safe: if it cannot be written, no rank ends well
     if folder is not None:
