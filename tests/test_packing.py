@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from spectral_fast.calibration.calibrate import calibrate, routed
 from spectral_fast.calibration.data import Example
 from spectral_fast.calibration.decoder import LOGITS_AT_ONCE, Decoder, ready_for
 from spectral_fast.calibration.packing import LAYOUTS, packs
+from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.spectral_form import lora_layers, per_sample, spectral_form
 
 
@@ -81,6 +83,22 @@ def test_g_equals_autograd_through_padded_batches(family: str, monkeypatch: pyte
     assert layouts == (["packed", "padded"] if family in padded else ["packed"])
     for name, g in plain(model, examples(), 3).items():
         assert (got.modules[name].g - g).norm() <= 1e-5 * g.norm(), name
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "phi3", "mixtral"])
+def test_the_shares_of_ranks_sum_to_g_by_autograd(family: str, size: int) -> None:
+    """Without processes; `test_ranks.py` has these."""
+
+    class Part(Ranks):
+        def sum(self, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return dict(found)
+
+    targets = ["qkv_proj", "o_proj"] if family == "phi3" else ["q_proj", "o_proj"]
+    model = with_lora(family_model(family), target_modules=targets)
+    parts = [calibrate(model, "default", examples(), batch_size=3, ranks=Part(i, size)) for i in range(size)]
+    for name, g in plain(model, examples(), 3).items():
+        assert (sum(part.modules[name].g for part in parts) - g).norm() <= 1e-5 * g.norm(), name
 
 
 def odd_family(family: str, changes: dict[str, Any]) -> Any:
