@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from spectral_fast.calibration.data import IGNORED
+from spectral_fast.calibration.spectral_form import lora_layers
 
 BASE = {
     "vocab_size": 97,
@@ -110,3 +118,66 @@ def largest_difference(got: Any, wanted: dict[str, torch.Tensor]) -> float:
         float((got.modules[name].samples.double() - g.double()).norm() / g.double().norm())
         for name, g in wanted.items()
     )
+
+
+ARGUMENTS = {"batch_size": 3, "pack_tokens": 40}
+SAMPLES = ragged_samples()
+
+
+def save(tmp_path: Path, family: str = "llama", changes: dict[str, Any] | None = None, **lora: Any) -> Any:
+    """A base model and an adapter of it on disk; gives the PEFT model of both."""
+    model = family_model(family, **(changes or {}))
+    save_in_shards(model, tmp_path / "base")
+    return save_adapter(model, family, tmp_path / "adapter", **lora)
+
+
+def stream(tmp_path: Path, budget: int = 0, dtype: str = "fp32", **arguments: Any) -> tuple[Any, Any]:
+    """The sensitivity of `SAMPLES` by the layer-major engine, and the weights that it read."""
+    from spectral_fast.adapter import Adapter
+    from spectral_fast.calibration.calibrate import calibrate
+    from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.calibration.skeleton import load_skeleton
+    from spectral_fast.calibration.stream import streamed
+
+    model, weights = load_skeleton(
+        str(tmp_path / "base"), ModelOptions(dtype=dtype, device="cpu"), Adapter.open(tmp_path / "adapter")
+    )
+    folder = tmp_path / f"work {budget}"
+    folder.mkdir(exist_ok=True)
+    engines = partial(streamed, weights=weights, folder=folder, budget=budget)
+    return calibrate(model, "default", SAMPLES, engines=engines, **{**ARGUMENTS, **arguments}), weights
+
+
+def by_autograd(model: Any, batch_size: int) -> dict[str, torch.Tensor]:
+    """g per sample from full logits, with every LoRA branch as the dense U diag(s) Vᵀ, one sample at a time."""
+    model = copy.deepcopy(model).double()
+    model.get_base_model().config._experts_implementation = "eager"  # the grouped product has no float64
+    sigmas: dict[str, torch.Tensor] = {}
+    for name, layer in lora_layers(model, "default").items():
+        b, a = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach()
+        u, s, vh = torch.linalg.svd(b @ a, full_matrices=False)
+        r = b.shape[1]
+        sigmas[name] = s[:r].clone().requires_grad_()
+
+        def forward(x: Any, layer: Any = layer, u: Any = u[:, :r], vh: Any = vh[:r], name: str = name) -> Any:
+            return layer.base_layer(x) + layer.scaling["default"] * F.linear(x, u @ torch.diag(sigmas[name]) @ vh)
+
+        layer.forward = forward
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in sigmas}
+    for first in range(0, len(SAMPLES), batch_size):
+        batch = SAMPLES[first : first + batch_size]
+        labels = sum(sample.n_labels for sample in batch)
+        for sample in batch:
+            logits = model(input_ids=torch.tensor([sample.ids])).logits[0, :-1]
+            targets = torch.tensor(sample.labels[1:])
+            loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / labels
+            grads = torch.autograd.grad(loss, list(sigmas.values()))
+            for name, grad in zip(sigmas, grads, strict=True):
+                rows[name].append(grad)
+    return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))

@@ -192,14 +192,9 @@ class InMemory:
 
     def _pass(self, pack: Pack) -> None:
         """Forward and backward."""
-
-        def before_head(starts: Tensor) -> None:
-            for layer in self._of_head:
-                layer.starts = starts
-
         with torch.set_grad_enabled(self._of_trunk):
             hidden = self.decoder.hidden(pack)
-        _, gradient = self.decoder.loss_gradient(hidden, pack, self._scale, before_head)
+        _, gradient = self.decoder.loss_gradient(hidden, pack, self._scale, self._of_head)
         if hidden.requires_grad:
             hidden.backward(gradient)  # type: ignore[no-untyped-call]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -85,7 +85,7 @@ class Decoder:
         return hidden
 
     def loss_gradient(
-        self, hidden: Tensor, pack: Pack, scale: float = 1.0, before: Callable[[Tensor], None] = lambda _: None
+        self, hidden: Tensor, pack: Pack, scale: float = 1.0, of_head: Iterable[Any] = ()
     ) -> tuple[float, Tensor]:
         """Σ weights · cross entropy, and scale times its gradient with respect to the hidden states.
 
@@ -96,8 +96,7 @@ class Decoder:
             hidden: (rows, length, hidden), detached.
             pack: where the labels are.
             scale: of the gradient, for float16.
-            before: called with the bounds of the samples, (samples + 1,) int64, among the tokens that the head is
-                about to be run on.
+            of_head: spectral layers of the head, which are told the bounds of the samples among the tokens of a chunk.
 
         Raises:
             ValueError: the loss is NaN or infinite.
@@ -109,7 +108,8 @@ class Decoder:
         with torch.enable_grad(), self._trunk_gives() as head:
             for a in range(0, len(pack.targets), step):
                 where, targets = pack.positions[a : a + step].to(flat.device), pack.targets[a : a + step]
-                before(pack.label_starts.clamp(a, a + len(where)) - a)
+                for layer in of_head:
+                    layer.starts = pack.label_starts.clamp(a, a + len(where)) - a
                 chosen = flat[where].requires_grad_()
                 logits = head(chosen[None])[0]
                 wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

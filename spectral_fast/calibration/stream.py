@@ -221,23 +221,20 @@ class _Sweeps:
         depth = len(self.layers)
         inputs = self.stage.open(f"inputs-{depth}")
         below = self.lowest < depth
-        with self._spectral(head) as modules:
-
-            def before_head(starts: Tensor) -> None:
-                for module in modules.values():
-                    module.starts = starts
-
-            with self._gradients(depth, inputs.tensors if below else {}, modules) as (put, add):
-                for i, pack in enumerate(self.packs):
-                    h = inputs.read(str(i)).to(self.weights.device).requires_grad_(below)
-                    with per_sample(modules, pack.starts) as leaves:
-                        with torch.set_grad_enabled(below):
-                            last = bypass(self.decoder, pack, h).last
-                        _, gradient = self.decoder.loss_gradient(last, pack, self.scale, before_head)
-                    if below:
-                        last.backward(gradient)  # type: ignore[no-untyped-call]
-                        put(str(i), _gradient_of(h))
-                    add(leaves)
+        with (
+            self._spectral(head) as modules,
+            self._gradients(depth, inputs.tensors if below else {}, modules) as (put, add),
+        ):
+            for i, pack in enumerate(self.packs):
+                h = inputs.read(str(i)).to(self.weights.device).requires_grad_(below)
+                with per_sample(modules, pack.starts) as leaves:
+                    with torch.set_grad_enabled(below):
+                        last = bypass(self.decoder, pack, h).last
+                    _, gradient = self.decoder.loss_gradient(last, pack, self.scale, modules.values())
+                if below:
+                    last.backward(gradient)  # type: ignore[no-untyped-call]
+                    put(str(i), _gradient_of(h))
+                add(leaves)
         self._done_with(depth)
 
     def _backward(self, k: Part) -> None:
