@@ -53,6 +53,17 @@ InMemory._gradients = accident
 sys.exit(cli.main(sys.argv[2:]))
 """
 
+# The command line, after which each rank says which of its threads are gloo's.
+THREADS = """
+import os, sys
+from spectral_fast import cli
+
+status = cli.main(sys.argv[1:])
+names = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
+print("left:", sorted(name for name in names if "gloo" in name), file=sys.stderr)
+sys.exit(status)
+"""
+
 
 def torchrun(
     size: int, *argv: str, script: Sequence[str] = ("-m", "spectral_fast")
@@ -109,6 +120,16 @@ def test_g_does_not_depend_on_the_number_of_ranks(
         torch.testing.assert_close(
             got.modules[name].samples, module.samples, rtol=0, atol=1e-5 * module.samples.abs().max().item()
         )
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux's /proc only")
+def test_no_thread_of_the_process_group_outlives_it(tmp_path: Path) -> None:
+    """One that does may abort the process at its very end, when the results are written."""
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS)
+    result = torchrun(2, *PROBE, "--calib_samples", "4", "--out_dir", str(tmp_path / "out"), script=[str(script)])
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("left: []") == 2, result.stderr
 
 
 @pytest.mark.parametrize(

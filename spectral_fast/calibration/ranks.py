@@ -185,6 +185,10 @@ def join(options: ModelOptions) -> Iterator[Ranks]:
         yield Ranks()
         return
     import torch.distributed as dist
+
+    # Imported later, as transformers does, its functions' default arguments would be the process group that `join` has
+    # made: gloo's threads would outlive it, and now and then abort the interpreter that ends around them.
+    import torch.distributed.nn
     from torch.distributed.rendezvous import rendezvous
 
     device, _ = options.resolved()
