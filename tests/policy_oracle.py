@@ -73,6 +73,11 @@ def oracle_gate(mode: str, g: Array, p: dict) -> Array:
         if std < p["z_fallback_std"] or np.abs(z).max() < 1e-3:
             return np.ones(r)
         return two_gates(z, p["z_low"], p["z_high"], max(p["z_tau"], 1e-8), p)
+    if mode == "spectral_gate":
+        x = (x - x.min()) / max(x.max() - x.min(), 1e-8)
+        pivot = {"median": lower_median, "mean": np.mean, "max": np.max, "min": np.min}[p["soft_pivot_mode"]](x)
+        spread = p["amp_factor"] - p["sup_factor"]
+        return p["sup_factor"] + spread * sigmoid((x - pivot) / max(p["soft_temperature"], 1e-8))
     assert mode == "robust_z"
     median = lower_median(x)
     scale = max(1.4826 * lower_median(np.abs(x - median)), 1e-8)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from policy_oracle import apply, oracle, spectra
 
-from spectral_fast.policies import POLICIES, AbsSelect, GradientDescent, RandomIndex, SmoothAbs
+from spectral_fast.policies import POLICIES, AbsSelect, GradientDescent, RandomIndex, SmoothAbs, SpectralGate
 
 GATE_MODES = ("abs_select", "random_index", "smooth_abs", "double_smooth", "z_score", "robust_z")
 
@@ -96,7 +96,7 @@ def test_the_defaults_are_those_of_the_command_line_of_the_method() -> None:
         "robust_z_high": 1.0, "robust_z_low": -0.5, "robust_z_tau": 0.2, "robust_fallback_sigma": 1e-6,
         "eta": 0.2, "update_mode": "multiplicative", "asymmetric_update": False, "eta_suppress": 2.0,
         "eta_enhance": 0.2, "pos_power": 1.0, "grad_norm": "mean_abs", "preserve_energy": "l1",
-        "sigma_clip_min": 0.0, "seed": 0,
+        "soft_temperature": 0.35, "soft_pivot_mode": "median", "sigma_clip_min": 0.0, "seed": 0,
     }  # fmt: skip
     assert list(POLICIES) == [
         "abs_select",
@@ -106,6 +106,7 @@ def test_the_defaults_are_those_of_the_command_line_of_the_method() -> None:
         "robust_z",
         "random_index",
         "gd",
+        "spectral_gate",
     ]
     assert all(f.metadata["help"] for policy in POLICIES.values() for f in fields(policy))
 
@@ -152,6 +153,18 @@ def test_the_aligned_smooth_gate_is_mid_factor_at_the_median() -> None:
     assert edit.s_new[2].item() == pytest.approx(0.9, rel=1e-12)
     unaligned = apply(SmoothAbs(preserve_energy="none", mid_factor=0.9, smooth_align_mid=False), s, g)
     assert unaligned.s_new[2].item() == pytest.approx((1.25 + 0.8) / 2, rel=1e-12)
+
+
+def test_the_spectral_gate_by_hand() -> None:
+    s, g = np.ones(5), np.array([1.0, -2.0, 3.0, 5.0, -9.0])  # |g| rescaled: 0, 1/8, 1/4, 1/2, 1
+    for pivot, center in {"median": 1 / 4, "mean": 3 / 8, "min": 0.0, "max": 1.0}.items():
+        edit = apply(SpectralGate(soft_pivot_mode=pivot, soft_temperature=0.5, preserve_energy="none"), s, g)
+        share = 1 / (1 + np.exp(-(np.array([0, 1 / 8, 1 / 4, 1 / 2, 1]) - center) / 0.5))
+        np.testing.assert_allclose(edit.s_new, 0.8 + 0.45 * share, rtol=1e-12)
+        assert edit.stats["pivot"] == pytest.approx(center)
+        assert (edit.core.sum(), edit.noise.sum()) == {"median": (2, 2), "mean": (2, 3), "min": (4, 0), "max": (0, 4)}[
+            pivot
+        ]
 
 
 def test_descent_lowers_where_the_gradient_is_positive() -> None:
@@ -316,6 +329,7 @@ Z = {"z_high", "z_low", "tau", "k_core_eff", "k_noise_eff", "frac_core", "frac_n
         ("z_score", {"mu", "std"} | Z),
         ("robust_z", {"median", "mad", "sigma_robust"} | Z),
         ("gd", set()),
+        ("spectral_gate", {"pivot", "tau"} | EXTENT),
     ],
 )
 def test_statistics_have_the_keys_of_the_method_and_are_json(mode: str, own: set[str]) -> None:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from .base import Edit, Policy
 from .descent import GradientDescent
-from .gates import DoubleSmooth, RobustZ, SmoothAbs, ZScore
+from .gates import DoubleSmooth, RobustZ, SmoothAbs, SpectralGate, ZScore
 from .selection import AbsSelect, RandomIndex
 
 POLICIES: dict[str, type[Policy]] = {
     policy.mode: policy
-    for policy in (AbsSelect, SmoothAbs, DoubleSmooth, ZScore, RobustZ, RandomIndex, GradientDescent)
+    for policy in (AbsSelect, SmoothAbs, DoubleSmooth, ZScore, RobustZ, RandomIndex, GradientDescent, SpectralGate)
 }
 
 __all__ = [
@@ -32,5 +32,6 @@ __all__ = [
     "RandomIndex",
     "RobustZ",
     "SmoothAbs",
+    "SpectralGate",
     "ZScore",
 ]

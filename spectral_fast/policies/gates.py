@@ -1,4 +1,4 @@
-"""Policies with a smooth gate over x = |g| / norm(|g|): smooth_abs, double_smooth, z_score, robust_z."""
+"""Policies with a smooth gate over x = |g| / norm(|g|): smooth_abs, double_smooth, z_score, robust_z, spectral_gate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectral_fast.options import option
 
-from .base import TINY, Fractions, Gains, Module, Outcome
+from .base import TINY, Fractions, Gains, Module, Outcome, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,32 @@ class RobustZ(Gains):
         stats = {"median": median.item(), "mad": mad.item(), "sigma_robust": sigma.item()}
         z, (low, high, tau) = (x - median) / sigma, (self.robust_z_low, self.robust_z_high, self.robust_z_tau)
         return _z_gated(self, module.s, z, flat, low, high, tau, stats)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralGate(Policy):
+    """One sigmoid over x rescaled to [0, 1]: gate = sup + (amp - sup) sigmoid((x - pivot) / soft_temperature).
+
+    Core, for reports, is x > pivot, noise is x < pivot.
+    """
+
+    mode: ClassVar[str] = "spectral_gate"
+    _overflow_hint: ClassVar[str] = "amp_factor, sup_factor or sigma_clip_min"
+
+    amp_factor: float = option(1.25, "gain of core directions (large |g|)", low=0.0)
+    sup_factor: float = option(0.80, "gain of noise directions (small |g|)", low=0.0)
+    soft_temperature: float = option(0.35, "width of the sigmoid over |g| rescaled to [0, 1]", positive=True)
+    soft_pivot_mode: str = option(
+        "median", "which |g| is the sigmoid's centre", choices=("median", "mean", "max", "min")
+    )
+
+    def _rule(self, module: Module) -> Outcome:
+        x = self._normalised(module.g.abs())
+        x = (x - x.min()) / (x.max() - x.min()).clamp_min(TINY)
+        pivot = getattr(x, self.soft_pivot_mode)()
+        amp, sup = self.amp_factor, self.sup_factor
+        gate = sup + (amp - sup) * torch.sigmoid((x - pivot) / max(self.soft_temperature, TINY))
+        return _gated(module.s, gate, x > pivot, x < pivot, {"pivot": pivot.item(), "tau": self.soft_temperature})
 
 
 def _double_sigmoid(gains: Gains, below: Tensor, above: Tensor) -> Tensor:
