@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spectral_fast.evaluation.comparison import compare, mcnemar_exact, newcombe_interval, standard_error
+from spectral_fast.evaluation.comparison import (
+    Yardstick,
+    compare,
+    holm,
+    mcnemar_exact,
+    newcombe_interval,
+    sign_flip_test,
+    spread_of_mean,
+    standard_error,
+)
 
 
 def outcomes(both: int, only_baseline: int, only_edited: int, neither: int) -> tuple[dict, dict]:
@@ -122,3 +131,69 @@ def test_the_record_is_json_and_names_its_methods() -> None:
 def test_the_standard_error_of_gsm8k_is_over_a_point() -> None:
     assert standard_error(0.6, 1319) == pytest.approx(0.0135, abs=1e-4)
     assert standard_error(0.0, 10) == standard_error(1.0, 10) == 0
+
+
+def test_holm_by_hand_and_in_the_order_given() -> None:
+    # Holm's own scheme: 0.005 * 4, 0.01 * 3, 0.03 * 2, 0.04 * 1, the last lifted to the one before
+    assert holm([0.04, 0.01, 0.03, 0.005]) == pytest.approx([0.06, 0.03, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+
+
+def test_holm_keeps_the_chance_of_a_single_false_alarm() -> None:
+    rng = np.random.default_rng(0)
+    alarms = [min(holm(list(rng.uniform(size=20)))) < 0.05 for _ in range(4000)]
+    assert np.mean(alarms) < 0.05 + 4 * np.sqrt(0.05 * 0.95 / 4000)
+    assert np.mean(alarms) > 0.03  # and is no more careful than it must be: 1 - 0.9975^20 = 0.049
+
+
+def test_shares_of_correct_answers_are_compared_by_their_differences() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.binomial(50, 0.4, size=164) / 50
+    second = np.clip(first + rng.integers(-4, 8, size=164) / 50, 0, 1)
+    result = compare(dict(enumerate(first)), dict(enumerate(second)))
+    d = second - first
+    assert result.difference == pytest.approx(d.mean())
+    assert result.interval == pytest.approx(stats.norm.interval(0.95, d.mean(), d.std(ddof=1) / np.sqrt(164)))
+    assert result.p_value < 0.001
+    assert result.verdict.startswith("edited is better")
+    assert (result.only_baseline, result.only_edited) == ((d < 0).sum(), (d > 0).sum())
+    assert (result.test, result.interval_method) != (compare({1: 1}, {1: 0}).test, "Newcombe 1998, method 10")
+    with pytest.raises(ValueError, match=r"lies in \[0, 1\]"):
+        compare({1: 0.5}, {1: 1.5})
+    with pytest.raises(ValueError, match=r"lies in \[0, 1\]"):
+        compare({1: float("nan")}, {1: 0.5})
+    assert compare({1: 0.5}, {1: 0.5}).p_value == 1
+
+
+def test_the_sign_flip_test_is_the_exact_one_within_its_draws() -> None:
+    rng = np.random.default_rng(2)
+    for shift in (0.0, 0.3, 1.0):
+        d = rng.normal(shift, 1, size=12).round(1)
+        signs = np.array(list(itertools.product((-1, 1), repeat=12)))
+        exact = (np.abs(signs @ d) >= abs(d.sum()) - 1e-9).mean()
+        assert sign_flip_test(d) == pytest.approx(exact, abs=5 * np.sqrt(exact * (1 - exact) / 20_000) + 1e-4)
+    assert sign_flip_test([0.0, 0.0]) == 1
+    assert sign_flip_test(d) == sign_flip_test(d)
+
+
+def test_the_standard_error_of_yes_and_no_is_the_one_of_an_accuracy() -> None:
+    assert spread_of_mean([1, 0, 0, 1, 1]) == pytest.approx(standard_error(0.6, 5))
+    assert spread_of_mean([0.5, 0.5]) == 0
+
+
+def test_a_variant_has_a_place_among_the_random_controls() -> None:
+    yardstick = Yardstick.of([0.02, -0.01, 0.0, 0.01, -0.02])
+    assert yardstick.summary() == {
+        "controls": 5,
+        "mean": pytest.approx(0),
+        "standard_deviation": pytest.approx(np.std([0.02, -0.01, 0, 0.01, -0.02], ddof=1)),
+        "lowest": -0.02,
+        "highest": 0.02,
+    }
+    assert yardstick.place(0.03) == {"above": 5, "p_value": 1 / 6, "verdict": "above all 5 random controls"}
+    assert yardstick.place(0.02) == {"above": 4, "p_value": 2 / 6, "verdict": "within the 5 random controls"}
+    assert yardstick.place(-0.02)["verdict"] == "within the 5 random controls"
+    assert yardstick.place(-0.03) == {"above": 0, "p_value": 1.0, "verdict": "below all 5 random controls"}
+    assert Yardstick.of([0.1]).summary()["standard_deviation"] is None

@@ -1,15 +1,20 @@
-"""Two models on the same problems: is one better, and by how much? Nothing but exact counts and closed forms."""
+"""Two models on the same problems: is one better, and by how much? And many against one: which of them still are?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
+
+import numpy as np
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
 _Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+_DRAWS = 20_000
+EXACT, SIGNS = "exact McNemar", f"sign flips of the paired differences, {_DRAWS} draws"
+NEWCOMBE, NORMAL = "Newcombe 1998, method 10", "normal, from the paired differences"
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -21,12 +26,13 @@ class Comparison:
     Attributes:
         n: problems.
         baseline, edited: accuracies.
-        baseline_standard_error, edited_standard_error: sqrt(p (1 - p) / n) of each.
+        baseline_standard_error, edited_standard_error: of each, see `standard_error`.
         difference: edited - baseline.
         interval: 95 % confidence interval of the difference.
-        only_baseline, only_edited: problems that only this one answers correctly.
-        p_value: exact two-sided McNemar test.
+        only_baseline, only_edited: problems that only this one answers correctly, or more often.
+        p_value: two-sided, by `test`.
         verdict: in words.
+        interval_method, test: what interval and p-value were computed by.
     """
 
     n: int
@@ -40,22 +46,27 @@ class Comparison:
     only_edited: int
     p_value: float
     verdict: str
+    interval_method: str = NEWCOMBE
+    test: str = EXACT
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, with the names of the methods."""
-        methods = {"confidence": CONFIDENCE, "interval_method": "Newcombe 1998, method 10", "test": "exact McNemar"}
-        return {**asdict(self), "interval": list(self.interval), **methods}
+        """As JSON has it, with the confidence."""
+        return {**asdict(self), "interval": list(self.interval), "confidence": CONFIDENCE}
 
 
-def compare(baseline: Mapping[Key, bool], edited: Mapping[Key, bool]) -> Comparison:
-    """Compare two models by which problems each answers correctly.
+def compare(baseline: Mapping[Key, float], edited: Mapping[Key, float]) -> Comparison:
+    """Compare two models by how each does on every problem.
+
+    Where every problem is either solved or not, the interval is Newcombe's and the test McNemar's, exact. Where a
+    problem has several answers and so a share of correct ones, both come from the paired differences: a normal
+    interval of their mean, and a test that flips their signs at random.
 
     Args:
-        baseline: problem -> correct.
-        edited: problem -> correct, for the same problems.
+        baseline: problem -> correct, or the share of its answers that are, 0 to 1.
+        edited: the same, for the same problems.
 
     Raises:
-        ValueError: there are no problems, or they are not the same ones.
+        ValueError: there are no problems, they are not the same ones, or a share is not within [0, 1].
     """
     differing = baseline.keys() ^ edited.keys()
     if differing:
@@ -67,30 +78,118 @@ def compare(baseline: Mapping[Key, bool], edited: Mapping[Key, bool]) -> Compari
         )
     if not baseline:
         raise ValueError("a comparison needs at least one problem; got none")
-    counts = {(b, e): 0 for b in (True, False) for e in (True, False)}
-    for key, correct in baseline.items():
-        counts[bool(correct), bool(edited[key])] += 1
-    both, only_b, only_e, neither = (counts[k] for k in ((True, True), (True, False), (False, True), (False, False)))
-    n, p_value = len(baseline), mcnemar_exact(only_b, only_e)
-    p_baseline, p_edited = (both + only_b) / n, (both + only_e) / n
+    first = np.array([float(baseline[key]) for key in baseline])
+    second = np.array([float(edited[key]) for key in baseline])
+    for values in (first, second):
+        if not ((values >= 0) & (values <= 1)).all():  # False for NaN, too
+            raise ValueError(f"a share of correct answers lies in [0, 1]; got {values.min():g} to {values.max():g}")
+    n, only_b, only_e = len(first), int((first > second).sum()), int((second > first).sum())
+    if np.isin(np.concatenate([first, second]), (0, 1)).all():
+        both = int((first * second).sum())
+        interval = newcombe_interval(both, only_e, only_b, n - both - only_e - only_b)
+        p_value, difference, methods = mcnemar_exact(only_b, only_e), (only_e - only_b) / n, (NEWCOMBE, EXACT)
+    else:
+        differences = second - first
+        difference, half = float(differences.mean()), _Z * float(differences.std(ddof=min(1, n - 1))) / math.sqrt(n)
+        interval = max(difference - half, -1.0), min(difference + half, 1.0)
+        p_value, methods = sign_flip_test(differences), (NORMAL, SIGNS)
     return Comparison(
         n=n,
-        baseline=p_baseline,
-        edited=p_edited,
-        baseline_standard_error=standard_error(p_baseline, n),
-        edited_standard_error=standard_error(p_edited, n),
-        difference=(only_e - only_b) / n,
-        interval=newcombe_interval(both, only_e, only_b, neither),
+        baseline=float(first.mean()),
+        edited=float(second.mean()),
+        baseline_standard_error=spread_of_mean(first),
+        edited_standard_error=spread_of_mean(second),
+        difference=difference,
+        interval=interval,
         only_baseline=only_b,
         only_edited=only_e,
         p_value=p_value,
-        verdict=_verdict(only_e - only_b, p_value),
+        verdict=_verdict(difference, p_value),
+        interval_method=methods[0],
+        test=methods[1],
     )
 
 
 def standard_error(accuracy: float, n: int) -> float:
     """sqrt(p (1 - p) / n), the standard error of an accuracy p over n problems."""
     return math.sqrt(accuracy * (1 - accuracy) / n)
+
+
+def spread_of_mean(scores: Sequence[float] | np.ndarray[Any, Any]) -> float:
+    """sqrt(mean (x - mean x)² / n), the standard error of a mean score: `standard_error` where each is 0 or 1."""
+    return float(np.std(scores)) / math.sqrt(len(scores))
+
+
+def sign_flip_test(differences: Sequence[float] | np.ndarray[Any, Any]) -> float:
+    """Two-sided p-value of a sum of paired differences among those with random signs: (1 + hits) / (1 + draws).
+
+    The draws are those of a fixed seed, so the same differences always give the same value.
+
+    Source: Fisher's randomisation test; Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9 (2010) 39, for the 1 +.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    d = d[d != 0]
+    if not len(d):
+        return 1.0
+    rng, hits, rows = np.random.default_rng(0), 0, max(1, 2**20 // len(d))
+    bound = abs(d.sum()) * (1 - 1e-12)  # sums that are equal but for rounding count
+    for start in range(0, _DRAWS, rows):
+        signs = rng.integers(0, 2, (min(rows, _DRAWS - start), len(d)), dtype=np.int8) * 2 - 1
+        hits += int((np.abs(signs @ d) >= bound).sum())
+    return (1 + hits) / (1 + _DRAWS)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values: the k-th smallest of m times (m - k + 1), never below a smaller one's, at most 1.
+
+    Rejecting where they are below 0.05 keeps the chance of even one wrong rejection among all m at 5 %.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statistics 6 (1979) 65.
+    """
+    m, largest, adjusted = len(p_values), 0.0, [1.0] * len(p_values)
+    for rank, index in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (m - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What random edits of the same size do to the accuracy: differences to the original, as fractions, ascending."""
+
+    differences: tuple[float, ...]
+
+    @classmethod
+    def of(cls, differences: Sequence[float]) -> Yardstick:
+        """From the controls' differences, in any order."""
+        return cls(tuple(sorted(differences)))
+
+    def summary(self) -> dict[str, Any]:
+        """Count, mean, sample standard deviation (None of fewer than two) and extremes."""
+        d = self.differences
+        return {
+            "controls": len(d),
+            "mean": sum(d) / len(d),
+            "standard_deviation": float(np.std(d, ddof=1)) if len(d) > 1 else None,
+            "lowest": d[0],
+            "highest": d[-1],
+        }
+
+    def place(self, difference: float) -> dict[str, Any]:
+        """Where a variant's difference lies among them.
+
+        Returns:
+            {"above": controls that it exceeds, "p_value": (1 + controls at least as good) / (1 + controls), "verdict"}.
+            With 5 controls no p-value is below 0.17: they say what is ordinary, not what is significant.
+        """
+        n, above = len(self.differences), sum(d < difference for d in self.differences)
+        if above == n:
+            words = f"above all {n} random controls"
+        elif difference < self.differences[0]:
+            words = f"below all {n} random controls"
+        else:
+            words = f"within the {n} random controls"
+        return {"above": above, "p_value": (1 + n - above) / (1 + n), "verdict": words}
 
 
 def mcnemar_exact(b: int, c: int) -> float:
@@ -142,7 +241,7 @@ def _wilson(successes: int, n: int) -> tuple[float, float]:
     return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
 
 
-def _verdict(gain: int, p_value: float) -> str:
+def _verdict(gain: float, p_value: float) -> str:
     if p_value >= SIGNIFICANCE:
         return f"not distinguishable (p = {p_value:.3g})"
     return f"edited is {'better' if gain > 0 else 'worse'} (p = {p_value:.3g})"
