@@ -13,8 +13,9 @@ from spectral_fast.atomic import check_out_dir, replace_directory
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.calibration.probe import CalibrationOptions, probe
 from spectral_fast.edit import edit_adapter
-from spectral_fast.evaluation.adapters import Progress, evaluate_adapters
+from spectral_fast.evaluation.adapters import Counter, evaluate_adapters
 from spectral_fast.evaluation.comparison import compare
+from spectral_fast.evaluation.engines import EngineOptions
 from spectral_fast.evaluation.evaluate import read_correct
 from spectral_fast.evaluation.profiles import EvaluationOptions
 from spectral_fast.policies import AbsSelect
@@ -26,7 +27,7 @@ CONTROL_SEEDS = (1, 2)
 
 
 def run_demo(
-    out_dir: Path, *, overwrite: bool, max_samples: int, bar: Callable[[str], Callable[..., Any]], counter: Progress
+    out_dir: Path, *, overwrite: bool, max_samples: int, bar: Callable[[str], Callable[..., Any]], counter: Counter
 ) -> dict[str, Any]:
     """Run the main job in `out_dir`: probed/, edited/, control_1/ …, evaluation/, pictures/ and report.html.
 
@@ -66,9 +67,8 @@ def run_demo(
         {name.replace(" ", "_"): folder for name, folder in folders.items()},
         out_dir / "evaluation",
         ModelOptions(),
-        EvaluationOptions(
-            eval_data=str(embedded.heldout_file()), fewshot=0, max_samples=max_samples, max_tokens=128, batch_size=64
-        ),
+        EvaluationOptions(eval_data=str(embedded.heldout_file()), fewshot=0, max_samples=max_samples, max_tokens=128),
+        EngineOptions(engine="transformers", batch_size=64),
         progress=counter,
     )
     correct = [read_correct(result["predictions_path"]) for result in results.values()]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_models import tiny_llama, with_lora
 
 from spectral_fast import embedded
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.cli import main
-from spectral_fast.evaluation.adapters import _each_on
+from spectral_fast.embedded.make import make_tokenizer
+from spectral_fast.evaluation.engines import EngineOptions, Sampling, open_engine
+from spectral_fast.evaluation.engines.transformers import TransformersEngine
 
 BASE = ["--base_model", str(embedded.base_model_dir())]
 ADAPTER = str(embedded.adapter_dir())
@@ -75,12 +78,49 @@ def test_the_demo_runs_again_over_what_an_interrupted_one_left(
 @pytest.mark.parametrize("init", [True, "pissa", "olora"])
 def test_an_adapter_does_not_change_the_base_model_of_the_next(tmp_path: Path, init: bool | str) -> None:
     """PEFT rewrites the base weights when it loads a PiSSA or OLoRA adapter, and unloading does not undo that."""
-    tiny_llama().save_pretrained(tmp_path / "base")
-    with_lora(tiny_llama(), init_lora_weights=init).save_pretrained(tmp_path / "adapter")
-    ids = torch.arange(12).view(2, 6)
-    logits = []
-    folders = {"first": tmp_path / "adapter", "second": tmp_path / "adapter"}
-    for _, _, model in _each_on(str(tmp_path / "base"), ModelOptions(), folders):
-        with torch.no_grad():
-            logits.append(model(input_ids=ids).logits)
-    torch.testing.assert_close(*logits, rtol=0, atol=0)
+    tiny_llama(vocab_size=100).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        with_lora(tiny_llama(vocab_size=100), init_lora_weights=init).save_pretrained(folder)
+    prompts, sampling = ["abc", "defgh"], Sampling(24)
+    with TransformersEngine(str(tmp_path / "base"), ModelOptions()) as engine:
+        first, second, base = (engine.generate(prompts, sampling, folder) for folder in (*folders, None))
+    assert first == second
+    assert base != first
+
+
+def test_each_prompt_is_answered_by_its_own_adapter(tmp_path: Path) -> None:
+    tiny_llama(vocab_size=100).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    for seed in (1, 2):
+        with_lora(tiny_llama(vocab_size=100), seed).save_pretrained(tmp_path / str(seed))
+    prompts, chosen = ["abc", "abc", "defgh", "abc", "defgh"], [None, "2", "1", "1", "2"]
+    folders = [None if name is None else tmp_path / name for name in chosen]
+    counts: list[int] = []
+    with TransformersEngine(str(tmp_path / "base"), ModelOptions(), batch_size=2) as engine:
+        alone = [engine.generate([p], Sampling(24), folder)[0] for p, folder in zip(prompts, folders, strict=True)]
+        assert engine.generate(prompts, Sampling(24), folders, progress=counts.append) == alone
+        assert engine.settings["dtype"] == "float32"
+        with pytest.raises(ValueError, match="one for all prompts or one per prompt: 2 for 5"):
+            engine.generate(prompts, Sampling(24), folders[:2])
+        with pytest.raises(FileNotFoundError, match="not a folder"):
+            engine.generate(prompts, Sampling(24), tmp_path / "nothing")
+    assert sum(counts) == 5
+    assert len({text for [text] in alone}) == 5
+
+
+def test_auto_takes_vllm_only_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (tmp_path / "vllm").mkdir()  # a folder of that name is no package
+    assert EngineOptions().chosen() == "transformers"
+    (tmp_path / "vllm" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert EngineOptions().chosen() == "vllm"
+    assert EngineOptions(engine="transformers").chosen() == "transformers"
+
+
+def test_an_engine_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(RuntimeError, match=r"--engine vllm needs vLLM.*spectral-fast\[eval\].*eval-cpu"):
+        open_engine(str(embedded.base_model_dir()), ModelOptions(), EngineOptions(engine="vllm"))

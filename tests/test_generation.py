@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_llama, with_lora
 
 from spectral_fast.embedded.make import make_tokenizer
-from spectral_fast.evaluation.generation import TransformersEngine, generate
+from spectral_fast.evaluation.engines import Sampling, decoding
 
 EOS = 1
 N_NEW = 24
@@ -20,6 +20,30 @@ N_NEW = 24
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return make_tokenizer()
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    max_model_len: int | None = None,
+    progress: Any = None,
+    **sampling: Any,
+) -> list[str]:
+    """One text per prompt."""
+    texts = decoding.generate(
+        model,
+        tokenizer,
+        prompts,
+        Sampling(max_new_tokens, **sampling),
+        batch_size=batch_size,
+        max_model_len=max_model_len,
+        progress=progress,
+    )
+    return [text for [text] in texts]
 
 
 def llama(seed: int = 0, **config: Any) -> Any:
@@ -173,7 +197,27 @@ def test_sampling_repeats_by_seed_and_does_not_depend_on_the_batches(tokenizer: 
     assert generate(model, tokenizer, given, seed=4, batch_size=3, **options) == first
     assert generate(model, tokenizer, given[:5], seed=4, **options) == first[:5]
     assert generate(model, tokenizer, given, seed=5, **options) != first
-    assert len(set(generate(model, tokenizer, ["ab"] * 8, seed=4, **options))) == 8
+    assert generate(model, tokenizer, given[::-1], seed=4, **options) == first[::-1]
+
+
+def test_samples_of_one_prompt_differ_and_each_has_a_seed_of_its_own(tokenizer: Any) -> None:
+    model, given = llama(), prompts(3, prefix="x")
+
+    def sample(given: list[str], n: int, batch_size: int = 32) -> list[list[str]]:
+        sampling = Sampling(N_NEW, temperature=1.5, top_p=0.9, seed=4, n=n)
+        return decoding.generate(model, tokenizer, given, sampling, batch_size=batch_size)
+
+    eight = sample(given, 8)
+    assert [len(set(texts)) for texts in eight] == [8, 8, 8]
+    assert sample(given, 8, batch_size=5) == eight
+    assert sample(given[1:], 3) == [texts[:3] for texts in eight[1:]]
+
+
+def test_greedy_samples_are_all_the_same_and_decoded_once(tokenizer: Any) -> None:
+    counts: list[int] = []
+    texts = decoding.generate(llama(), tokenizer, ["ab", "cd"], Sampling(N_NEW, n=3), progress=counts.append)
+    assert texts == [[text] * 3 for text in generate(llama(), tokenizer, ["ab", "cd"], max_new_tokens=N_NEW)]
+    assert sum(counts) == 6
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (1.0, 0.3)])
@@ -186,9 +230,8 @@ def test_sampled_tokens_have_the_models_probabilities(tokenizer: Any, temperatur
     n_kept = int((p[order].cumsum(0) < top_p).sum()) + 1
     expected = torch.zeros_like(p)
     expected[order[:n_kept]] = p[order[:n_kept]] / p[order[:n_kept]].sum()
-    texts = generate(
-        model, tokenizer, ["ab"] * n, max_new_tokens=1, temperature=temperature, top_p=top_p, batch_size=n
-    )  # fmt: skip
+    sampling = Sampling(1, temperature, top_p, n=n)
+    [texts] = decoding.generate(model, tokenizer, ["ab"], sampling, batch_size=n)
     shown = {text: i for i in range(3, 100) if (text := tokenizer.decode([i]))}
     count = torch.zeros_like(p)
     for text in texts:
@@ -236,7 +279,8 @@ def test_a_prompt_that_does_not_fit_is_refused_and_never_truncated(tokenizer: An
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
+        ({"max_new_tokens": 0}, "max_tokens must be at least 1; got 0"),
+        ({"n": 0}, "n must be at least 1; got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
@@ -254,18 +298,3 @@ def test_arguments_out_of_range_are_refused(tokenizer: Any, options: dict, messa
 def test_a_model_in_training_mode_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
         generate(llama().train(), tokenizer, ["a"], max_new_tokens=1)
-
-
-def test_the_engine_hands_everything_on(tokenizer: Any) -> None:
-    model, given, counts = llama(), prompts(5), []
-    engine = TransformersEngine(model, tokenizer, batch_size=2, progress=counts.append)
-    assert engine.name == "transformers"
-    greedy = {"max_tokens": N_NEW, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-    assert engine.generate(given, **greedy) == generate(model, tokenizer, given, max_new_tokens=N_NEW)
-    assert sum(counts) == 5
-    sampled = {"temperature": 1.5, "top_p": 0.7, "seed": 9, "stop": ["a"]}
-    assert engine.generate(given, max_tokens=9, **sampled) == generate(
-        model, tokenizer, given, max_new_tokens=9, **sampled
-    )
-    with pytest.raises(ValueError, match="max_model_len is 20"):
-        TransformersEngine(model, tokenizer, max_model_len=20).generate(given, **greedy)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
-from spectral_fast.evaluation.evaluate import evaluate_gsm8k, read_correct, write_metrics
+from spectral_fast.evaluation.adapters import Run, evaluate
+from spectral_fast.evaluation.engines import Sampling
+from spectral_fast.evaluation.evaluate import Gsm8k, read_correct, write_metrics
 from spectral_fast.evaluation.gsm8k import (
     PARSERS,
     build_prompts,
@@ -30,14 +34,31 @@ PROBLEMS = [
 class Scripted:
     """An engine that says what it was told to, and remembers what it was asked."""
 
-    name = "scripted"
+    name, settings = "scripted", MappingProxyType({"dtype": "none"})
 
     def __init__(self, texts: Sequence[str]) -> None:
-        self.texts, self.asked, self.options = list(texts), [], {}
+        self.texts, self.asked, self.sampling = list(texts), [], None
 
-    def generate(self, prompts: Sequence[str], **options: object) -> list[str]:
-        self.asked, self.options = list(prompts), options
-        return self.texts
+    def generate(self, prompts: Sequence[str], sampling: Sampling, adapters: Any, *, progress: Any) -> list[list[str]]:
+        assert list(adapters) == [None] * len(prompts)
+        assert progress is None
+        self.asked, self.sampling = list(prompts), sampling
+        return [[text] for text in self.texts]
+
+
+def evaluate_gsm8k(
+    engine: Scripted,
+    problems: list[Any],
+    shots: list[Any],
+    profile: Profile,
+    out_dir: Path,
+    *,
+    variant: str | None = None,
+    meta: Any = None,
+    **task: Any,
+) -> dict[str, Any]:
+    [result] = evaluate(engine, Gsm8k(problems, shots, profile, **task), [Run(None, out_dir, variant, meta or {})])
+    return result
 
 
 def write_split(folder: Path, name: str, rows: list[dict]) -> None:
@@ -177,7 +198,7 @@ def test_an_evaluation_writes_its_settings_and_every_prediction(tmp_path: Path) 
         meta={"base_model_id": "base", "lora_dir": "lora", "max_model_len": 4096},
     )  # fmt: skip
     assert engine.asked == build_prompts(PROBLEMS, PROBLEMS[:1])
-    assert engine.options == {"max_tokens": 512, "temperature": 0.0, "top_p": 1.0, "seed": 3, "stop": ["\n\n"]}
+    assert engine.sampling == Sampling(512, temperature=0.0, top_p=1.0, seed=3, stop=("\n\n",), n=1)
     assert (result["acc"], result["correct"], result["total"]) == (2 / 3, 2, 3)
     assert result["standard_error"] == pytest.approx((2 / 9 / 3) ** 0.5)
     assert (result["engine"], result["answer_parser"]) == ("scripted", "strict_last")
@@ -187,12 +208,18 @@ def test_an_evaluation_writes_its_settings_and_every_prediction(tmp_path: Path) 
     assert Path(result["config_path"]).name == "eval_config.json"
     assert (config["task"], config["split"], config["num_fewshot"], config["total_samples"]) == ("gsm8k", "test", 1, 3)
     assert config["decoding"] == {
-        "temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "strategy": "greedy", "stop": ["\n\n"]
+        "temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "n_generations": 1, "strategy": "greedy",
+        "stop": ["\n\n"],
     }  # fmt: skip
     assert (
         config["metric"].items() >= {"name": "strict_match_accuracy", "score": 2 / 3, "correct": 2, "total": 3}.items()
     )
-    assert config["meta"] == {"base_model_id": "base", "lora_dir": "lora", "seed": 3, "max_model_len": 4096}
+    assert (
+        config["meta"].items()
+        >= {"base_model_id": "base", "lora_dir": "lora", "seed": 3, "max_model_len": 4096}.items()
+    )
+    assert config["meta"]["versions"]["spectral_fast"]
+    assert (config["engine"], config["engine_settings"]) == ("scripted", {"dtype": "none"})
     assert config["timestamp"]
 
     lines = Path(result["predictions_path"]).read_text(encoding="utf-8").splitlines()
@@ -208,7 +235,7 @@ def test_settings_without_a_profile_are_recorded_too(tmp_path: Path) -> None:
     result = evaluate_gsm8k(engine, PROBLEMS, [], profile, tmp_path, answer_parser="harness", stop=["\n\n", "END"])
     assert result["profile"] is None
     assert result["correct"] == 2
-    assert engine.options["stop"] == ["\n\n", "END", "Question:"]
+    assert engine.sampling.stop == ("\n\n", "END", "Question:")
     config = json.loads((tmp_path / "eval_config.json").read_text())
     assert config["decoding"]["strategy"] == "sampling"
     assert config["answer_parser"] == "harness"

@@ -29,6 +29,7 @@ SHARED_POLICY_FLAGS = {"seed"}  # accepted with every mode: the seed of the run 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
+    from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.profiles import EvaluationOptions
 
     parser = add_command(
@@ -50,7 +51,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     add_calibration_flags(parser)
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval_gsm8k", action="store_true", help="evaluate the adapter before and after on GSM8K")
-    add_flags(group, EvaluationOptions, prefix="eval_")
+    add_flags(group, EvaluationOptions, EngineOptions, prefix="eval_")
     return parser
 
 
@@ -145,6 +146,7 @@ def _evaluate_edit(args: argparse.Namespace, source: Path) -> tuple[dict[str, An
     """Results of `edit --eval_gsm8k`, in the edited adapter's folder, and the table."""
     from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.evaluation.adapters import evaluate_adapters
+    from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.evaluate import write_metrics
     from spectral_fast.evaluation.profiles import EvaluationOptions
 
@@ -154,6 +156,7 @@ def _evaluate_edit(args: argparse.Namespace, source: Path) -> tuple[dict[str, An
         args.out_dir,
         take(ModelOptions, vars(args)),
         take(EvaluationOptions, vars(args), prefix="eval_"),
+        take(EngineOptions, vars(args), prefix="eval_"),
         seed=getattr(args, "seed", 0),
         progress=counter,
     )

@@ -14,6 +14,7 @@ from spectral_fast.progress import counter
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
+    from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
 
     parser = add_command(
@@ -29,6 +30,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--eval_profile", choices=list(PROFILES), help="named settings; they win over the flags")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling, if any (default: 0)")
     add_flags(parser.add_argument_group("task"), EvaluationOptions)
+    add_flags(parser.add_argument_group("engine"), EngineOptions)
     add_model_flags(parser, base_model_required=True)
     return parser
 
@@ -37,6 +39,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
     from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.evaluation.adapters import evaluate_adapters
+    from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.profiles import EvaluationOptions
 
     if args.eval_profile is not None:
@@ -49,6 +52,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         args.out_dir or folder,
         take(ModelOptions, vars(args)),
         take(EvaluationOptions, vars(args)),
+        take(EngineOptions, vars(args)),
         profile=args.eval_profile,
         seed=args.seed,
         progress=counter,
@@ -56,5 +60,6 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.out_json is not None:
         args.out_json.parent.mkdir(parents=True, exist_ok=True)
         args.out_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    text = f"accuracy {result['acc']:.4f} ± {result['standard_error']:.4f} ({result['correct']} of {result['total']})"
+    right = f"{result['correct']} of {result['total']}, by {result['engine']}"
+    text = f"accuracy {result['acc']:.4f} ± {result['standard_error']:.4f} ({right})"
     return result, f"{text}\npredictions: {result['predictions_path']}"

@@ -1,130 +1,159 @@
-"""Run a task through an engine, write what came out, and compare two such runs problem by problem."""
+"""Tasks: prompts for an engine, files of what came out, and two such runs compared problem by problem."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from spectral_fast.evaluation.comparison import compare, standard_error
+from spectral_fast.evaluation.engines import Engine, Sampling
 from spectral_fast.evaluation.gsm8k import AnswerParser, Problem, build_prompts, score, stop_strings
 from spectral_fast.evaluation.profiles import Profile
 
 METRICS = "metrics_gsm8k.json"
 
 
-class Engine(Protocol):
-    """Whatever turns prompts into text."""
+class Task(Protocol):
+    """Prompts, how they are decoded, and what becomes of the texts."""
 
     @property
-    def name(self) -> str:
-        """What a result calls it."""
+    def prompts(self) -> Sequence[str]:
+        """One per problem."""
 
-    def generate(
+    @property
+    def sampling(self) -> Sampling:
+        """How they are decoded."""
+
+    def record(
         self,
-        prompts: Sequence[str],
+        texts: Sequence[Sequence[str]],
+        out_dir: Path | str,
         *,
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        stop: Sequence[str],
-    ) -> list[str]:
-        """One continuation per prompt, in order, ended before the first stop string."""
+        engine: Engine,
+        variant: str | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Score the texts, write the files of the evaluation, and return the result.
+
+        Args:
+            texts: `sampling.n` per prompt.
+            out_dir: existing or new folder for the files.
+            engine: what made the texts; its name and settings become part of the record.
+            variant: name of this run among others in the same folder; a suffix of the files' names.
+            meta: what else the record shall say, e.g. base_model_id, lora_dir.
+        """
 
 
-def evaluate_gsm8k(
-    engine: Engine,
-    problems: Sequence[Problem],
-    shots: Sequence[Problem],
-    profile: Profile,
-    out_dir: Path | str,
-    *,
-    answer_parser: AnswerParser = "strict_last",
-    stop: Sequence[str] = (),
-    seed: int = 0,
-    variant: str | None = None,
-    meta: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Accuracy on GSM8K problems, with every prediction written down.
+@dataclass(frozen=True)
+class Gsm8k:
+    """Problems with a question and an answer, by exact match; see `Task`.
 
-    Writes `gsm8k_predictions.jsonl` (idx, gold, pred, correct, generation) and `eval_config.json`; a
-    variant, such as "baseline" or "edited", becomes a suffix of both names.
-
-    Args:
-        engine: what generates.
+    Attributes:
         problems: rows with question and answer, see `load_problems`.
         shots: the few-shot examples.
         profile: decoding settings.
-        out_dir: existing or new folder for the files.
         answer_parser: "strict_last", "strict_first" or "harness", which also stops as the harness does.
         stop: strings that end a generation.
         seed: of the sampling, if any.
-        variant: name of this run among others in the same folder.
-        meta: what else the record shall say, e.g. base_model_id, lora_dir, max_model_len.
 
     Raises:
-        ValueError: there are no problems, the parser is unknown, or a prompt does not fit.
-
-    Returns:
-        {acc, correct, total, standard_error, engine, answer_parser, profile, config_path, predictions_path}.
+        ValueError: there are no problems, or the parser is unknown.
     """
-    if not problems:
-        raise ValueError("there are no problems to evaluate on")
-    stops = [*stop, *(s for s in stop_strings(answer_parser) if s not in stop)]
-    texts = engine.generate(
-        build_prompts(problems, shots),
-        max_tokens=profile.max_tokens,
-        temperature=profile.temperature,
-        top_p=profile.top_p,
-        seed=seed,
-        stop=stops,
-    )
-    rows = score(problems, texts, answer_parser)
-    correct, total = sum(row["correct"] for row in rows), len(rows)
-    acc = correct / total
-    counts = {"correct": correct, "total": total, "standard_error": standard_error(acc, total)}
-    config = {
-        "task": "gsm8k",
-        "split": profile.split,
-        "num_fewshot": len(shots),
-        "decoding": {
-            "temperature": profile.temperature,
-            "top_p": profile.top_p,
-            "max_tokens": profile.max_tokens,
-            "strategy": profile.strategy,
-            "stop": stops,
-        },
-        "answer_parser": answer_parser,
-        "engine": engine.name,
-        "total_samples": total,
-        "metric": {"name": "strict_match_accuracy", "score": acc, **counts},
-        "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "meta": {"seed": seed, **(meta or {})},
-    }
-    suffix = "" if variant is None else f"_{variant}"
-    config_path = Path(out_dir, f"eval_config{suffix}.json")
-    predictions_path = Path(out_dir, f"gsm8k_predictions{suffix}.jsonl")
-    _write_lines(predictions_path, [json.dumps(row, ensure_ascii=False) for row in rows])
-    _write_json(config_path, config)
+
+    problems: Sequence[Problem]
+    shots: Sequence[Problem]
+    profile: Profile
+    answer_parser: AnswerParser = "strict_last"
+    stop: Sequence[str] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.problems:
+            raise ValueError("there are no problems to evaluate on")
+        stop_strings(self.answer_parser)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The shots and the question, one prompt per problem."""
+        return build_prompts(self.problems, self.shots)
+
+    @property
+    def sampling(self) -> Sampling:
+        """Of the profile, with the parser's own stop strings."""
+        stops = [*self.stop, *(s for s in stop_strings(self.answer_parser) if s not in self.stop)]
+        return self.profile.sampling(seed=self.seed, stop=stops)
+
+    def record(
+        self,
+        texts: Sequence[Sequence[str]],
+        out_dir: Path | str,
+        *,
+        engine: Engine,
+        variant: str | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Accuracy, with every prediction written down.
+
+        Writes `gsm8k_predictions.jsonl` (idx, gold, pred, correct, generation) and `eval_config.json`; a
+        variant, such as "baseline" or "edited", becomes a suffix of both names.
+
+        Returns:
+            {acc, correct, total, standard_error, engine, answer_parser, profile, config_path, predictions_path}.
+        """
+        rows = score(self.problems, [text for text, *_ in texts], self.answer_parser)
+        correct, total = sum(row["correct"] for row in rows), len(rows)
+        acc = correct / total
+        counts = {"correct": correct, "total": total, "standard_error": standard_error(acc, total)}
+        config = {
+            "task": "gsm8k",
+            "split": self.profile.split,
+            "num_fewshot": len(self.shots),
+            "decoding": decoding(self.sampling),
+            "answer_parser": self.answer_parser,
+            "engine": engine.name,
+            "engine_settings": dict(engine.settings),
+            "total_samples": total,
+            "metric": {"name": "strict_match_accuracy", "score": acc, **counts},
+            "timestamp": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "meta": {"seed": self.seed, **(meta or {})},
+        }
+        suffix = "" if variant is None else f"_{variant}"
+        config_path = Path(out_dir, f"eval_config{suffix}.json")
+        predictions_path = Path(out_dir, f"gsm8k_predictions{suffix}.jsonl")
+        write_rows(predictions_path, rows)
+        write_json(config_path, config)
+        return {
+            "acc": acc,
+            **counts,
+            "engine": engine.name,
+            "answer_parser": self.answer_parser,
+            "profile": self.profile.summary() if self.profile.profile is not None else None,
+            "config_path": str(config_path),
+            "predictions_path": str(predictions_path),
+        }
+
+
+def decoding(sampling: Sampling) -> dict[str, Any]:
+    """How texts were decoded, as `eval_config.json` has it."""
     return {
-        "acc": acc,
-        **counts,
-        "engine": engine.name,
-        "answer_parser": answer_parser,
-        "profile": profile.summary() if profile.profile is not None else None,
-        "config_path": str(config_path),
-        "predictions_path": str(predictions_path),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "n_generations": sampling.n,
+        "strategy": "greedy" if sampling.temperature == 0 else "sampling",
+        "stop": list(sampling.stop),
     }
 
 
 def write_metrics(
     baseline: Mapping[str, Any], edited: Mapping[str, Any], out_dir: Path | str, meta: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Compare two results of `evaluate_gsm8k` on the same problems and write `metrics_gsm8k.json`.
+    """Compare two results of `Gsm8k.record` on the same problems and write `metrics_gsm8k.json`.
 
     Returns:
         {results: {baseline, edited}, comparison, meta}, as written.
@@ -138,7 +167,7 @@ def write_metrics(
         "comparison": comparison.to_dict(),
         "meta": dict(meta),
     }
-    _write_json(Path(out_dir, METRICS), metrics)
+    write_json(Path(out_dir, METRICS), metrics)
     return metrics
 
 
@@ -148,8 +177,14 @@ def read_correct(predictions_path: Path | str) -> dict[tuple[int, str | None], b
         return {(row["idx"], row["gold"]): row["correct"] for row in map(json.loads, file)}
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """A JSON file that appears whole or not at all."""
     _write_lines(path, [json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)])
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """A JSON object per line, written as `write_json` does."""
+    _write_lines(path, [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows])
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

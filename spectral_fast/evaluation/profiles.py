@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from spectral_fast.evaluation.engines import Sampling
 from spectral_fast.evaluation.gsm8k import PARSERS, load_problems
 from spectral_fast.options import check, option
 
@@ -27,10 +29,9 @@ class Profile:
         if self.num_fewshot < 0:
             raise ValueError(f"the number of few-shot examples must be 0 or more; got {self.num_fewshot}")
 
-    @property
-    def strategy(self) -> str:
-        """How tokens are chosen, in a word."""
-        return "greedy" if self.temperature == 0 else "sampling"
+    def sampling(self, seed: int, stop: Sequence[str] = ()) -> Sampling:
+        """How an engine shall decode."""
+        return Sampling(self.max_tokens, self.temperature, self.top_p, seed, tuple(stop), self.n_generations)
 
     def summary(self) -> dict[str, Any]:
         """All settings, for the record of a result."""
@@ -50,10 +51,8 @@ class EvaluationOptions:
     max_samples: int = option(-1, "problems, from the first on; -1 for all", low=-1)
     temperature: float = option(0.0, "0 decodes greedily", low=0.0)
     max_tokens: int = option(512, "most tokens of an answer", low=1)
-    max_model_len: int = option(4096, "most tokens of prompt and answer together", low=1)
     answer_parser: str = option("strict_last", "which number of a text is its answer", choices=PARSERS)
     stop: tuple[str, ...] = option((), "strings that end an answer")
-    batch_size: int = option(32, "problems that run together", low=1)
 
     def __post_init__(self) -> None:
         check(self)
