@@ -92,6 +92,19 @@ def check_out_dir(
     return out
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a text file in one step: at every moment it is wholly the old one or wholly the new one.
+
+    Characters that UTF-8 lacks (a path may hold bytes that are no text) are written as escapes.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(text.encode("utf-8", "backslashreplace"))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _lock(work: Path, out: Path) -> int:
     """Make `work` and hold its lock file; the kernel lets go of it however this process ends."""
     while True:

@@ -5,13 +5,13 @@ The pictures use matplotlib's figures, never pyplot, and leave the program's mat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib import style
 
+from spectral_fast.atomic import replace_file
 from spectral_fast.edit import EditedModule
 from spectral_fast.report.drawing import STYLE, Drawn, Picture
 from spectral_fast.report.heat_maps import sensitivity_by_direction, sensitivity_by_layer
@@ -21,7 +21,7 @@ from spectral_fast.report.spectra import spectra
 from spectral_fast.report.stability import stability as drawn_stability
 from spectral_fast.statistics import Stability
 
-__all__ = ["EvaluationRow", "Picture", "pictures", "save_pictures", "write_report"]
+__all__ = ["EvaluationRow", "Picture", "pictures", "save_pictures", "spectra_picture", "write_report"]
 
 
 def write_report(
@@ -50,12 +50,7 @@ def write_report(
     """
     text = page(title, edited, pictures(edited, stability), evaluation or (), facts or {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # a path may hold bytes that are no text
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, text)
 
 
 def save_pictures(
@@ -90,12 +85,7 @@ def pictures(edited: Mapping[str, EditedModule], stability: Stability | None = N
     Raises:
         ValueError: if `edited` is empty.
     """
-    if not edited:
-        raise ValueError("a report needs at least one edited module; got none")
-    found = places(edited)
-    modules = [Drawn.of(module, found[name]) for name, module in edited.items() if module.s.numel()]
-    kinds = list(dict.fromkeys(m.place.kind for m in modules))
-    modules.sort(key=lambda m: (kinds.index(m.place.kind), -1 if m.place.layer is None else m.place.layer))
+    modules = _drawn(edited)
     if not modules:
         return []
     with style.context(["default", STYLE]):
@@ -105,3 +95,21 @@ def pictures(edited: Mapping[str, EditedModule], stability: Stability | None = N
         if stability is not None and (picture := drawn_stability(stability)):
             made.append(picture)
     return made
+
+
+def spectra_picture(edited: Mapping[str, EditedModule]) -> Picture | None:
+    """The first of `pictures` alone; None if every module is of rank 0."""
+    modules = _drawn(edited)
+    with style.context(["default", STYLE]):
+        return spectra(modules) if modules else None
+
+
+def _drawn(edited: Mapping[str, EditedModule]) -> list[Drawn]:
+    """The modules of positive rank by kind and layer."""
+    if not edited:
+        raise ValueError("a report needs at least one edited module; got none")
+    found = places(edited)
+    modules = [Drawn.of(module, found[name]) for name, module in edited.items() if module.s.numel()]
+    kinds = list(dict.fromkeys(m.place.kind for m in modules))
+    modules.sort(key=lambda m: (kinds.index(m.place.kind), -1 if m.place.layer is None else m.place.layer))
+    return modules

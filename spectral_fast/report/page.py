@@ -31,6 +31,12 @@ th, td { padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line); t
 thead th { position: sticky; top: 0; background: #fff; font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 400; overflow-wrap: anywhere; min-width: 11rem; }
 td.number, th.number { text-align: right; white-space: nowrap; }
+details { margin: .5rem 0; }
+summary { cursor: pointer; }
+.flip { margin: 1rem 0; padding-left: 1rem; border-left: 3px solid var(--line); }
+.flip dt { color: var(--soft); font-size: .85rem; }
+.flip dd { margin: 0 0 .5rem; }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
 footer { margin-top: 3rem; font-size: .85rem; }
 """
 
@@ -71,13 +77,18 @@ def page(
     ]
     if evaluation:
         parts += ["<h2>Evaluation</h2>", _evaluation(evaluation)]
-    parts += [_figure(picture) for picture in pictures]
+    parts += [figure(picture) for picture in pictures]
     if any(module.g is None for module in edited.values()):
         parts.append('<p class="soft">This edit used no sensitivities, so there are no pictures of them.</p>')
     if facts:
         rows = [[name, _text(value)] for name, value in facts.items()]
-        parts += ["<h2>Facts</h2>", _table("Facts", ["name", "value"], rows, numbers=False)]
+        parts += ["<h2>Facts</h2>", table("Facts", ["name", "value"], rows, numbers=False)]
     parts += ["<h2>Modules</h2>", _modules(edited)]
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole document of these parts, each HTML."""
     body = "\n".join(parts)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -97,7 +108,8 @@ def page(
 """
 
 
-def _figure(picture: Picture) -> str:
+def figure(picture: Picture) -> str:
+    """A picture with its heading and caption."""
     data = base64.b64encode(picture.png).decode("ascii")
     return (
         f"<h2>{escape(picture.title)}</h2>\n"
@@ -115,7 +127,7 @@ def _evaluation(rows: Sequence[EvaluationRow]) -> str:
         return [row.adapter, f"{row.accuracy:.2%}", f"{row.standard_error:.2%}", difference, interval, p]
 
     head = ["adapter", "accuracy", "standard error", "difference (points)", "95% interval", "p"]
-    return _table("Evaluation", head, map(cells, rows))
+    return table("Evaluation", head, map(cells, rows))
 
 
 def _modules(edited: Mapping[str, EditedModule]) -> str:
@@ -133,10 +145,10 @@ def _modules(edited: Mapping[str, EditedModule]) -> str:
         ]
 
     head = ["module", "r", "sum s", "sum s′", "largest s", "largest s′", "core", "noise", "mean |g|"]
-    return _table("Modules", head, (cells(name, module) for name, module in edited.items()))
+    return table("Modules", head, (cells(name, module) for name, module in edited.items()))
 
 
-def _table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
+def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
     """A table that scrolls if it must; the first column heads the rows."""
     kind = ' class="number"' if numbers else ""
 
