@@ -149,18 +149,28 @@ def test_gold_answers_as_each_parser_compares_them() -> None:
     assert gold_answer("One blank line.\n\nThen #### $2,000.50", "harness") == "2000.50"
 
 
+def test_answers_that_are_no_numbers_are_compared_as_they_stand() -> None:
+    problems = [{"question": "Capital?", "answer": " Paris "}, {"question": "Nothing?", "answer": ""}]
+    rows = score(problems, [" Paris\n\nQuestion: next?", ""], "exact")
+    assert [(row["gold"], row["pred"], row["correct"]) for row in rows] == [
+        ("Paris", "Paris", True),
+        (None, None, False),
+    ]
+    assert not score(problems[:1], ["paris"], "exact")[0]["correct"]
+
+
 @pytest.mark.parametrize("parser", PARSERS)
 def test_every_real_answer_scores_as_correct(gsm8k: Path, parser: str) -> None:
     problems, _ = load_problems(str(gsm8k), "test", 0)
     rows = score(problems, [problem["answer"] for problem in problems], parser)
     wrong = [row["idx"] for row in rows if not row["correct"]]
     blank_lines = [i for i, problem in enumerate(problems) if "\n\n" in problem["answer"]]
-    assert wrong == (blank_lines if parser == "harness" else [])  # two answers, which the harness itself cuts short
+    assert wrong == (blank_lines if stop_strings(parser) else [])  # two answers, which the harness itself cuts short
 
 
 def test_only_the_harness_has_its_own_stops_and_unknown_parsers_are_refused() -> None:
-    assert [stop_strings(parser) for parser in PARSERS] == [(), (), ("\n\n", "Question:")]
-    with pytest.raises(ValueError, match="one of strict_last, strict_first, harness; got 'lenient'"):
+    assert [stop_strings(parser) for parser in PARSERS] == [(), (), *[("\n\n", "Question:")] * 2]
+    with pytest.raises(ValueError, match="one of strict_last, strict_first, harness, exact; got 'lenient'"):
         stop_strings("lenient")
 
 

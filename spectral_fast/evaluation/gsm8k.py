@@ -4,6 +4,7 @@ Two evaluators are followed. "strict_last" (and, differing in one word, "strict_
 lora-spectral-edit 0.1.0 at commit a88cf48: integers after `####`, else the last integer of the text.
 "harness" is that of task gsm8k version 1 of EleutherAI's lm-evaluation-harness: the text ends at a blank
 line or a new "Question:", the first `#### number` counts, and there is no fallback.
+"exact" is for answers that are no numbers: the text, ended as for "harness", is the answer, spaces around it aside.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from spectral_fast.calibration.rows import read_rows
 
-AnswerParser = Literal["strict_last", "strict_first", "harness"]
+AnswerParser = Literal["strict_last", "strict_first", "harness", "exact"]
 PARSERS: tuple[AnswerParser, ...] = get_args(AnswerParser)
 _HARNESS_STOP = ("\n\n", "Question:")
 
@@ -71,14 +72,17 @@ def stop_strings(parser: AnswerParser) -> tuple[str, ...]:
     """
     if parser not in PARSERS:
         raise ValueError(f"answer_parser must be one of {', '.join(PARSERS)}; got {parser!r}")
-    return _HARNESS_STOP if parser == "harness" else ()
+    return _HARNESS_STOP if parser in ("harness", "exact") else ()
 
 
 def extract_answer(text: str, parser: AnswerParser) -> str | None:
-    """The number that a generated text answers with, as it is compared; None if it has none."""
+    """What a generated text answers with, as it is compared: a number unless the parser is exact; None if none."""
+    ends = [text.find(stop) for stop in stop_strings(parser) if stop in text]
+    text = text[: min(ends, default=len(text))]
+    if parser == "exact":
+        return text.strip() or None
     if parser == "harness":
-        ends = [text.find(stop) for stop in _HARNESS_STOP if stop in text]
-        match = _HARNESS.search(text[: min(ends, default=len(text))])
+        match = _HARNESS.search(text)
         return match[1].replace(",", "") if match else None
     marked = _STRICT.findall(text)
     if marked:
@@ -88,7 +92,9 @@ def extract_answer(text: str, parser: AnswerParser) -> str | None:
 
 
 def gold_answer(answer: str, parser: AnswerParser) -> str | None:
-    """The number of a reference answer, in the form in which the parser's numbers are compared."""
+    """The answer of a reference, in the form in which the parser's are compared."""
+    if parser == "exact":
+        return answer.strip() or None
     if parser == "harness":  # all up to the last "#### " goes, and commas and dollar signs
         return re.sub(r"[,$]", "", answer.rpartition("#### ")[2])
     return extract_answer(answer, "strict_last")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from spectral_fast.adapter import Adapter
+from spectral_fast.adapter import Adapter, changes_base
 from spectral_fast.calibration.model import ModelOptions, load_tokenizer
 from spectral_fast.evaluation.engines.options import EngineOptions
 from spectral_fast.evaluation.engines.protocol import Progress, Sampling, one_per_prompt
@@ -17,6 +19,16 @@ from spectral_fast.evaluation.engines.text import continuation, end_tokens, samp
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what max_lora_rank may be: vllm.config.lora.MaxLoRARanks
 MOST_LORAS = 8
 SHARE_OF_FREE_MEMORY = 0.4  # for keys and values on a CPU, whose memory others use as well
+SEQUENCES = 256  # that run together at most; what is set aside for keys and values on a CPU is for so many
+# What vLLM would refuse in the middle of the work, and how to say it.
+_REFUSED = {
+    "use_dora": "is a DoRA adapter",
+    "use_qalora": "is a QALoRA adapter",
+    "use_bdlora": "is a block-diagonal LoRA",
+    "alora_invocation_tokens": "acts after its invocation tokens only (aLoRA)",
+    "layer_replication": "replicates layers",
+    "modules_to_save": "replaces whole modules (modules_to_save)",
+}
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -43,11 +55,14 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
             from vllm import LLM
+            from vllm.lora.peft_helper import PEFTHelper
         except ImportError as error:
             raise RuntimeError(
                 "--engine vllm needs vLLM: pip install 'spectral-fast[eval]' for a GPU, 'spectral-fast[eval-cpu]' for "
                 f"a CPU ({error}); or take --engine transformers"
             ) from error
+        if not hasattr(PEFTHelper, "get_rank_and_scaling"):
+            raise RuntimeError("this vLLM is too old, it ignores rank_pattern and alpha_pattern; 0.32 does not")
         self._max_rank = options.max_lora_rank or served_rank(adapters)
         self._tokenizer = load_tokenizer(base_model, model_options)
         config, self._ends = _configs(base_model, model_options, self._tokenizer)
@@ -58,7 +73,8 @@ class VllmEngine:
             "dtype": _dtype(model_options),
             "max_model_len": self._max_model_len,
             "enforce_eager": options.enforce_eager or os.environ.get("VLLM_ENFORCE_EAGER", "0") == "1",
-            **_memory(options),
+            **_memory(options, config, self._max_model_len),
+            "max_num_seqs": SEQUENCES,
         }
         if self._max_rank is not None:
             asked["max_lora_rank"] = self._max_rank
@@ -76,7 +92,6 @@ class VllmEngine:
             **asked,
             "dtype": str(used.model_config.dtype).removeprefix("torch."),
             "device": str(used.device_config.device),
-            "max_num_seqs": used.scheduler_config.max_num_seqs,
             "max_num_batched_tokens": used.scheduler_config.max_num_batched_tokens,
         }
 
@@ -90,21 +105,15 @@ class VllmEngine:
     ) -> list[list[str]]:
         """See `Engine`. Prompts of all adapters run together; an adapter gets a fresh name and id in every call."""
         from vllm import SamplingParams, TokensPrompt
-        from vllm.lora.request import LoRARequest
 
         if not prompts:
             return []
         folders = one_per_prompt(adapters, prompts)
-        requests = {None: None}
-        for folder in dict.fromkeys(folders):
-            if folder is not None:
-                self._check(folder)
-                number = next(self._numbers)
-                requests[folder] = LoRARequest(f"{folder.name}-{number}", number, str(folder.resolve()))
+        loras = {folder: self._load(folder) for folder in dict.fromkeys(folders) if folder is not None}
         ids = tokenise(self._tokenizer, prompts, sampling.max_tokens, self._positions, self._max_model_len)
         greedy = sampling.temperature == 0
         runs = [(i, j) for i in range(len(ids)) for j in range(1 if greedy else sampling.n)]
-        tokens = self._run(
+        outputs = self._llm.generate(
             [TokensPrompt(prompt_token_ids=ids[i]) for i, _ in runs],
             [
                 SamplingParams(
@@ -117,37 +126,34 @@ class VllmEngine:
                 )
                 for i, j in runs
             ],
-            [requests[folders[i]] for i, _ in runs],
-            progress,
+            lora_request=[None if (folder := folders[i]) is None else loras[folder] for i, _ in runs],
+            use_tqdm=False if progress is None else _bar(progress, sampling.n if greedy else 1),
         )
         texts: list[list[str]] = [[] for _ in ids]
-        for (i, _), new in zip(runs, tokens, strict=True):
+        for (i, _), output in zip(runs, outputs, strict=True):
+            new = list(output.outputs[0].token_ids)
             end = next((k for k, token in enumerate(new) if token in self._ends), len(new))
             text = until_stop(continuation(self._tokenizer, ids[i][-1], new[:end]), sampling.stop)
             texts[i] += [text] * (sampling.n if greedy else 1)
         return texts
 
-    def _run(
-        self, prompts: list[Any], params: list[Any], loras: list[Any], progress: Progress | None
-    ) -> list[list[int]]:
-        """The new tokens of every request, in order."""
-        engine, ended = self._llm.llm_engine, {}
-        for k, (prompt, param, lora) in enumerate(zip(prompts, params, loras, strict=True)):
-            engine.add_request(str(k), prompt, param, lora_request=lora)
-        while engine.has_unfinished_requests():
-            done = [output for output in engine.step() if output.finished]
-            ended.update({int(output.request_id): list(output.outputs[0].token_ids) for output in done})
-            if progress is not None and done:
-                progress(len(done))
-        return [ended[k] for k in range(len(prompts))]
+    def _load(self, folder: Path) -> Any:
+        """A request's adapter; loaded now, because an adapter that does not load later would end the engine."""
+        from vllm.lora.request import LoRARequest
 
-    def _check(self, folder: Path) -> None:
         rank = _rank(Adapter.open(folder))
         if self._max_rank is None or rank > self._max_rank:
             raise ValueError(
-                f"{folder} has rank {rank}, and the engine was started for ranks up to {self._max_rank or 'none'}: "
+                f"{folder} has rank {rank}, and the engine was started for ranks up to {self._max_rank or 0}: "
                 "name the adapter when it starts, or set --max_lora_rank"
             )
+        number = next(self._numbers)
+        request = LoRARequest(f"{folder.name}-{number}", number, str(folder.resolve()))
+        try:
+            self._llm.llm_engine.add_lora(request)
+        except Exception as error:  # of many kinds, from another process
+            raise ValueError(f"vLLM cannot load {folder}: {error}") from error
+        return request
 
     def close(self) -> None:
         """End vLLM's process."""
@@ -160,6 +166,18 @@ class VllmEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _bar(progress: Progress, copies: int) -> Any:
+    """A progress bar for vLLM that shows nothing and tells `progress` of every request, which is so many texts."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def update(self, n: float | None = 1) -> bool | None:
+            progress(int(n or 0) * copies)
+            return bool(super().update(n))
+
+    return partial(Bar, file=io.StringIO())
 
 
 def served_rank(adapters: Iterable[Path]) -> int | None:
@@ -179,21 +197,24 @@ def _rank(adapter: Adapter) -> int:
     Raises:
         ValueError: vLLM would refuse it or, worse, serve something else.
     """
-    ignored = {reason for key, reason in adapter.carried.items() if reason != "DoRA magnitudes"}
-    why = [f"{len(ignored)} part(s) of it would be ignored: {'; '.join(sorted(ignored))}"] if ignored else []
-    if adapter.config.get("use_dora"):
-        why.append("it is a DoRA adapter")
-    if adapter.config.get("modules_to_save"):
-        why.append(f"it replaces modules ({', '.join(adapter.config['modules_to_save'])})")
-    if any(module.adapter_name for module in adapter.modules.values()):
-        why.append("its keys name the adapter")
-    largest = max((module.r for module in adapter.modules.values()), default=0)
+    config = adapter.config
+    why = [reason for option, reason in _REFUSED.items() if config.get(option)]
+    if changes_base(config):
+        why.append(f"changes the base weights (init_lora_weights={config['init_lora_weights']})")
+    if any(module.adapter_name is not None for module in adapter.modules.values()):
+        why.append("has its name in the keys of its weights")
+    ignored = {reason for reason in adapter.carried.values() if reason != "DoRA magnitudes"}
+    if ignored and not why:
+        why.append(f"holds more than LoRA factors of linear layers ({'; '.join(sorted(ignored))})")
+    ranks = [module.r for module in adapter.modules.values()]
+    largest = max([config.get("r", 0), *(config.get("rank_pattern") or {}).values(), *ranks])
     if largest > RANKS[-1]:
-        why.append(f"its rank {largest} is above {RANKS[-1]}")
-    if why or not largest:
-        reasons = ", and ".join(why) or "it has no LoRA module"
-        raise ValueError(f"vLLM cannot serve {adapter.path}: {reasons}; take --engine transformers")
-    return largest
+        why.append(f"has rank {largest}, above {RANKS[-1]}")
+    if not ranks and not why:
+        why.append("has no LoRA module")
+    if why:
+        raise ValueError(f"vLLM cannot serve {adapter.path}: it {', and '.join(why)}; take --engine transformers")
+    return int(largest)
 
 
 def _configs(base_model: str, options: ModelOptions, tokenizer: Any) -> tuple[Any, list[int]]:
@@ -220,15 +241,17 @@ def _dtype(options: ModelOptions) -> str:
     return "float32" if here == "cpu" else "auto"
 
 
-def _memory(options: EngineOptions) -> dict[str, Any]:
-    """Memory settings of vLLM: on a GPU its share, on a CPU the room for keys and values."""
+def _memory(options: EngineOptions, config: Any, max_model_len: int) -> dict[str, Any]:
+    """Memory settings of vLLM: its share of a GPU; on a CPU, where it would take nearly all, what it can use."""
     from vllm.platforms import current_platform
 
     share = options.gpu_memory_utilization or os.environ.get("VLLM_GPU_MEMORY_UTILIZATION")
-    if current_platform.device_type != "cpu":
-        return {} if share is None else {"gpu_memory_utilization": float(share)}
-    if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+    if share is not None:
+        return {"gpu_memory_utilization": float(share)}
+    if current_platform.device_type != "cpu" or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return {}
     import psutil
 
-    return {"kv_cache_memory_bytes": int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available)}
+    per_token = 2 * config.num_hidden_layers * config.hidden_size * 4  # bytes at most: float32, no shared heads
+    useful = SEQUENCES * max_model_len * per_token
+    return {"kv_cache_memory_bytes": min(useful, int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available))}

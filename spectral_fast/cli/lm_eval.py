@@ -1,0 +1,58 @@
+"""`lm-eval`: an adapter on any task of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+from typing import Any
+
+from spectral_fast.cli.common import add_command, add_model_flags
+from spectral_fast.options import take
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Add the command's parser."""
+    parser = add_command(
+        commands,
+        "lm-eval",
+        _run,
+        "evaluate an adapter on tasks of lm-evaluation-harness, by its own vLLM or Hugging Face model",
+        "spectral-fast lm-eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --tasks commonsense_qa "
+        "-- --num_fewshot 5 --output_path results",
+    )
+    parser.add_argument("--lora_dir", required=True, help="adapter: a folder or a Hugging Face name")
+    parser.add_argument("--tasks", nargs="+", default=["commonsense_qa"], help="(default: commonsense_qa)")
+    parser.add_argument("--dry_run", action="store_true", help="print the harness's command line and do not run it")
+    parser.add_argument("extra", nargs="*", metavar="-- ARGUMENT", help="handed on to the harness as they are")
+    parser.add_argument(
+        "--engine", choices=("auto", "vllm", "hf"), default="auto", help="auto takes vllm where it is installed"
+    )
+    parser.add_argument("--max_lora_rank", type=int, help="largest rank that vllm serves (default: the adapter's)")
+    add_model_flags(parser, base_model_required=True)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.adapter import resolve
+    from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.evaluation.engines import EngineOptions
+    from spectral_fast.evaluation.lm_eval import check_harness, harness_command
+
+    engine = "transformers" if args.engine == "hf" else args.engine
+    command = harness_command(
+        args.base_model,
+        resolve(args.lora_dir, getattr(args, "cache_dir", None)),
+        args.tasks,
+        take(ModelOptions, vars(args)),
+        vllm=EngineOptions(engine=engine).chosen() == "vllm",
+        max_lora_rank=args.max_lora_rank,
+        extra=args.extra,
+    )
+    if args.dry_run:
+        return {"command": command}, shlex.join(command)
+    check_harness()
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise RuntimeError(f"lm-evaluation-harness ended with status {status}; its own words are above")
+    return {"command": command, "status": status}, "lm-evaluation-harness is done; its table is above"

@@ -1,0 +1,73 @@
+"""The command line that hands an adapter to EleutherAI's lm-evaluation-harness, which does all the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from spectral_fast.adapter import Adapter
+from spectral_fast.calibration.model import DTYPES, ModelOptions
+from spectral_fast.evaluation.engines.vllm import served_rank
+
+
+def harness_command(
+    base_model: str,
+    lora_dir: Path,
+    tasks: Sequence[str],
+    model_options: ModelOptions,
+    *,
+    vllm: bool,
+    max_lora_rank: int | None = None,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """`python -m lm_eval run …` for an adapter, with the rank, dtype and paths that its model of vLLM or HF wants.
+
+    Args:
+        base_model: folder or hub name.
+        lora_dir: the adapter's folder.
+        tasks: the harness's names, such as commonsense_qa.
+        model_options: dtype and device; auto leaves both to the harness.
+        vllm: take the harness's model "vllm", which then honours $VLLM_GPU_MEMORY_UTILIZATION and
+            $VLLM_ENFORCE_EAGER; else "hf".
+        max_lora_rank: for vLLM; else that of the adapter. The harness's own is 16, at which vLLM refuses larger ones.
+        extra: more arguments, handed on as they are.
+
+    Raises:
+        FileNotFoundError: the adapter is missing.
+        ValueError: vLLM cannot serve the adapter.
+    """
+    arguments: dict[str, Any] = {"pretrained": base_model}
+    if model_options.dtype != "auto":
+        arguments["dtype"] = str(DTYPES[model_options.dtype]).removeprefix("torch.")
+    if model_options.trust_remote_code:
+        arguments["trust_remote_code"] = True
+    if vllm:
+        arguments["lora_local_path"] = str(lora_dir.resolve())
+        arguments["max_lora_rank"] = max_lora_rank or served_rank([lora_dir])
+        if share := os.environ.get("VLLM_GPU_MEMORY_UTILIZATION"):
+            arguments["gpu_memory_utilization"] = float(share)
+        if os.environ.get("VLLM_ENFORCE_EAGER") == "1":
+            arguments["enforce_eager"] = True
+    else:
+        Adapter.open(lora_dir)
+        arguments["peft"] = str(lora_dir.resolve())
+    model = ["--model", "vllm" if vllm else "hf", "--model_args", json.dumps(arguments)]
+    device = [] if vllm or model_options.device == "auto" else ["--device", model_options.device]
+    start = [sys.executable, "-m", "lm_eval", "run"]
+    return [*start, *model, *device, "--tasks", ",".join(tasks), *extra]
+
+
+def check_harness() -> None:
+    """Say how to get the harness if it is missing.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    found = find_spec("lm_eval")
+    if found is None or found.origin is None:
+        raise RuntimeError("lm-evaluation-harness is not installed: pip install 'spectral-fast[lm-eval]'")

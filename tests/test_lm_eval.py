@@ -1,0 +1,98 @@
+"""`lm-eval`: the command line for lm-evaluation-harness, which need not be installed to see it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_models import tiny_llama, with_lora
+
+from spectral_fast.cli import main
+
+BASE = ["lm-eval", "--base_model", "org/model"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "one, of rank 20"
+    with_lora(tiny_llama(), r=20).save_pretrained(folder)
+    return folder
+
+
+def dry_run(adapter: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[list[str], dict[str, Any]]:
+    assert main([*BASE, "--lora_dir", str(adapter), "--dry_run", "--json", *flags]) == 0
+    command = json.loads(capsys.readouterr().out)["command"]
+    return command, json.loads(command[command.index("--model_args") + 1])
+
+
+def test_vllm_gets_a_rank_that_holds_the_adapter(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GPU_MEMORY_UTILIZATION", "0.5")
+    monkeypatch.setenv("VLLM_ENFORCE_EAGER", "1")
+    command, arguments = dry_run(adapter, capsys, "--engine", "vllm", "--dtype", "bf16")
+    assert command[:6] == [sys.executable, "-m", "lm_eval", "run", "--model", "vllm"]
+    assert command[-2:] == ["--tasks", "commonsense_qa"]
+    assert arguments == {
+        "pretrained": "org/model", "dtype": "bfloat16", "lora_local_path": str(adapter), "max_lora_rank": 32,
+        "gpu_memory_utilization": 0.5, "enforce_eager": True,
+    }  # fmt: skip
+    assert dry_run(adapter, capsys, "--engine", "vllm", "--max_lora_rank", "256")[1]["max_lora_rank"] == 256
+
+
+def test_hf_gets_the_adapter_for_peft_and_more_arguments_are_handed_on(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--engine", "hf", "--device", "cpu", "--tasks", "arc_easy", "piqa", "--", "--limit", "5", "--log_samples"]
+    command, arguments = dry_run(adapter, capsys, *flags)
+    assert arguments == {"pretrained": "org/model", "peft": str(adapter)}
+    rest = command[command.index("--model_args") + 2 :]
+    assert rest == ["--device", "cpu", "--tasks", "arc_easy,piqa", "--limit", "5", "--log_samples"]
+
+
+def test_the_harness_is_run_and_its_failure_is_ours(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], *, check: bool) -> Any:
+        assert not check
+        ran.append(command)
+        return SimpleNamespace(returncode=len(ran) - 1)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("spectral_fast.evaluation.lm_eval.find_spec", lambda _: SimpleNamespace(origin="somewhere"))
+    call = [*BASE, "--lora_dir", str(adapter), "--engine", "hf"]
+    assert main(call) == 0
+    assert main(call) == 1
+    assert "ended with status 1" in capsys.readouterr().err
+    assert ran[0] == ran[1]
+    assert ran[0][1:4] == ["-m", "lm_eval", "run"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
+def test_a_missing_harness_is_said_with_the_way_to_get_it(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*BASE, "--lora_dir", str(adapter), "--engine", "hf"]) == 1
+    assert "pip install 'spectral-fast[lm-eval]'" in capsys.readouterr().err
+
+
+def test_what_vllm_would_serve_wrongly_is_refused_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = {
+        "DoRA": {"use_dora": True}, "init_lora_weights=pissa": {"init_lora_weights": "pissa"},
+        "rank 600, above 512": {"r": 600},
+    }  # fmt: skip
+    for i, (words, config) in enumerate(refused.items()):
+        with_lora(tiny_llama(), **config).save_pretrained(tmp_path / str(i))
+        assert main([*BASE, "--lora_dir", str(tmp_path / str(i)), "--engine", "vllm", "--dry_run"]) == 1
+        error = capsys.readouterr().err
+        assert words in error
+        assert "vLLM cannot serve" in error
+    assert main([*BASE, "--lora_dir", str(tmp_path / "none"), "--engine", "vllm", "--dry_run"]) == 1
