@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from spectral_fast.evaluation.engines import Sampling
@@ -38,7 +38,13 @@ class Profile:
         return asdict(self)
 
 
-PROFILES: dict[str, Profile] = {name: Profile(profile=name) for name in ("paper_math", "greedy_math")}
+_CODE = Profile(task="humaneval", num_fewshot=0)
+PROFILES: dict[str, Profile] = {name: Profile(profile=name) for name in ("paper_math", "greedy_math")} | {
+    "paper_code_main": replace(
+        _CODE, profile="paper_code_main", n_generations=50, temperature=0.2, top_p=0.95, metric="pass@1"
+    ),
+    "greedy_code": replace(_CODE, profile="greedy_code"),
+}
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def _encode(v: Any, strict: bool) -> Any:
 
 
 _COLLECTIONS: tuple[Any, ...] = (tuple, set, frozenset)
-_ITERATED: Any = (Iterator, *(type(view) for view in ({}.keys(), {}.values(), {}.items())))
+_NONE: dict[str, Any] = {}
+_ITERATED: Any = (Iterator, type(_NONE.keys()), type(_NONE.values()), type(_NONE.items()))
 
 _DECODERS: Mapping[str, Any] = {
     "int": lambda text: int(text, 16),
