@@ -36,6 +36,7 @@ FLOORS = {
     "report": 6,
     "bench": 7,
     "demo": 7,
+    "sweep": 7,
     "__main__": 8,
     "cli": 8,
     "environment": 7,

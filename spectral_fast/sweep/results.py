@@ -1,0 +1,226 @@
+"""The tables of a sweep, from its ledger."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+from spectral_fast.atomic import replace_file
+from spectral_fast.sweep.analysis import Outcome, analyse
+from spectral_fast.sweep.config import Config
+from spectral_fast.sweep.plan import Plan, Planner
+from spectral_fast.sweep.work import ADAPTER, RUNS
+
+# The columns of the method's own collector, then what it lacks.
+SUMMARY = ["task", "lora_repo_id", "calib_samples", "edit_mode", "seed", "amp_factor", "sup_factor"]
+SUMMARY += ["soft_temperature", "soft_pivot_mode", "pass@1"]
+ADDED = ["standard_error", "n", "difference", "low", "high", "p_value", "p_holm", "verdict", "label", "run", "notes"]
+MEANS = ["task", "lora_repo_id", "calib_samples", "edit_mode", "amp", "sup", "soft_temperature", "soft_pivot_mode"]
+MEANS += ["metric", "n", "mean", "std", "standard_error"]
+METRICS = {"gsm8k": "accuracy", "humaneval": "pass@1"}
+
+
+def write_results(
+    plan: Plan, planner: Planner, entries: Sequence[Mapping[str, Any]], out_dir: Path, report: str = "report.html"
+) -> dict[str, Any]:
+    """Write every table and the report of a finished sweep.
+
+    Args:
+        plan: what was to be run; all of it is in the ledger.
+        planner: with the adapters and tasks of the plan.
+        entries: the ledger's.
+        out_dir: the sweep's folder.
+        report: file name of the report.
+
+    Returns:
+        {out_dir, report, lines, runs, notes}: as results.json has them.
+    """
+    records = {run["id"]: run for entry in entries for run in entry["runs"]}
+    outcomes = analyse(plan, records)
+    used = [entry for entry in entries if any(run["id"] in plan.runs for run in entry["runs"])]
+    rows = [_row(config, outcomes[name]) for config, name in plan.lines]
+    remarks = notes(plan, used)
+    content = {
+        "lines": rows,
+        "runs": [
+            {**outcome.to_dict(), "config": records[name]["config"], "metrics": records[name]["metrics"]}
+            for name, outcome in outcomes.items()
+        ],
+        "notes": remarks,
+    }
+    replace_file(out_dir / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    replace_file(out_dir / "results.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    for name, delimiter in (("summary.csv", ","), ("summary.tsv", "\t")):
+        replace_file(out_dir / name, _separated(rows, delimiter))
+    replace_file(out_dir / "summary_table.md", _markdown(plan, outcomes, remarks))
+    _note_best(plan, outcomes, out_dir)
+    from spectral_fast.sweep.report import write_report
+
+    write_report(out_dir / report, plan, planner, outcomes, remarks, out_dir)
+    return {"out_dir": str(out_dir), "report": str(out_dir / report), **content}
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """The results for people at a terminal."""
+    width = max(len(run["label"]) for run in result["runs"])
+    lines = [f"{'run':<{width}}  score ± std. err.   difference, 95 % interval       p (Holm)  verdict"]
+    for run in result["runs"]:
+        line = f"{run['label']:<{width}}  {run['score']:6.2%} ± {run['standard_error']:.2%}"
+        if run["comparison"] is not None:
+            low, high = run["comparison"]["interval"]
+            line += f"   {run['comparison']['difference']:+7.2%} ({low:+.2%} to {high:+.2%})"
+        if run["p_holm"] is not None:
+            line += f"   {_p(run['p_holm']):<7}   {run['verdict']}"
+        lines.append(line)
+    return "\n".join([*lines, f"report: {result['report']}"])
+
+
+def notes(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of the tables has to know."""
+    variants = len(plan.of_role("variant"))
+    found = [
+        "Every difference is to the original adapter on the same problems: 95 % interval by Newcombe's method, p by "
+        "McNemar's exact test (where problems have several answers: normal interval, sign-flip test). p (Holm) is "
+        f"corrected for the {variants} variants of the sweep: below 0.05, a difference is unlikely to be luck.",
+    ]
+    counts = sorted({len(controls) for controls in plan.controls_of.values()})
+    if counts and counts != [0]:
+        seeds = " to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))
+        found.append(
+            f"Random controls are random_index edits with the counts and factors of a variant, {seeds} seeds each. A "
+            "variant within their range has no more to show than a random edit of the same size."
+        )
+    engines = sorted({f"{entry['engine']}, {entry['engine_settings'].get('dtype', '')}" for entry in entries})
+    found.append("Texts by " + "; ".join(engines) + ".")
+    if any("float32" not in engine for engine in engines):
+        found.append(
+            "Greedy decoding in half precision depends a little on the batch that a text is in, so two runs of one "
+            "adapter may differ in a few problems. All variants were run in batches of the same shape as far as the "
+            "engine lets that be chosen."
+        )
+    versions = {json.dumps(entry["versions"], sort_keys=True) for entry in entries}
+    if len(versions) > 1:
+        found.append(f"The runs were made with {len(versions)} different sets of versions; see ledger.jsonl.")
+    if len(plan.lines) > len({name for _, name in plan.lines}):
+        found.append(
+            "Configurations that differ only in what has no effect (a seed without a draw, hyperparameters of another "
+            "mode) share one run."
+        )
+    return found
+
+
+def _row(config: Config, outcome: Outcome) -> dict[str, Any]:
+    own, comparison = config.hyperparameters, outcome.comparison
+    low, high = (None, None) if comparison is None else comparison.interval
+    return {
+        "task": config.task,
+        "lora_repo_id": config.label,
+        **{key: own.get(key) for key in ("calib_samples", "edit_mode")},
+        "edit_mode": config.mode,
+        "seed": config.seed,
+        **{key: own.get(key) for key in ("amp_factor", "sup_factor", "soft_temperature", "soft_pivot_mode")},
+        "pass@1": outcome.score,
+        "standard_error": outcome.standard_error,
+        "n": len(outcome.scores),
+        "difference": comparison and comparison.difference,
+        "low": low,
+        "high": high,
+        "p_value": comparison and comparison.p_value,
+        "p_holm": outcome.p_holm,
+        "verdict": outcome.verdict,
+        "label": outcome.label,
+        "run": outcome.run.id,
+        "notes": config.notes,
+        "hyperparameters": own,
+    }
+
+
+def _separated(rows: Iterable[Mapping[str, Any]], delimiter: str) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, SUMMARY + ADDED, extrasaction="ignore", delimiter=delimiter, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _markdown(plan: Plan, outcomes: Mapping[str, Outcome], remarks: Iterable[str]) -> str:
+    alike: dict[str, list[tuple[Config, Outcome]]] = {}
+    for config, name in plan.lines:
+        own = {key: value for key, value in config.hyperparameters.items() if key != "seed"}
+        key = repr((config.task, config.label, config.mode, sorted(own.items()), config.profile, config.evaluation))
+        alike.setdefault(key, []).append((config, outcomes[name]))
+    means = []
+    for members in alike.values():
+        config, scores = members[0][0], [outcome.score for _, outcome in members]
+        own = config.hyperparameters
+        keys = ("amp_factor", "sup_factor", "soft_temperature", "soft_pivot_mode")
+        error = fmean(outcome.standard_error for _, outcome in members)
+        head = [config.task, config.label, own.get("calib_samples"), config.mode, *(own.get(key) for key in keys)]
+        means.append([*head, METRICS[config.task], len(scores), fmean(scores), pstdev(scores), error])
+    parts = ["# Means over seeds", _table(MEANS, means)]
+    parts += ["# Against the original adapter", _table(HEAD, [cells(o) for o in outcomes.values()])]
+    return "\n\n".join([*parts, *remarks]) + "\n"
+
+
+HEAD = ["run", "score", "standard error", "difference (points)", "95 % interval", "p", "p (Holm)", "random controls"]
+HEAD += ["verdict", "task", "adapter"]
+
+
+def cells(outcome: Outcome) -> list[str]:
+    """An outcome as the cells of a table, under `HEAD`."""
+    config, c, y = outcome.run.config, outcome.comparison, outcome.yardstick
+    numbers = ["–"] * 3
+    if c is not None:
+        low, high = c.interval
+        numbers = [f"{100 * c.difference:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}", _p(c.p_value)]
+    return [
+        outcome.label,
+        f"{outcome.score:.2%}",
+        f"{outcome.standard_error:.2%}",
+        *numbers,
+        "–" if outcome.p_holm is None else _p(outcome.p_holm),
+        "–" if y is None else f"{100 * y.differences[0]:+.2f} to {100 * y.differences[-1]:+.2f}",
+        outcome.verdict or ("random control" if outcome.run.role == "control" else "–"),
+        config.task,
+        config.label,
+    ]
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    def line(values: Iterable[Any]) -> str:
+        return "| " + " | ".join(_cell(value) for value in values) + " |"
+
+    return "\n".join([line(head), line("---" for _ in head), *map(line, rows)])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _note_best(plan: Plan, outcomes: Mapping[str, Outcome], out_dir: Path) -> None:
+    """kept_adapters/TASK/ADAPTER/MODE/best.json: which of the adapters that are kept did best."""
+    best: dict[Path, Outcome] = {}
+    for config, name in plan.lines:
+        folder = out_dir / RUNS / name / ADAPTER
+        if not config.keep_adapter or not folder.is_dir():
+            continue
+        place = out_dir / "kept_adapters" / config.task / config.label.strip("/").replace("/", "_") / config.mode
+        if place not in best or outcomes[name].score > best[place].score:
+            best[place] = outcomes[name]
+    for place, outcome in best.items():
+        place.mkdir(parents=True, exist_ok=True)
+        adapter = str(Path(RUNS) / outcome.run.id / ADAPTER)
+        content = {"adapter": adapter, "label": outcome.label, "score": outcome.score}
+        replace_file(place / "best.json", json.dumps({**content, "standard_error": outcome.standard_error}) + "\n")

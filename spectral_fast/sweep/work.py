@@ -1,0 +1,171 @@
+"""The work of a sweep: probe, make variants, evaluate a group of them in one call of a running engine."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectral_fast.atomic import replace_directory
+from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.probe import probe
+from spectral_fast.edit import edit_adapter
+from spectral_fast.evaluation.adapters import Run as Evaluation
+from spectral_fast.evaluation.adapters import evaluate
+from spectral_fast.evaluation.engines import Engine, EngineOptions, open_engine
+from spectral_fast.evaluation.evaluate import write_json
+from spectral_fast.provenance import versions
+from spectral_fast.sensitivity import RECORD, Sensitivity
+from spectral_fast.sweep.plan import Planner, Probe, Run
+from spectral_fast.sweep.tasks import read_scores
+
+PROBES, RUNS, ADAPTER = "probes", "runs", "adapter"
+Counter = Callable[[str, int], AbstractContextManager[Callable[[int], object] | None]]
+OpenEngine = Callable[[str, ModelOptions, EngineOptions, Sequence[Path]], Engine]
+
+
+def silent(*_: object) -> AbstractContextManager[None]:
+    """A counter that shows nothing."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a sweep share.
+
+    Attributes:
+        out_dir: its folder.
+        models: device, dtype and source of base models.
+        engine: what generates; `max_loras` is the size of a group.
+        open_engine: starts it.
+        counter: shows progress: a context from a description and a total, that may give a function of counts.
+    """
+
+    out_dir: Path
+    models: ModelOptions
+    engine: EngineOptions
+    open_engine: OpenEngine = open_engine
+    counter: Counter = silent
+
+
+class Worker:
+    """Does a sweep's work in this process; keeps its engine from group to group while the base model is the same."""
+
+    def __init__(self, settings: Settings, planner: Planner, adapters: Mapping[str, Sequence[Path]]) -> None:
+        """Take settings, the planner with its opened adapters, and base model -> all adapters that it will get."""
+        self._settings, self._planner, self._adapters = settings, planner, adapters
+        self._engine: Engine | None = None
+        self._base_model: str | None = None
+
+    def probe(self, name: str, wanted: Probe) -> None:
+        """Measure sensitivities into probes/NAME, unless they are there."""
+        folder, config = self._settings.out_dir / PROBES / name, wanted.config
+        names = wanted.modules
+        if (folder / RECORD).is_file():
+            present = set(Sensitivity.load(folder).modules)
+            if names <= present:
+                return
+            names |= present
+        adapter = self._planner.source(config).adapter
+        modules = [module for module in adapter.modules.values() if module.name in names]
+        measured = probe(adapter, modules, config.base_model, config.calibration, self._settings.models)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # an engine in another process wants the room
+        with replace_directory(folder, overwrite=True, marker=RECORD) as new:
+            measured.save(new)
+
+    def evaluate(self, group: Sequence[Run]) -> dict[str, Any]:
+        """Make the adapters of a group, evaluate them together, leave a folder per run; returns the ledger's entry."""
+        began = time.perf_counter()
+        task, first = self._planner.task(group[0].config), group[0].config
+        with ExitStack() as folders:
+            evaluations = []
+            for run in group:
+                target = self._settings.out_dir / RUNS / run.id
+                new = folders.enter_context(replace_directory(target, overwrite=True, marker="config.json"))
+                meta = {"base_model_id": first.base_model, "run": run.id, "mode": run.config.mode}
+                evaluations.append(Evaluation(self._adapter(run, new / ADAPTER), new, None, meta))
+            engine = self._opened(first.base_model)
+            results = evaluate(engine, task, evaluations, progress=self._settings.counter)
+            records = [
+                self._record(run, evaluation.out_dir, result)
+                for run, evaluation, result in zip(group, evaluations, results, strict=True)
+            ]
+        return {
+            "runs": records,
+            "versions": versions(),
+            "engine": engine.name,
+            "engine_settings": dict(engine.settings),
+            "seconds": round(time.perf_counter() - began, 3),
+            "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+
+    def close(self) -> None:
+        """Stop the engine."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+
+    def _adapter(self, run: Run, folder: Path) -> Path:
+        """The folder of the run's adapter: the source's, or a new one."""
+        config, source = run.config, self._planner.source(run.config).adapter
+        if config.policy is None:
+            return source.path
+        sensitivity = None if run.probe is None else Sensitivity.load(self._settings.out_dir / PROBES / run.probe)
+        edit_adapter(
+            source,
+            config.policy,
+            folder,
+            modules=self._planner.modules(config),
+            sensitivity=sensitivity,
+            meta={**asdict(config.selection), "seed": config.seed, "lora_path": config.lora},
+        )
+        return folder
+
+    def _record(self, run: Run, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+        """The run's part of the ledger; its folder is completed, and loses an adapter that nobody wants to keep."""
+        kept = run.config.keep_adapter and run.config.policy is not None
+        if not kept:
+            shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+        config = {
+            "task": run.config.task,
+            "base_model": run.config.base_model,
+            "lora": run.config.lora,
+            "role": run.role,
+            "seed": run.config.seed,
+            "edit_mode": run.config.mode,
+            "notes": run.config.notes,
+            "hyperparameters": run.config.hyperparameters,
+            "identity": dict(run.identity),
+        }
+        metrics = {key: value for key, value in result.items() if not key.endswith("_path")}
+        write_json(folder / "config.json", config)
+        write_json(folder / "metrics.json", metrics)
+        (folder / "adapter_ref.txt").write_text(f"{run.config.lora}\n", encoding="utf-8")
+        scores = read_scores(run.config.task, folder)
+        return {"id": run.id, "config": config, "metrics": metrics, "kept_adapter": kept, "scores": scores}
+
+    def _opened(self, base_model: str) -> Engine:
+        if self._engine is None or self._base_model != base_model:
+            self.close()
+            s = self._settings
+            self._engine = s.open_engine(base_model, s.models, s.engine, self._adapters[base_model])
+            self._base_model = base_model
+        return self._engine
+
+
+def group_size(engine: EngineOptions) -> int:
+    """How many runs are evaluated together: with vLLM several, as that is faster; else one, as it is safe sooner."""
+    return engine.max_loras or (8 if engine.chosen() == "vllm" else 1)
+
+
+def with_group_size(engine: EngineOptions) -> EngineOptions:
+    """The options with room for a whole group of adapters."""
+    return replace(engine, max_loras=group_size(engine))
