@@ -24,7 +24,15 @@ HELDOUT = str(embedded.heldout_file())
 
 def test_eval_scores_an_adapter_and_records_how(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = ["--eval_data", HELDOUT, "--fewshot", "0", "--max_samples", "24", "--max_tokens", "110"]
-    out = ["--out_dir", str(tmp_path / "results"), "--out_json", str(tmp_path / "deeper" / "result.json")]
+    (tmp_path / "recipe.json").write_text("{}")
+    out = [
+        "--config_src",
+        str(tmp_path / "recipe.json"),
+        "--out_dir",
+        str(tmp_path / "results"),
+        "--out_json",
+        str(tmp_path / "deeper" / "result.json"),
+    ]
     assert main(["eval", *BASE, "--lora_dir", ADAPTER, *task, *out, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     rows = [json.loads(line) for line in Path(result["predictions_path"]).read_text().splitlines()]
@@ -33,8 +41,10 @@ def test_eval_scores_an_adapter_and_records_how(tmp_path: Path, capsys: pytest.C
     assert json.loads((tmp_path / "deeper" / "result.json").read_text()) == result
     config = json.loads((tmp_path / "results" / "eval_config.json").read_text())
     assert config["engine"] == "transformers"
-    assert config["meta"]["dtype"] == "float32"
+    assert config["engine_settings"]["dtype"] == "float32"
     assert config["meta"]["adapter_files_sha256"]["adapter_model.safetensors"]
+    assert config["meta"]["config_src"]["path"] == str(tmp_path / "recipe.json")
+    assert config["meta"]["config_src"]["sha256"].startswith("44136fa355b3678a")  # of {}
 
 
 def test_edit_can_evaluate_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
