@@ -1,0 +1,56 @@
+"""Eight variants in one sweep against eight runs of `edit` and `eval`: ``python -m benchmarks.sweep [ENGINE]``.
+
+Both sides start from nothing, on the embedded model and the same problems, one command after another.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from spectral_fast import embedded
+
+GAINS = [(amp, sup) for amp in (1.1, 1.25, 1.5, 2.0) for sup in (0.5, 0.8)]
+SAMPLES = 64
+
+
+def command(*words: object) -> float:
+    """Seconds that a command of ours took."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "spectral_fast", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def main(engine: str = "vllm") -> None:
+    """Measure both, and print the ratio."""
+    base, lora = embedded.base_model_dir(), embedded.adapter_dir()
+    calibration = ["--calib_data", embedded.calibration_file(), "--calib_samples", 8]
+    task = ["--eval_data", embedded.heldout_file(), "--fewshot", 0, "--max_samples", SAMPLES, "--max_tokens", 96]
+    task += ["--engine", engine, "--dtype", "fp32", "--max_model_len", 512, "--base_model", base]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        config = {"lora_local_path": str(lora), "edit_mode": "abs_select"}
+        lines = [{**config, "amp_factor": amp, "sup_factor": sup} for amp, sup in GAINS]
+        (root / "configs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        together = ["sweep", root / "configs.jsonl", "--out_dir", root / "sweep", *task, *calibration]
+        one = command(*together, "--controls", 0)  # the original adapter is evaluated, too
+        apart = 0.0
+        for i, (amp, sup) in enumerate(GAINS):
+            edited = root / f"edited{i}"
+            gains = ["--amp_factor", amp, "--sup_factor", sup, "--dtype", "fp32"]
+            apart += command(
+                "edit", "--base_model", base, "--lora_path", lora, "--out_dir", edited, *calibration, *gains
+            )
+            apart += command("eval", "--lora_dir", edited, *task)
+    print(
+        f"{engine}: 8 variants and the original in one sweep {one:.1f} s; 8 times edit and eval {apart:.1f} s;", end=" "
+    )
+    print(f"{apart / one:.1f} times as long")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
