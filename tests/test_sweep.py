@@ -46,9 +46,9 @@ def test_equal_work_is_done_once_and_everything_in_one_engine(done: tuple[Path, 
 
 
 def test_a_finished_sweep_runs_nothing_again(done: tuple[Path, Path, dict]) -> None:
-    folder, out, _ = done
+    folder, out, result = done
     before, calls = tables(out), len(FakeEngine.calls)
-    sweep(folder / "configs.jsonl", out)
+    assert sweep(folder / "configs.jsonl", out) == result
     assert len(FakeEngine.calls) == calls
     assert tables(out) == before
 

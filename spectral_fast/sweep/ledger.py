@@ -26,11 +26,11 @@ class Ledger:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write an entry, and return when it would outlive a power cut."""
-        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
-        while line:
-            line = line[os.write(self._descriptor, line) :]
+        rest = line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
         os.fsync(self._descriptor)
-        self.entries.append(dict(entry))
+        self.entries.append(json.loads(line))  # as a later sweep will read it: lists, not tuples
 
 
 @contextmanager
