@@ -32,7 +32,10 @@ test-browser: $(VENV)/installed-test
 
 # Evaluation and sweeps with the real vLLM on a CPU, in an environment of its own: vLLM wants its own numpy, and the
 # torchvision, torchaudio and torchcodec that come with it do not fit this torch. It would bind itself to the first core, where
-# others may be at work.
+# others may be at work. Its LoRA gathers an adapter per token on a CPU: glibc shall keep that memory, page faults are slow.
+test-vllm: export MALLOC_MMAP_THRESHOLD_ = 2000000000
+test-vllm: export MALLOC_TRIM_THRESHOLD_ = 20000000000
+test-vllm: export MALLOC_TOP_PAD_ = 200000000
 test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm -s -W default -o timeout=800 --durations=20
 
