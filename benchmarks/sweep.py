@@ -15,7 +15,7 @@ from pathlib import Path
 from spectral_fast import embedded
 
 GAINS = [(amp, sup) for amp in (1.1, 1.25, 1.5, 2.0) for sup in (0.5, 0.8)]
-SAMPLES = 64
+SAMPLES = 32
 
 
 def command(*words: object) -> float:
@@ -30,7 +30,7 @@ def main(engine: str = "vllm") -> None:
     base, lora = embedded.base_model_dir(), embedded.adapter_dir()
     calibration = ["--calib_data", embedded.calibration_file(), "--calib_samples", 8]
     task = ["--eval_data", embedded.heldout_file(), "--fewshot", 0, "--max_samples", SAMPLES, "--max_tokens", 96]
-    task += ["--engine", engine, "--dtype", "fp32", "--max_model_len", 512, "--base_model", base]
+    task += ["--engine", engine, "--dtype", "fp32", "--max_model_len", 512, "--enforce_eager", "--base_model", base]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         config = {"lora_local_path": str(lora), "edit_mode": "abs_select"}
