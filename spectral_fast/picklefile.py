@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_fast.tensorfile import Put, TensorInfo, check_replacement, refuse_lfs_pointer
+from spectral_fast.tensorfile import Put, TensorInfo, check_replacement, refuse_lfs_pointer, reshaped
 
 
 class PickleFile:
@@ -56,15 +56,23 @@ class PickleFile:
         return self.tensors[name].empty(memory).copy_(self._state[name].detach())
 
     @contextmanager
-    def rewriting(self, path: Path) -> Iterator[Put]:
-        """Save this state dict anew at `path`, in the same format and key order, with what is put in place."""
+    def rewriting(self, path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[Put]:
+        """Save this state dict anew at `path`, in the same format and key order, with what is put in place.
+
+        Args:
+            path: the new file.
+            shapes: name -> shape of tensors that get another one; those must be put.
+        """
         state = self._load()
-        missing = dict(self.tensors)
+        expected = reshaped(self.tensors, shapes or {})
+        missing = dict(expected)
 
         def put(name: str, tensor: Tensor) -> None:
-            check_replacement(path, name, tensor, self.tensors, missing)
+            check_replacement(path, name, tensor, expected, missing)
             del missing[name]
             state[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
         yield put
+        if unmet := [name for name in shapes or {} if name in missing]:
+            raise ValueError(f"{path}: {unmet[0]} was to get another shape, and was never given")
         torch.save(state, path, _use_new_zipfile_serialization=zipfile.is_zipfile(self.path))

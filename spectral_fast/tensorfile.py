@@ -135,10 +135,24 @@ class SafetensorsFile:
         return tensor
 
     @contextmanager
-    def rewriting(self, path: Path) -> Iterator[Put]:
-        """Write this file anew at `path`: the tensors that are put, every other byte as it is."""
-        with writing_safetensors(path, self.layout, carry_from=self) as put:
+    def rewriting(self, path: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[Put]:
+        """Write this file anew at `path`: the tensors that are put, every other byte as it is.
+
+        Args:
+            path: the new file.
+            shapes: name -> shape of tensors that get another one; those must be put.
+        """
+        layout = self.layout
+        if shapes:
+            metadata = json.loads(layout.header[8:]).get("__metadata__")
+            layout = Layout.of(reshaped(self.tensors, shapes), metadata)
+        with writing_safetensors(path, layout, carry_from=self) as put:
             yield put
+
+
+def reshaped(tensors: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+    """The tensors of a file, some of them of another shape."""
+    return dict(tensors) | {name: TensorInfo(tensors[name].dtype, shape) for name, shape in shapes.items()}
 
 
 @contextmanager

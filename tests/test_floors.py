@@ -31,6 +31,7 @@ FLOORS = {
     "statistics": 4,
     "calibration": 5,
     "edit": 5,
+    "prune": 5,
     "embedded": 6,
     "evaluation": 6,
     "report": 6,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_fast.adapter.naming import CONFIG, LoraModule, take_inventory
+from spectral_fast.adapter.naming import CONFIG, LoraModule, take_inventory, with_ranks
 from spectral_fast.atomic import check_out_dir, replace_directory
 from spectral_fast.picklefile import PickleFile
 from spectral_fast.provenance import sha256_file
@@ -201,6 +201,7 @@ class Adapter:
         out_dir: Path | str,
         extra_files: Mapping[str, bytes | Callable[[], bytes]] | None = None,
         *,
+        ranks: Mapping[str, int] | None = None,
         overwrite: bool = False,
         check_finite: bool = True,
     ) -> Iterator[Callable[[LoraModule, Tensor, Tensor], None]]:
@@ -211,30 +212,37 @@ class Adapter:
         Args:
             out_dir: the new folder; it appears complete when the block ends well, or not at all.
             extra_files: name -> content of files to add or replace; functions are called at the end.
+            ranks: name of a module -> its rank in the copy, where it changes; the config says so, and keeps scalings.
             overwrite: replace an adapter that is in `out_dir`.
             check_finite: look for NaN and infinity in the factors; off for who knows that there is none.
 
         Yields:
-            put(module, b (m, r), a (r, n)), for any thread and in any order: factors in the stored dtype.
+            put(module, b (m, r), a (r, n)), for any thread and in any order: factors in the stored dtype. Modules
+            of another rank must all be put.
 
         Raises:
             ValueError: factors that are not finite or not of the stored dtype and shape, a module that is
-                unknown or repeated, or an `out_dir` that overlaps with the source.
+                unknown or repeated, ranks that the config cannot say, or an `out_dir` that overlaps with the source.
             FileExistsError: `out_dir` is not empty, and `overwrite` is off or it is not an adapter.
         """
-        extra_files = extra_files or {}
+        extra_files, ranks = extra_files or {}, ranks or {}
+        if ranks:
+            config = with_ranks(self.config, self.modules, self.carried_modules, ranks)
+            extra_files = {**extra_files, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
         name = self.weights.path.name
         for extra in extra_files:
             if PurePath(extra).name != extra or extra in {name, ".."}:
                 raise ValueError(f"extra_files: {extra!r} must be the name of a file beside {name}")
         with replace_directory(out_dir, overwrite=overwrite, source=self.path, marker=CONFIG) as folder:
             _copy_folder(self.path, folder, (*_NOT_CONTENT, *WEIGHTS, *extra_files))
-            with self.weights.rewriting(folder / name) as put_tensor:
+            shapes = {key: shape for name, r in ranks.items() for key, shape in self._shapes(self.modules[name], r)}
+            with self.weights.rewriting(folder / name, shapes) as put_tensor:
 
                 def put(module: LoraModule, b: Tensor, a: Tensor) -> None:
-                    self._check_factors(module, b, a, check_finite)
-                    for key, factor in ((module.b_key, b), (module.a_key, a)):
-                        put_tensor(key, factor.reshape(self.weights.tensors[key].shape))
+                    r = ranks.get(module.name, module.r)
+                    self._check_factors(module, r, b, a, check_finite)
+                    for (key, shape), factor in zip(self._shapes(module, r), (b, a), strict=True):
+                        put_tensor(key, factor.reshape(shape))
 
                 yield put
             shutil.copymode(self.weights.path, folder / name)
@@ -254,10 +262,21 @@ class Adapter:
             for module, b, a in edited:
                 put(module, b, a)
 
-    def _check_factors(self, module: LoraModule, b: Tensor, a: Tensor, check_finite: bool) -> None:
+    @property
+    def carried_modules(self) -> list[str]:
+        """Names of the modules among `carried`: those that have factors, though not editable ones."""
+        return [name for name in self.carried if name not in self.weights.tensors]
+
+    def _shapes(self, module: LoraModule, r: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The stored shapes of lora_B and lora_A for rank r."""
+        b, a = (self.weights.tensors[key].shape for key in (module.b_key, module.a_key))
+        yield module.b_key, (b[0], r, *b[2:])
+        yield module.a_key, (r, *a[1:])
+
+    def _check_factors(self, module: LoraModule, r: int, b: Tensor, a: Tensor, check_finite: bool) -> None:
         if self.modules.get(module.name) != module:
             raise ValueError(f"{module.name} is not an editable module of {self.path}")
-        for key, factor, shape in ((module.b_key, b, (module.m, module.r)), (module.a_key, a, (module.r, module.n))):
+        for key, factor, shape in ((module.b_key, b, (module.m, r)), (module.a_key, a, (r, module.n))):
             if factor.shape != shape:
                 raise ValueError(f"{key} needs an edited factor of shape {shape}, got {tuple(factor.shape)}")
             if check_finite and not _is_finite(factor):

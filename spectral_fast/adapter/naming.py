@@ -216,12 +216,63 @@ def rank_and_scaling(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
     Raises:
         ValueError: r or alpha is not a number above 0, or a pattern is not a regular expression.
     """
-    name = name.removeprefix("base_model.model.")
+    name = _in_model(name)
     r = _by_pattern("rank_pattern", name, config, config.get("r", 8))
     alpha = _by_pattern("alpha_pattern", name, config, config.get("lora_alpha", 8))
     if type(r) is not int or r <= 0 or not isinstance(alpha, int | float):
         raise ValueError(f"{CONFIG} gives {name} r={r!r} and lora_alpha={alpha!r}; r must be above 0, both numbers")
     return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def with_ranks(
+    config: Mapping[str, Any], modules: Mapping[str, LoraModule], others: Iterable[str], ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """adapter_config.json for a copy in which some modules have another rank, and all their scaling.
+
+    alpha' = scaling · r', or scaling · sqrt(r') with use_rslora. Where all modules come to the same r and alpha, these
+    are the config's own; else the changed modules are named in rank_pattern and alpha_pattern, before what is there.
+
+    Args:
+        config: adapter_config.json as it is.
+        modules: name -> editable module.
+        others: names of modules whose factors are carried as they are.
+        ranks: name of a module -> its new rank.
+
+    Raises:
+        ValueError: PEFT makes base weights from r on loading, or no pattern can tell the modules apart.
+    """
+    if changes_base(config):
+        raise ValueError(
+            f"init_lora_weights={config['init_lora_weights']}: on loading, PEFT takes r directions out of the base "
+            "weights, so r cannot change; zero the channels instead, or convert the adapter to plain LoRA"
+        )
+    others = list(others)
+    wanted = {name: (module.r, module.scaling) for name, module in modules.items()}
+    wanted |= {name: rank_and_scaling(name, config) for name in others}
+    wanted |= {name: (r, wanted[name][1]) for name, r in ranks.items()}
+    resized = dict(config)
+    made = {name: (r, _alpha(r, scaling, config)) for name, (r, scaling) in wanted.items()}
+    if not others and len(set(made.values())) == 1:
+        [(resized["r"], resized["lora_alpha"])] = set(made.values())
+        resized |= {"rank_pattern": {}, "alpha_pattern": {}}
+    else:  # longer names first: a pattern matches the end of a name, too
+        for option, index in (("rank_pattern", 0), ("alpha_pattern", 1)):
+            own = {_in_model(name): made[name][index] for name in sorted(ranks, key=len, reverse=True)}
+            resized[option] = own | {key: v for key, v in (config.get(option) or {}).items() if key not in own}
+    for name, (r, scaling) in wanted.items():
+        got_r, got_scaling = rank_and_scaling(name, resized)
+        if got_r != r or not math.isclose(got_scaling, scaling, rel_tol=1e-12):
+            raise ValueError(f"no rank_pattern gives {name} rank {r} beside the other modules' patterns; got {got_r}")
+    return resized
+
+
+def _alpha(r: int, scaling: float, config: Mapping[str, Any]) -> int | float:
+    alpha = scaling * (math.sqrt(r) if config.get("use_rslora") else r)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def _in_model(name: str) -> str:
+    return name.removeprefix("base_model.model.")
 
 
 def _by_pattern(option: str, name: str, config: Mapping[str, Any], default: Any) -> Any:

@@ -28,12 +28,14 @@ def add_command(commands: Any, name: str, run: Callable[..., Any], help: str, ex
     return parser
 
 
-def add_adapter_flags(parser: argparse.ArgumentParser, out_dir: str) -> None:
+def add_adapter_flags(
+    parser: argparse.ArgumentParser, out_dir: str, selection: type[SelectionOptions] = SelectionOptions
+) -> None:
     """Flags of commands that read an adapter and write a folder."""
     parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
     parser.add_argument("--out_dir", required=True, type=Path, help=out_dir)
     parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds something")
-    add_flags(parser.add_argument_group("modules"), SelectionOptions)
+    add_flags(parser.add_argument_group("modules"), selection)
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, base_model_required: bool) -> None:

@@ -1,0 +1,184 @@
+"""Rank channels of LoRA: how much each term of ΔW = Σ b_k a_k matters, and an adapter without the least of them.
+
+A channel is a column of B with its row of A, as they are stored. In an adapter that `edit` wrote they are the singular
+directions: pruning by sensitivity is `edit` with sup_factor 0, after which `prune` leaves out what is zero.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_fast.adapter import Adapter, LoraModule
+from spectral_fast.options import check, option
+from spectral_fast.pipeline import in_order
+from spectral_fast.provenance import versions
+
+META = "channel_prune_meta.json"
+Progress = Callable[[Sequence[LoraModule]], Iterable[LoraModule]]
+
+
+@dataclass(frozen=True)
+class PruneOptions:
+    """Which channels of every module are kept."""
+
+    method: str = option(
+        "channel_energy",
+        "score of channel k: |b_k|^2 |a_k|^2, |b_k|^2, or drawn at random",
+        choices=("channel_energy", "magnitude_B", "random"),
+    )
+    keep_ratio: float = option(0.5, "share of a module's channels that is kept, rounded up", low=0.0, high=1.0)
+    seed: int = option(0, "seed of the random method")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def keep(self, r: int) -> int:
+        """How many of r channels are kept: max(1, min(r, ⌈keep_ratio r⌉))."""
+        return max(1, min(r, math.ceil(self.keep_ratio * r)))
+
+    def scorer(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The score as a function of B (m, r) and A (r, n), giving (r,) float64 on the CPU.
+
+        For `random` it draws from one stream: the result depends on the order of its calls, and on r alone.
+        """
+        if self.method == "random":
+            draw = random.Random(self.seed).random
+            return lambda b, _: torch.tensor([draw() for _ in range(b.shape[1])], dtype=torch.float64)
+        if self.method == "magnitude_B":
+            return lambda b, _: _energy(b, 0)
+        return channel_energy
+
+    def kept(self, scores: Tensor) -> Tensor:
+        """(r,) bool: the channels with the highest scores."""
+        mask = torch.zeros(len(scores), dtype=torch.bool)
+        mask[scores.topk(self.keep(len(scores))).indices] = True
+        return mask
+
+
+def channel_energy(b: Tensor, a: Tensor) -> Tensor:
+    """‖b_k a_k‖_F² = ‖b_k‖² ‖a_k‖² of every channel of B (m, r) and A (r, n), as (r,) float64 on the CPU."""
+    return _energy(b, 0) * _energy(a, 1)
+
+
+def _energy(factor: Tensor, dim: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(factor.detach(), dim=dim, dtype=torch.float64)
+    return norms.square().cpu()
+
+
+@dataclass(frozen=True)
+class PrunedModule:
+    """What happened to one module: which channels were kept, and the energy of each, (r,)."""
+
+    kept: Tensor
+    energy: Tensor
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of Σ ‖b_k a_k‖² that the kept channels have."""
+        total = self.energy.sum().item()
+        return self.energy[self.kept].sum().item() / total if total else 1.0
+
+
+def prune_adapter(
+    adapter: Adapter,
+    options: PruneOptions,
+    out_dir: Path,
+    *,
+    modules: Sequence[LoraModule] | None = None,
+    compact: bool = False,
+    meta: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress = iter,
+) -> dict[str, PrunedModule]:
+    """Write a copy of an adapter in which every module has its best channels only.
+
+    The other channels are zero in B and A or, with `compact`, left out: the module then has a smaller rank, of which
+    adapter_config.json tells (rank_pattern), with the same scaling (alpha_pattern). Both copies stand for the same ΔW.
+    The copy has the source's format, dtypes and other files, DoRA magnitudes included, and `channel_prune_meta.json`.
+    It appears at once when complete, or not at all.
+
+    Args:
+        adapter: the adapter, opened; it is never touched.
+        options: score and share of the channels.
+        out_dir: folder to write, which must not hold anything unless `overwrite`.
+        modules: what to prune; by default every module that can be edited.
+        compact: make the rank smaller instead of zeroing channels.
+        meta: more entries for the "meta" part of `channel_prune_meta.json`.
+        overwrite: replace an adapter that is in `out_dir`.
+        progress: wraps the list of modules.
+
+    Returns:
+        module name -> what happened to it, in the order of `modules`.
+
+    Raises:
+        ValueError: factors that are not finite, named; or `compact` where the rank cannot change: PiSSA and other inits
+            that change the base weights by r, several adapters in one file, or patterns that cannot tell modules apart.
+        FileExistsError: out_dir holds something and `overwrite` is false.
+
+    Source: the channel scores are those of SparseLoRA-inspired pruning studies; see `spectral_fast.study`.
+    """
+    chosen = list(adapter.modules.values()) if modules is None else list(modules)
+    ranks = {module.name: options.keep(module.r) for module in chosen} if compact else {}
+    ranks = {name: r for name, r in ranks.items() if r != adapter.modules[name].r}
+    if ranks and any(why.startswith("belongs to adapter") for why in adapter.carried.values()):
+        raise ValueError(
+            f"{adapter.weights.path} holds several adapters under one config, which gives both the same ranks; "
+            "zero the channels instead"
+        )
+    score = options.scorer()
+    draws: dict[str, Tensor] = {}
+    if options.method == "random":  # in order, which threads do not keep
+        draws = {module.name: score(torch.empty(0, module.r), torch.empty(module.r, 0)) for module in chosen}
+    pruned: dict[str, PrunedModule] = {}
+
+    def prune(module: LoraModule, memory: Tensor) -> tuple[str, PrunedModule]:
+        b, a = adapter.read(module, memory)
+        energy = channel_energy(b, a)
+        kept = options.kept(draws[module.name] if draws else score(b, a))
+        if module.name in ranks:
+            put(module, b[:, kept], a[kept])
+        else:
+            b[:, ~kept] = 0
+            a[~kept] = 0
+            put(module, b, a)
+        return module.name, PrunedModule(kept, energy)
+
+    def record() -> bytes:
+        content = {
+            "meta": {
+                "lora_path": str(adapter.path),
+                "adapter_sha256": fingerprint(),
+                **asdict(options),
+                "compact": compact,
+                **(meta or {}),
+                "versions": versions(),
+            },
+            "modules": {
+                name: {
+                    "r": len(module.kept),
+                    "kept": module.kept.nonzero().squeeze(1).tolist(),
+                    "energy_kept": module.energy_kept,
+                }
+                for name, module in pruned.items()
+            },
+        }
+        return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+    threads = torch.get_num_threads()
+    slots = [adapter.memory_for(chosen) for _ in range(threads + 1)]
+    with (
+        adapter.fingerprint_meanwhile({}) as fingerprint,
+        adapter.rewriting(out_dir, {META: record}, ranks=ranks, overwrite=overwrite) as put,
+        in_order(prune, progress(chosen), slots, threads) as results,
+    ):
+        pruned.update(results)
+    return pruned
