@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_fast.calibration.tensors import Recipe, Tensors
 from spectral_fast.pipeline import in_order
-from spectral_fast.tensorfile import SafetensorsFile
 
 INSTEAD = "run without --stream"
 Part = str | int  # a decoder layer by its number, or one of:
 EMBEDDINGS, HEAD, OTHER = "embeddings", "head", "other"
-_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -43,16 +40,7 @@ class Slot:
             self.module._buffers[self.name] = value
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """How tensors of the checkpoint become tensors of the model: under another name, or by a conversion."""
-
-    target: str
-    converter: Any | None
-    sources: list[tuple[str | None, str]]  # pattern of the converter, key in the checkpoint
-
-
-class Weights:
+class Weights(Tensors):
     """A model's weights on disk, in parts: each decoder layer, the input embeddings, the head, and the small rest.
 
     Names and layouts are converted with transformers' own rules. Everything is checked when this is made: no weight
@@ -74,34 +62,20 @@ class Weights:
     """
 
     def __init__(self, model: Any, files: Sequence[Path], layers: str, device: torch.device) -> None:
-        self.files, self.device, self.bytes_read = list(files), device, 0
-        self._model = model
-        self._metas: dict[str, Tensor] = {name: meta.to("meta") for name, meta in model.state_dict().items()}
-        self._wide: Mapping[str, torch.dtype] = model._get_dtype_plan(model.dtype)
-        shards = [SafetensorsFile(path) for path in files]
-        self._shards = {key: shard for shard in shards for key in shard.tensors}
-        made: dict[str, tuple[_Recipe, Tensor]] = {}
-        for recipe in _recipes(model, self._metas, self._shards):
-            for name, meta in self._convert(recipe, self._meta_source).items():
-                made[name] = recipe, meta
+        super().__init__(model, files)
+        self.device, self.bytes_read = device, 0
         ends = {model.get_input_embeddings(): EMBEDDINGS, model.get_output_embeddings(): HEAD}
-        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
         self._slots: dict[Part, list[tuple[Slot, str]]] = {}
-        self._recipes: dict[Part, list[_Recipe]] = {}
+        self._recipes: dict[Part, list[Recipe]] = {}
         for name, meta in self._metas.items():
             path, _, attribute = name.rpartition(".")
             slot = Slot(model.get_submodule(path), attribute, meta)
             layer = re.match(rf"{re.escape(layers)}\.(\d+)\.", name)
             part: Part = int(layer[1]) if layer else ends.get(slot.module, OTHER)
-            source = next((alias for alias in _aliases(name, tied) if alias in made), None)
+            source = self.source(name)
             if source is None:
                 raise ValueError(f"{files[0].parent} has no weights for {name} of {type(model).__name__}")
-            recipe, found = made[source]
-            if found.shape != meta.shape:
-                raise ValueError(
-                    f"{name} is {tuple(meta.shape)} in the model that config.json describes, but "
-                    f"{tuple(found.shape)} in {files[0].parent}"
-                )
+            recipe = self._made[source][0]
             self._slots.setdefault(part, []).append((slot, source))
             recipes = self._recipes.setdefault(part, [])
             if not any(recipe is known for known in recipes):
@@ -161,45 +135,12 @@ class Weights:
         self.bytes_read += self.nbytes(part)
         return values if stream is None else _on_device(values, stream)
 
-    def _source(self, mappings: dict[Path, Tensor], dtype: torch.dtype | None, key: str) -> Tensor:
-        """A tensor of the checkpoint, as a view of its mapped file if it need not be changed.
-
-        Files are mapped anew for every part, so that pages leave memory with the part's last tensor.
-        """
-        shard = self._shards[key]
-        info, offset = shard.tensors[key], shard.layout.offsets[key]
-        if shard.path not in mappings:
-            size = shard.path.stat().st_size
-            mappings[shard.path] = torch.from_file(str(shard.path), shared=False, size=size, dtype=torch.uint8)
-        with shard.path.open("rb") as file:
-            if hasattr(os, "posix_fadvise"):  # not on macOS
-                os.posix_fadvise(file.fileno(), offset, info.nbytes, os.POSIX_FADV_WILLNEED)
-        raw = mappings[shard.path][offset : offset + info.nbytes]
-        raw[::_PAGE].sum()  # brings the pages in now, in this thread
-        if offset % info.dtype.itemsize:
-            raw = raw.clone()
-        value = raw.view(info.dtype).view(info.shape)
-        return value if dtype is None or not value.is_floating_point() else value.to(dtype)
-
     def _dtype_of(self, name: str) -> torch.dtype | None:
         """The dtype that transformers would load a tensor in."""
         for pattern, dtype in self._wide.items():
             if re.search(pattern.replace("*", ".*"), name):
                 return dtype
         return self._metas[name].dtype
-
-    def _meta_source(self, key: str) -> Tensor:
-        info = self._shards[key].tensors[key]
-        return torch.empty(info.shape, dtype=info.dtype, device="meta")
-
-    def _convert(self, recipe: _Recipe, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        if recipe.converter is None:
-            return {recipe.target: read(recipe.sources[0][1])}
-        converter = deepcopy(recipe.converter)
-        for pattern, key in recipe.sources:
-            converter.add_tensor(recipe.target, key, pattern, partial(read, key))
-        made = converter.convert(recipe.target, model=self._model, config=self._model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
 def _on_device(values: Mapping[str, Tensor], computing: torch.cuda.Stream) -> dict[str, Tensor]:
@@ -211,37 +152,3 @@ def _on_device(values: Mapping[str, Tensor], computing: torch.cuda.Stream) -> di
     for copy in copies.values():
         copy.record_stream(computing)  # its memory is not used again before what computes with it is done
     return copies
-
-
-def _recipes(model: Any, names: Mapping[str, Tensor], keys: Iterable[str]) -> Iterable[_Recipe]:
-    """Which keys of the checkpoint make which tensors of the model, by the rules of transformers' `from_pretrained`.
-
-    Keys that the model has no use for (old buffers, heads of other tasks) are left out, as there.
-    """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-    except ImportError as error:
-        raise RuntimeError(f"--stream needs transformers 5 or later ({error}): upgrade it, or {INSTEAD}") from error
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    recipes: dict[str, _Recipe] = {}
-    for key in sorted(keys, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
-        if name not in names and key in names:  # the key is right as it is but for a prefix
-            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, names)
-        if name in names:
-            recipe = recipes.setdefault(name, _Recipe(name, by_pattern.get(pattern), []))
-            recipe.sources.append((pattern, key))
-    return recipes.values()
-
-
-def _aliases(name: str, tied: Mapping[str, str]) -> Iterator[str]:
-    """The name itself, and those of the tensors that it is tied to."""
-    yield name
-    origin = tied.get(name, name)
-    yield origin
-    yield from (other for other, source in tied.items() if source == origin)
