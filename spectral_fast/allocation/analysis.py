@@ -1,0 +1,225 @@
+"""Spectra of a model's layers: tail exponent, bulk and spikes of each, several matrices at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from spectral_fast.allocation.bulk import SIGMAS, Bulk, fit_bulk
+from spectral_fast.allocation.eigenvalues import eigenvalues, gram, slices
+from spectral_fast.allocation.layers import Layer
+from spectral_fast.allocation.tail import EPS, Floats, Tail, finger_tail, median_tail, searched_tail
+from spectral_fast.options import check, option
+
+METHODS = ("median", "goodness-of-fit", "fix-finger")
+_BESIDE = 200_000_000  # bytes beside the largest matrix's own: what small matrices may take together in any case
+
+
+@dataclass(frozen=True)
+class SpectralOptions:
+    """How a layer's spectrum is read; the defaults are the preset "paper"."""
+
+    power_law_fitting_method: str = option(
+        "median",
+        "where the tail begins: in the middle, where the fit is best (goodness-of-fit), or near the histogram's peak",
+        choices=METHODS,
+    )
+    xmin_position: int = option(2, "median: the tail is all above 1/xmin_position of the spectrum", low=2)
+    histogram_bins: int = option(100, "fix-finger: bins of the histogram", low=1)
+    finger_lower: str = option(
+        "log", "fix-finger: lower bound log10(0.95 x), as elsewhere, or 0.95 x", choices=("log", "linear")
+    )
+    filter_near_zero_eigenvalues: bool = option(False, "leave out eigenvalues below the threshold, if any is above")
+    eigenvalue_threshold: float = option(1e-5, "what counts as near zero", low=0)
+    conv_normalization: float = option(0.5, "factor of the eigenvalues of convolutions", positive=True)
+    conv_aspect: str = option(
+        "channels",
+        "M and N of a convolution: its channels, or the smallest and largest of (positions, out, in)",
+        choices=("channels", "slices"),
+    )
+    sigma_method: str = option("mean", "how the bulk's variance is estimated", choices=tuple(SIGMAS))
+    tw_method: str = option("ww", "how far the edge lies beyond the bulk", choices=("ww", "johnstone"))
+    apply_tracy_widom_correction: bool = option(True, "put the edge beyond the bulk's end by its fluctuations")
+    rescale: bool = option(True, "rescale eigenvalues to mean 1 before the edge is found")
+    minimum_eigenvalues: int = option(8, "layers with fewer have no exponent, and get no rank", low=2)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpectrum:
+    """What the spectrum of one layer says.
+
+    Attributes:
+        layer: the layer.
+        eigs: (values,) float64, ascending, of WᵀW without a factor 1/N; of all slices of a convolution together.
+        tail: the power law; None where there are too few eigenvalues, or all are zero.
+        bulk: the Marchenko-Pastur bulk; None where all are zero.
+    """
+
+    layer: Layer
+    eigs: Floats
+    tail: Tail | None
+    bulk: Bulk | None
+
+    @property
+    def spikes(self) -> int:
+        """Eigenvalues beyond the bulk's edge."""
+        return 0 if self.bulk is None else int((self.eigs > self.bulk.edge).sum())
+
+    def row(self) -> dict[str, Any]:
+        """Its row of the table; the columns up to num_spikes are the reference code's."""
+        alpha, largest, norm = self.tail.alpha if self.tail else np.nan, float(self.eigs[-1]), float(self.eigs.sum())
+        low, high = self.layer.sides
+        return {
+            "layer_index": self.layer.index,
+            "alpha_hill": alpha,
+            "spectral_norm": largest,
+            "D": self.tail.distance if self.tail else np.nan,
+            "layer_name": self.layer.name,
+            "eigs": self.eigs,
+            "norm": norm,
+            "alphahat": alpha * np.log10(largest + EPS),
+            "num_spikes": self.spikes,
+            "stable_rank": norm / largest if largest else 0.0,
+            "xmin": float(self.eigs[self.tail.start]) if self.tail else np.nan,
+            "bulk_edge": self.bulk.edge if self.bulk else 0.0,
+            "sigma_mp": self.bulk.sigma if self.bulk else 0.0,
+            "Q": self.bulk.q if self.bulk else high / low,
+            "shape": "x".join(map(str, self.layer.shape)),
+            "lora_parameters_per_rank": self.layer.cost,
+        }
+
+
+def as_table(found: Sequence[LayerSpectrum]) -> Any:
+    """A pandas.DataFrame of their rows, in the model's order."""
+    from pandas import DataFrame
+
+    return DataFrame([spectrum.row() for spectrum in found])
+
+
+def spectra(
+    layers: Sequence[Layer],
+    options: SpectralOptions | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[LayerSpectrum]:
+    """The spectrum of each layer, in the model's order.
+
+    Matrices are worked on side by side, each with one thread: with two cores that takes 0.6 of the time of one after
+    the other with two threads. The largest begin first. As many are in work as fit into four times the largest in
+    float32, so that memory is bounded by that and what is loaded besides.
+
+    Args:
+        layers: from `layers_of`.
+        options: how spectra are read.
+        device: where products and eigenvalues are computed; None for a GPU where there is one, else the CPU. MPS has no
+            float64, so a CPU works in its place.
+        progress: is told the number of layers that are done, each time.
+
+    Raises:
+        ValueError: NaN or infinity in a weight.
+    """
+    options = options or SpectralOptions()
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device("cpu") if where.type == "mps" else where
+    found: dict[int, LayerSpectrum] = {}
+    budget = max((16 * _numel(layer) for layer in layers), default=0)
+    with _one_thread_each() as cores, ThreadPoolExecutor(2 if where.type == "cuda" else cores) as pool:
+        for spectrum in _bounded(pool, lambda layer: _spectrum(layer, options, where), layers, budget):
+            found[spectrum.layer.index] = spectrum
+            progress(1)
+    return [found[layer.index] for layer in layers]
+
+
+def _bounded(
+    pool: ThreadPoolExecutor,
+    work: Callable[[Layer], LayerSpectrum],
+    layers: Sequence[Layer],
+    budget: int,
+) -> Iterator[LayerSpectrum]:
+    """Results as they come; no more in work than fits into the budget together, or one."""
+    waiting = sorted(layers, key=_memory, reverse=True)
+    running: dict[Future[LayerSpectrum], int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < pool._max_workers:
+                room = max(budget, _BESIDE) - sum(running.values())
+                fits = next((i for i, layer in enumerate(waiting) if _memory(layer) <= room), None)
+                if fits is None and running:
+                    break
+                layer = waiting.pop(fits or 0)
+                running[pool.submit(work, layer)] = _memory(layer)
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                del running[future]
+                yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _numel(layer: Layer) -> int:
+    return int(np.prod(layer.shape))
+
+
+def _memory(layer: Layer) -> int:
+    """Bytes at the peak: weight and Gram matrix, or the Gram matrix and the solver's copy of it."""
+    k, _ = layer.sides
+    count = _numel(layer) // (layer.shape[0] * layer.shape[1])
+    return max(layer.nbytes + 8 * count * k**2, 8 * (count + 1) * k**2)
+
+
+def _spectrum(layer: Layer, options: SpectralOptions, device: torch.device) -> LayerSpectrum:
+    with torch.inference_mode():
+        grams = [gram(matrix, device) for matrix in slices(layer.read())]
+        if not all(bool(torch.isfinite(g.diagonal()).all()) for g in grams):
+            raise ValueError(f"{layer.name} has NaN or infinity among its weights: there is no spectrum to take")
+        eigs = eigenvalues(grams).numpy()
+    if len(layer.shape) > 2:
+        eigs = eigs * options.conv_normalization
+    if options.filter_near_zero_eigenvalues and (eigs > options.eigenvalue_threshold).any():
+        eigs = eigs[eigs > options.eigenvalue_threshold]
+    if not eigs[-1]:
+        return LayerSpectrum(layer, eigs, None, None)
+    tail = _tail(eigs, options) if len(eigs) >= options.minimum_eigenvalues else None
+    m, n = layer.sides
+    if len(layer.shape) > 2 and options.conv_aspect == "slices":
+        sizes = (*layer.shape[:2], int(np.prod(layer.shape[2:])))
+        m, n = min(sizes), max(sizes)
+    bulk = fit_bulk(
+        eigs,
+        m,
+        n,
+        sigma_method=options.sigma_method,
+        tw_method=options.tw_method,
+        tracy_widom=options.apply_tracy_widom_correction,
+        rescale=options.rescale,
+    )
+    return LayerSpectrum(layer, eigs, tail, bulk)
+
+
+def _tail(eigs: Floats, options: SpectralOptions) -> Tail:
+    if options.power_law_fitting_method == "median":
+        return median_tail(eigs, options.xmin_position)
+    if options.power_law_fitting_method == "fix-finger":
+        return finger_tail(eigs, options.histogram_bins, lower=options.finger_lower)
+    return searched_tail(eigs)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """Within the context torch uses one thread per caller; gives how many callers there may be."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield min(threads, os.cpu_count() or 1)
+    finally:
+        torch.set_num_threads(threads)
