@@ -14,7 +14,20 @@ from typing import NoReturn
 
 from spectral_fast._version import __version__
 from spectral_fast.calibration.ranks import launched
-from spectral_fast.cli import bench, demo, edit, evaluate, humaneval, info, lm_eval, probe, prune, sweep
+from spectral_fast.cli import (
+    bench,
+    demo,
+    edit,
+    evaluate,
+    humaneval,
+    info,
+    lm_eval,
+    predictors,
+    probe,
+    prune,
+    sweep,
+    toy,
+)
 from spectral_fast.usage import UsageError
 
 RANK_0_SPEAKS = 10.0  # seconds after which it surely has
@@ -80,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"spectral-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (edit, prune, probe, evaluate, humaneval, lm_eval, sweep, demo, bench, info):
+    for module in (edit, prune, probe, evaluate, humaneval, lm_eval, sweep, toy, predictors, demo, bench, info):
         command = module.add(commands)
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
         command.set_defaults(parser=command)

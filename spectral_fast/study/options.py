@@ -1,0 +1,39 @@
+"""Settings of the study's commands, which are also their flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spectral_fast.options import check, option
+
+
+@dataclass(frozen=True)
+class ToyOptions:
+    """Sizes and number of the random matrices."""
+
+    n: int = option(128, "rows", low=1)
+    m: int = option(64, "columns", low=1)
+    ranks: tuple[int, ...] = option((8, 16, 32), "ranks, and numbers of columns kept")
+    trials: int = option(200, "matrices per rank", low=2)
+    seed: int = option(0, "seed of all draws", low=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.ranks or min(self.ranks) < 1:
+            raise ValueError(f"ranks must be one or more, each at least 1; got {' '.join(map(str, self.ranks))}")
+
+
+@dataclass(frozen=True)
+class PredictorOptions:
+    """Which matrices of a model to inspect, and how much of each to keep."""
+
+    rank: int = option(8, "triplets, columns or rows that are kept", low=1)
+    run_experiment: bool = option(False, "draw one matrix beside its reconstructions")
+    keep_ratio: float = option(0.3, "share of the triplets, columns or rows kept for that", low=0.0, high=1.0)
+    experiment_param: str = option("", "the parameter for that; the last one inspected if left out")
+    seed: int = option(0, "seed of the random triplets and factors", low=0)
+    max_layers: int = option(200, "most two-dimensional parameters to look at", low=1)
+    max_elems: int = option(10_000_000, "parameters with more elements are skipped", low=1)
+
+    def __post_init__(self) -> None:
+        check(self)
