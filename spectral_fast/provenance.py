@@ -11,7 +11,7 @@ from threading import Event
 
 from spectral_fast._version import __version__
 
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "datasets", "numpy", "vllm", "triton")
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "datasets", "trl", "numpy", "vllm", "triton")
 
 
 def versions() -> dict[str, str]:

@@ -42,14 +42,19 @@ class Example:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
+def prompt_and_completion(question: str, answer: str) -> tuple[str, str]:
+    """A question and its answer as a model has them, the completion without the end-of-sequence token."""
+    return f"Question: {question}\nAnswer:", f" {answer}"
+
+
 def encode_question_answer(tokenizer: Any, question: str, answer: str) -> Example:
     """Prompt "Question: {q}", newline, "Answer:"; then " {a}" and the end-of-sequence token as labels.
 
     No token stands before the prompt, whose length is that of the prompt tokenised alone, as in the method's own
     calibration.
     """
-    prompt = f"Question: {question}\nAnswer:"
-    full = f"{prompt} {answer}{tokenizer.eos_token or ''}"
+    prompt, completion = prompt_and_completion(question, answer)
+    full = f"{prompt}{completion}{tokenizer.eos_token or ''}"
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return Example.continuation(tokenizer(full, add_special_tokens=False)["input_ids"], len(prompt_ids))
 

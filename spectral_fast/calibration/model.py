@@ -74,8 +74,14 @@ def load_tokenizer(base_model: str, options: ModelOptions) -> Any:
     return from_pretrained(AutoTokenizer, base_model, options)
 
 
-def load_model(base_model: str, options: ModelOptions, adapter: Adapter | None = None) -> Any:
+def load_model(base_model: str, options: ModelOptions, adapter: Adapter | None = None, **kwargs: Any) -> Any:
     """A causal language model in evaluation mode, with the adapter (if any) loaded by PEFT under the name "default".
+
+    Args:
+        base_model: folder or hub name.
+        options: device, dtype and source.
+        adapter: to be loaded on it.
+        kwargs: what else transformers' `from_pretrained` shall know, e.g. another quantisation.
 
     Raises:
         FileNotFoundError: if `base_model` is neither a model folder nor to be had from the hub.
@@ -87,10 +93,10 @@ def load_model(base_model: str, options: ModelOptions, adapter: Adapter | None =
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device, dtype = options.resolved()
-    how: dict[str, Any] = {"dtype": dtype}
+    how: dict[str, Any] = {"dtype": dtype, **kwargs}
     if options.load_in_4bit:
         how["quantization_config"] = _four_bits(dtype)
-    placed = options.device_map != "none" or options.load_in_4bit
+    placed = options.device_map != "none" or "quantization_config" in how
     if placed:
         how["device_map"] = {"": device} if options.device_map == "none" else options.device_map
     config = from_pretrained(AutoConfig, base_model, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,14 @@ def compute_dtype(layer: Any) -> torch.dtype | None:
     return getattr(layer, "compute_dtype", None) or found
 
 
-def keep_differentiable(model: nn.Module) -> None:
+def keep_differentiable(model: nn.Module, *, always: bool = False) -> None:
     """Put bitsandbytes' 4-bit layers in training mode.
 
     On a CPU one in evaluation mode packs its weights for good in a form that gradients do not go through.
+
+    Args:
+        model: with such layers, or without.
+        always: they stay in it when the model is put in evaluation mode, as a trainer does in between.
 
     Raises:
         ValueError: naming a layer that is packed so already.
@@ -45,6 +50,12 @@ def keep_differentiable(model: nn.Module) -> None:
                     "gradients do not go through them; load the model again, and calibrate first"
                 )
             layer.training = True
+            if always:
+                layer.train = partial(_unchanged, layer)
+
+
+def _unchanged(layer: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001 (that of nn.Module.train)
+    return layer
 
 
 def _bitsandbytes() -> Any:

@@ -27,6 +27,7 @@ from spectral_fast.cli import (
     prune,
     sweep,
     toy,
+    train,
 )
 from spectral_fast.usage import UsageError
 
@@ -38,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What torch's import has left: looking through it again and again takes a third of a second in a large edit.
     gc.freeze()
     parser = _parser()
-    args = parser.parse_args([_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)])
+    words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    args, rest = parser.parse_known_args(words)
+    if rest and args.command != "train":  # which has the fields of TRL's SFTConfig as flags, too
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -93,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"spectral-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (edit, prune, probe, evaluate, humaneval, lm_eval, sweep, toy, predictors, demo, bench, info):
+    for module in (edit, prune, probe, evaluate, humaneval, lm_eval, sweep, train, toy, predictors, demo, bench, info):
         command = module.add(commands)
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
         command.set_defaults(parser=command)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from spectral_fast.yamlfile import parse_yaml
 
 SCALARS = (str, int, float, bool, type(None))
 LISTS = ("target_modules", "eval_stop", "eval_stop_words")  # keys whose values are lists
@@ -97,28 +96,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _yaml(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    try:
-        content = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"{path} is not YAML that can be read: {error}") from error
+    content = parse_yaml(path, text)
     grids = content if isinstance(content, list) else [] if content is None else [content]
     for number, given in enumerate(grids, start=1):
         yield (path.name if len(grids) == 1 else f"{path.name} item {number}"), given
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Safe YAML in which a key may stand only once, and 1e-4 is a number."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for key in keys:
-            if keys.count(key) > 1 and not getattr(node, "merged", False):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands there twice", node.start_mark)
-        node.merged = True  # the keys of << are put before a node's own now, and may be the same
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)

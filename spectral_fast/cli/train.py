@@ -1,0 +1,51 @@
+"""`train`: a LoRA adapter from a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from spectral_fast.cli.common import add_command
+from spectral_fast.options import add_flags
+from spectral_fast.progress import counter
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Add the command's parser."""
+    from spectral_fast.training.settings import SECTIONS
+
+    parser = add_command(
+        commands,
+        "train",
+        _run,
+        "train a LoRA adapter by TRL's SFTTrainer, of one rank or of ranks by the spectra of the base weights; "
+        "every field of TRL's SFTConfig (--learning_rate, --max_steps, --output_dir ...) is a flag, too",
+        "spectral-fast train --config FILE.yaml --learning_rate 1e-4",
+    )
+    parser.add_argument("--config", type=Path, help="YAML with keys named like the flags, which win over it")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in output_dir")
+    for name, cls in SECTIONS.items():
+        add_flags(parser.add_argument_group(name), cls)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from spectral_fast.training import load, train
+
+    settings = load(args.config, vars(args), args.rest)
+    result = train(settings, overwrite=args.overwrite, progress=counter)
+    loss = f"loss {result['train_loss']:.4f}"
+    if "eval_loss" in result:
+        loss += f", on held-out data {result['eval_loss']:.4f}"
+    lines = [
+        f"trained {result['trainable_parameters']:,} parameters for {result['steps']} steps, {loss}",
+        f"-> {result['final_checkpoint']}",
+    ]
+    if settings.model.use_peft:
+        lines.append(
+            f"next: spectral-fast eval --base_model {settings.model.name} --lora_dir {result['final_checkpoint']}"
+        )
+    return result, "\n".join(lines)

@@ -1,0 +1,121 @@
+"""The folder of a run: checkpoints of the trainer, the record of the settings, the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from spectral_fast.atomic import replace_file
+from spectral_fast.training.settings import Settings
+
+PARAMETERS, FINAL = "training_params.json", "final_checkpoint"
+# What must not differ between a checkpoint and the run that goes on with it.
+_SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes, and where it goes on.
+
+    Attributes:
+        path: `output_dir`.
+        checkpoint: the folder of the trainer's to resume from; None for a run from the beginning.
+    """
+
+    path: Path
+    checkpoint: Path | None
+
+    @classmethod
+    def of(cls, settings: Settings, overwrite: bool) -> RunFolder:
+        """The folder that the settings name; nothing is changed yet.
+
+        Raises:
+            FileExistsError: it holds an earlier run, which is neither resumed nor to be replaced, or something else.
+            FileNotFoundError: the checkpoint to resume from is not there.
+        """
+        path, wanted = Path(settings.training.output_dir), settings.training.resume_from_checkpoint
+        if wanted is not None and wanted.lower() != "false":
+            return cls(path, _checkpoint(path, wanted))
+        occupied = [*_checkpoints(path), *(path / name for name in (FINAL, PARAMETERS))]
+        existing = next((file for file in occupied if file.exists()), None)
+        if existing is not None and not overwrite:
+            raise FileExistsError(
+                f"{existing} is there from an earlier run: --overwrite it, go on with it by --resume_from_checkpoint "
+                "latest, or choose another output_dir"
+            )
+        if existing is not None and not (path / PARAMETERS).is_file():
+            raise FileExistsError(f"{path} is not overwritten: it has no {PARAMETERS}, so it is something else")
+        return cls(path, None)
+
+    def check(self, config: Any) -> None:
+        """Refuse to go on with an adapter of other ranks.
+
+        Raises:
+            ValueError: naming what differs from PEFT's `config`.
+        """
+        from peft import PeftConfig
+
+        if self.checkpoint is None or config is None:
+            return
+        old = PeftConfig.from_pretrained(str(self.checkpoint))
+        for name in _SAME:
+            before, now = getattr(old, name, None), getattr(config, name)
+            if before != now:
+                raise ValueError(
+                    f"{self.checkpoint} has {name} = {str(before)[:80]}, this run {str(now)[:80]}; give the same"
+                )
+
+    def begin(self, settings: Settings) -> None:
+        """Delete the checkpoints of a run that is replaced, and write the settings."""
+        if self.checkpoint is None:
+            for old in _checkpoints(self.path):
+                shutil.rmtree(old)
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = {
+            "loramodel_args": asdict(settings.model),
+            "training_args": settings.training.to_dict(),  # without the user's tokens
+            "data_args": {**asdict(settings.data), "log_file_path": str(self._log_file(settings))},
+            "rank_assignment_args": asdict(settings.ranks),
+        }
+        replace_file(self.path / PARAMETERS, json.dumps(content, indent=4) + "\n")
+
+    @contextmanager
+    def log(self, settings: Settings) -> Iterator[logging.Logger]:
+        """A logger that writes to {run_name}.log, which a resumed run continues."""
+        file = self._log_file(settings)
+        handler = logging.FileHandler(file, mode="w" if self.checkpoint is None else "a", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        logger = logging.Logger("spectral_fast.training", logging.INFO)  # no child of the root, whose handlers print
+        logger.addHandler(handler)
+        try:
+            yield logger
+        finally:
+            handler.close()
+
+    def _log_file(self, settings: Settings) -> Path:
+        return self.path / f"{settings.run_name}.log"
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """The trainer's, the oldest first."""
+    found = {int(m[1]): p for p in path.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def _checkpoint(path: Path, wanted: str) -> Path:
+    """The one that is meant."""
+    if wanted.lower() in ("true", "latest"):
+        found = _checkpoints(path)
+        if not found:
+            raise FileNotFoundError(f"{path} has no checkpoint to resume from; leave out resume_from_checkpoint")
+        return found[-1]
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise FileNotFoundError(f"{wanted} is no checkpoint of a trainer: it has no trainer_state.json")
+    return Path(wanted)

@@ -1,0 +1,119 @@
+"""A training from its settings to an adapter on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+from spectral_fast.atomic import replace_directory
+from spectral_fast.calibration.model import load_model, load_tokenizer
+from spectral_fast.calibration.quantised import keep_differentiable
+from spectral_fast.provenance import versions
+from spectral_fast.training.adapter import lora_config, quantization
+from spectral_fast.training.data import load_split
+from spectral_fast.training.folder import FINAL, RunFolder
+from spectral_fast.training.settings import Settings
+
+Counter = Callable[[str, int], AbstractContextManager[Callable[[int], object] | None]]
+_TEMPLATES = (".jinja", ".j2")  # TRL takes other files for tokenizers
+
+
+def train(
+    settings: Settings, *, overwrite: bool = False, progress: Counter = lambda *_: nullcontext()
+) -> dict[str, Any]:
+    """Train as the settings say, by TRL's SFTTrainer.
+
+    Writes, in `output_dir`: training_params.json, {run_name}.log, checkpoints as asked for, and at the end
+    final_checkpoint/, an adapter as PEFT has it (a whole model without `use_peft`) with its tokenizer.
+
+    Args:
+        settings: see `settings.load`.
+        overwrite: replace what an earlier run left in `output_dir`; its checkpoints are deleted.
+        progress: called with a description and the number of steps; a context that gives a function to be told how
+            many more are done.
+
+    Returns:
+        {output_dir, final_checkpoint, steps, train_loss, eval_loss, seconds, trainable_parameters, rank_pattern}; no
+        eval_loss without held-out data, no rank_pattern without an adapter.
+
+    Raises:
+        FileExistsError, FileNotFoundError: as `RunFolder.of`.
+        FileNotFoundError, RuntimeError, ValueError: as `load_split`, `load_model`, `lora_config` and `quantization`.
+    """
+    model = settings.model
+    quantized = quantization(model)
+    folder = RunFolder.of(settings, overwrite)
+    tokenizer = load_tokenizer(model.name, model.loading())
+    rows, held_out = _data(settings, tokenizer)
+    config = lora_config(model, settings.ranks)
+    folder.check(config)
+    how = {"attn_implementation": model.attn_implementation, "quantization_config": quantized}
+    base = load_model(model.name, model.loading(), **{k: v for k, v in how.items() if v is not None})
+    keep_differentiable(base, always=True)
+
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTTrainer
+
+    from spectral_fast.training.callbacks import BatchTimeCallback, LogCallback, ProgressCallback, SystemMonitor
+
+    trainer = SFTTrainer(
+        model=base,
+        args=settings.training,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=config,
+    )
+    trainer.remove_callback(PrinterCallback)
+    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    ranks = {} if config is None else {"rank_pattern": config.rank_pattern or {"": config.r}}
+    folder.begin(settings)
+    with ExitStack() as stack:
+        log = stack.enter_context(folder.log(settings))
+        for callback in (BatchTimeCallback(log), LogCallback(log), ProgressCallback(progress, stack)):
+            trainer.add_callback(callback)
+        log.info("%s", json.dumps({"versions": versions(), "trainable_parameters": parameters, **ranks}))
+        if settings.logging.system_monitor:
+            stack.enter_context(SystemMonitor(folder.path))
+        began = time.perf_counter()
+        done = trainer.train(resume_from_checkpoint=folder.checkpoint and str(folder.checkpoint))
+        seconds = time.perf_counter() - began
+        measured = {} if held_out is None else {"eval_loss": trainer.evaluate()["eval_loss"]}
+        final = folder.path / FINAL
+        with replace_directory(final, overwrite=True) as directory:
+            trainer.model.save_pretrained(directory)
+            trainer.processing_class.save_pretrained(directory)
+        log.info("done: %s", final)
+    return {
+        "output_dir": str(folder.path),
+        "final_checkpoint": str(final),
+        "steps": done.global_step,
+        "train_loss": done.training_loss,
+        **measured,
+        "seconds": seconds,
+        "trainable_parameters": parameters,
+        **ranks,
+    }
+
+
+def _data(settings: Settings, tokenizer: Any) -> tuple[Any, Any]:
+    """Rows to train on, and held-out ones or None."""
+    data, template = settings.data, settings.training.chat_template_path
+    if data.train_dataset_path is None:
+        raise ValueError("no data: give train_dataset_path, in the file or as a flag")
+    if template is not None and Path(template).is_file() and not template.endswith(_TEMPLATES):
+        raise ValueError(f"chat_template_path {template} must end in {' or '.join(_TEMPLATES)}")
+    how = (data, settings.training.dataset_text_field, settings.model.cache_dir)
+    rows = load_split(data.train_dataset_path, data.train_split, data.train_samples, *how)
+    if "messages" in rows.column_names and not (tokenizer.chat_template or template):
+        raise ValueError(
+            f"{data.train_dataset_path} has messages, and {settings.model.name} no chat template: give "
+            f"chat_template_path, a file that ends in {' or '.join(_TEMPLATES)}"
+        )
+    if data.val_dataset_path is None:
+        return rows, None
+    return rows, load_split(data.val_dataset_path, data.val_split, data.val_samples, *how)

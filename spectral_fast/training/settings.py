@@ -1,0 +1,165 @@
+"""One training, understood: a YAML file and flags to checked settings, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from spectral_fast.options import take
+from spectral_fast.training.options import DataArguments, LoggingArguments, LoraModelConfig
+from spectral_fast.training.ranks import RankAssignmentConfig
+
+# Sections of the file; TRL's SFTConfig is one more.
+SECTIONS: dict[str, type] = {
+    "model": LoraModelConfig,
+    "data": DataArguments,
+    "ranks": RankAssignmentConfig,
+    "logging": LoggingArguments,
+}
+TRAINING = "training"
+# The model is loaded before the trainer has it: these would be without effect.
+_WITHOUT_EFFECT = ("model_init_kwargs", "disable_tqdm")
+_RENAMED = {"group_by_length": "train_sampling_strategy: group_by_length", "max_seq_length": "max_length"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a training needs.
+
+    Attributes:
+        model: the base model and its adapter.
+        training: TRL's SFTConfig.
+        data: rows to train on.
+        ranks: how ranks are assigned.
+        logging: what is recorded.
+    """
+
+    model: LoraModelConfig
+    training: Any
+    data: DataArguments
+    ranks: RankAssignmentConfig
+    logging: LoggingArguments
+
+    def __post_init__(self) -> None:
+        if Path(self.run_name).name != self.run_name:
+            raise ValueError(f"run_name names a file of the run, and has no slashes; got {self.run_name!r}")
+        if self.ranks.adaptive_ranks and not self.model.use_peft:
+            raise ValueError("adaptive_ranks is for an adapter, and use_peft is off; leave out one of the two")
+        if self.training.packing and self.training.train_sampling_strategy == "group_by_length":
+            raise ValueError("group_by_length and packing exclude each other: packed rows are all of one length")
+
+    @property
+    def run_name(self) -> str:
+        """The name of the run: as given, or that of its folder."""
+        return str(self.training.run_name or Path(self.training.output_dir).resolve().name)
+
+
+def load(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = ()) -> Settings:
+    """Settings from a file and flags, of which the flags win.
+
+    Args:
+        config: YAML of keys and values, all at the top or each in its section (model, training, data, ranks, logging).
+        flags: those of the classes in `SECTIONS`, parsed.
+        words: the rest of the command line: fields of TRL's SFTConfig as flags.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: TRL is not installed.
+        ValueError, TypeError: an unknown key or flag, with what may be meant; a value that is not allowed.
+    """
+    given = {} if config is None else _read(config)
+    values = {key: value for key, value in given.items() if _owners()[key] != TRAINING} | dict(flags)
+    parts: dict[str, Any] = {name: take(cls, values) for name, cls in SECTIONS.items()}
+    sft = {key: value for key, value in given.items() if _owners()[key] == TRAINING}
+    return Settings(training=_sft_config(sft, words), **parts)
+
+
+def sft_config_class() -> Any:
+    """TRL's class.
+
+    Raises:
+        RuntimeError: TRL is not installed.
+    """
+    try:
+        from trl import SFTConfig
+    except ImportError as error:
+        raise RuntimeError("training needs TRL, which is not installed: pip install 'spectral-fast[train]'") from error
+    return SFTConfig
+
+
+@cache
+def _owners() -> dict[str, str]:
+    """Key -> section; where a class of ours and TRL's have the same, it is ours that counts."""
+    sft = {f.name: TRAINING for f in fields(sft_config_class()) if f.init and f.name not in _WITHOUT_EFFECT}
+    return sft | {f.name: section for section, cls in SECTIONS.items() for f in fields(cls)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Keys of a file, out of their sections."""
+    from spectral_fast.yamlfile import read_yaml
+
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold keys and values; got {type(content).__name__}")
+    keys: dict[str, Any] = {}
+    for key, value in content.items():
+        inside = key in (*SECTIONS, TRAINING)
+        if inside and not isinstance(value, dict):
+            raise ValueError(f"{path}: section {key} must hold keys and values; got {value!r}")
+        for name, item in value.items() if inside else [(key, value)]:
+            owner = _owners().get(name)
+            if owner is None:
+                raise ValueError(f"{path}: unknown key {name!r}{_meant(str(name), _owners())}")
+            if inside and owner != key:
+                raise ValueError(f"{path}: {name} is a key of section {owner}, not of {key}")
+            if name in keys:
+                raise ValueError(f"{path}: {name} stands there twice, in a section and outside")
+            keys[name] = item
+    lists = {
+        f.name for cls in SECTIONS.values() for f in fields(cls) if get_origin(get_type_hints(cls)[f.name]) is tuple
+    }
+    return {
+        key: [value] if key in lists and isinstance(value, str) else value
+        for key, value in keys.items()
+        if value is not None or _owners()[key] == TRAINING
+    }
+
+
+def _sft_config(given: Mapping[str, Any], words: Sequence[str]) -> Any:
+    """TRL's SFTConfig. Plain values of the file are read as the flags that they stand for, so that all are checked."""
+    import torch
+    from transformers import HfArgumentParser
+
+    cls = sft_config_class()
+    parser: Any = HfArgumentParser(cls, allow_abbrev=False, add_help=False)
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    parser.error = refuse
+    structured = {key: value for key, value in given.items() if value is None or isinstance(value, (list, dict))}
+    plain = [f"--{key}={value}" for key, value in given.items() if key not in structured]
+    # TRL takes a GPU for granted.
+    without_gpu = [] if torch.cuda.is_available() else ["--bf16=false", "--dataloader_pin_memory=false"]
+    parsed, unknown = parser.parse_known_args([*without_gpu, *plain, *words], argparse.Namespace(**structured))
+    values = vars(parsed)
+    used = [name for name in _WITHOUT_EFFECT if values.pop(name) != cls.__dataclass_fields__[name].default]
+    for word in [*(f"--{name}" for name in used), *unknown]:
+        known = [f"--{name}" for name in _owners()]
+        raise ValueError(f"unknown flag {word.partition('=')[0]}{_meant(word.partition('=')[0], known)}")
+    if values["output_dir"] is None:
+        raise ValueError("no folder for the run: give output_dir, in the file or as a flag")
+    return cls(**values, disable_tqdm=True)
+
+
+def _meant(name: str, known: Any) -> str:
+    dashes = "--" if name.startswith("--") else ""
+    close = get_close_matches(name, list(known), n=1)
+    meant = _RENAMED.get(name.removeprefix("--"))
+    meant = f"{dashes}{meant}" if meant else close[0] if close else None
+    return f"; is {meant} meant?" if meant else ""

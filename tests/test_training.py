@@ -1,0 +1,313 @@
+"""Trainings on the embedded model: what they write, what they train on, how they go on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from safetensors.torch import load_file
+
+from spectral_fast import Adapter, embedded
+from spectral_fast.calibration.data import encode_question_answer
+from spectral_fast.calibration.model import ModelOptions, load_tokenizer
+from spectral_fast.cli import main
+from spectral_fast.training import load, train
+from spectral_fast.training.callbacks import BatchTimeCallback, SystemMonitor
+from spectral_fast.training.data import load_split
+from spectral_fast.training.options import DataArguments
+
+BASE = str(embedded.base_model_dir())
+WORDS = ["--max_steps", "4", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--logging_steps", "2"]
+FLAGS = {
+    "model_name_or_path": BASE,
+    "train_dataset_path": str(embedded.calibration_file()),
+    "train_samples": 16,
+    "lora_r": 4,
+    "lora_target_modules": ["q_proj", "down_proj"],
+}
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+
+
+def run(out: Path, *words: str, overwrite: bool = False, **flags: Any) -> dict[str, Any]:
+    given = [*WORDS, "--no_gradient_checkpointing", "--output_dir", str(out), *words]
+    return train(load(None, FLAGS | flags, given), overwrite=overwrite)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the command, with a file and flags."""
+    out = tmp_path_factory.mktemp("training") / "run"
+    config = out.with_name("config.yaml")
+    keys = {**FLAGS, "output_dir": str(out), "max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2}
+    config.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()))
+    more = ["--val_dataset_path", str(embedded.heldout_file()), "--val_samples", "4", "--system_monitor"]
+    assert main(["train", "--config", str(config), *WORDS, "--no-gradient-checkpointing", *more, "--json"]) == 0
+    return out
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    loaded: dict[str, torch.Tensor] = load_file(out / "final_checkpoint" / "adapter_model.safetensors")
+    return loaded
+
+
+def test_a_run_leaves_its_settings_its_log_and_an_adapter(trained: Path) -> None:
+    written = json.loads((trained / "training_params.json").read_text())
+    assert set(written) == {"loramodel_args", "training_args", "data_args", "rank_assignment_args"}
+    assert written["loramodel_args"]["lora_r"] == 4
+    assert written["training_args"]["learning_rate"] == 1e-3
+    assert written["data_args"]["log_file_path"] == str(trained / "run.log")
+    log = (trained / "run.log").read_text()
+    assert '"trainable_parameters"' in log
+    assert log.count('"learning_rate"') == 2
+    assert '"eval_loss"' in log
+    usage = (trained / "system_monitoring" / "usage.jsonl").read_text().splitlines()
+    assert json.loads(usage[-1])["process_memory_bytes"] > 0
+    adapter = Adapter.open(trained / "final_checkpoint")
+    assert {module.name.rpartition(".")[2] for module in adapter.modules.values()} == {"q_proj", "down_proj"}
+    assert all(b.any() for key, b in weights(trained).items() if "lora_B" in key)
+    assert not list(trained.glob(".*"))
+
+
+def test_probe_edit_and_eval_take_the_adapter_as_it_is(trained: Path, tmp_path: Path) -> None:
+    adapter = str(trained / "final_checkpoint")
+    base, data = ["--base_model", BASE], ["--calib_data", str(embedded.calibration_file()), "--calib_samples", "2"]
+    probed, edited = str(tmp_path / "probed"), str(tmp_path / "edited")
+    assert main(["probe", *base, *data, "--lora_path", adapter, "--out_dir", probed]) == 0
+    assert main(["edit", "--lora_path", adapter, "--sensitivity", probed, "--out_dir", edited]) == 0
+    problems = ["--eval_data", str(embedded.heldout_file()), "--max_samples", "2", "--fewshot", "0"]
+    assert main(["eval", *base, *problems, "--max_tokens", "4", "--lora_dir", edited]) == 0
+
+
+def test_a_resumed_run_ends_with_the_same_weights(trained: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "run"
+    shutil.copytree(trained, begun, ignore=shutil.ignore_patterns("checkpoint-4", "final_checkpoint"))
+    for name, flags in (("r", {"lora_r": 8}), ("lora_alpha", {"lora_alpha": 3}), ("use_rslora", {"use_rslora": True})):
+        with pytest.raises(ValueError, match=rf"checkpoint-2 has {name} = .*give the same"):
+            run(begun, "--resume_from_checkpoint", "latest", **flags)
+    words = ["--save_steps", "2", "--resume_from_checkpoint"]
+    for checkpoint in ("latest", str(trained / "checkpoint-2")):
+        result = run(begun, *words, checkpoint)
+        assert result["steps"] == 4
+        got, wanted = weights(begun), weights(trained)
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+        shutil.rmtree(begun / "checkpoint-4")
+    assert (begun / "run.log").read_text().count("trainable_parameters") == 3
+    with pytest.raises(FileNotFoundError, match="has no checkpoint to resume from"):
+        run(tmp_path / "new", *words, "true")
+    with pytest.raises(FileNotFoundError, match="is no checkpoint of a trainer"):
+        run(begun, *words, str(tmp_path))
+
+
+def test_an_earlier_run_is_replaced_only_if_that_is_asked_for(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"checkpoint-2 is there from an earlier run: --overwrite it"):
+        run(out)
+    run(out, "--max_steps", "1", overwrite=True)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "training_params.json").unlink()
+    with pytest.raises(FileExistsError, match=r"has no training_params\.json, so it is something else"):
+        run(out, overwrite=True)
+
+
+def test_nothing_is_written_before_the_inputs_are_known_to_be_right(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="no base model: give model_name_or_path"):
+        run(out, model_name_or_path=None)
+    with pytest.raises(ValueError, match="no data: give train_dataset_path"):
+        run(out, train_dataset_path=None)
+    with pytest.raises(FileNotFoundError, match="no data set"):
+        run(out, train_dataset_path=str(tmp_path / "absent.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        run(out, model_name_or_path=str(tmp_path))
+    with pytest.raises(ValueError, match="nowhere_proj"):
+        run(out, lora_target_modules=["nowhere_proj"])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("name", "vectors"), [("use_rslora", 0), ("use_dora", 8)])
+def test_variants_of_lora_reach_the_adapter(tmp_path: Path, name: str, vectors: int) -> None:
+    run(tmp_path / "run", "--max_steps", "1", **{name: True})
+    assert getattr(PeftConfig.from_pretrained(str(tmp_path / "run" / "final_checkpoint")), name)
+    assert sum("lora_magnitude_vector" in key for key in weights(tmp_path / "run")) == vectors
+
+
+def test_without_peft_the_whole_model_is_trained(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", "--max_steps", "1", use_peft=False)
+    assert result["trainable_parameters"] > 3_000_000
+    assert (tmp_path / "run" / "final_checkpoint" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("bits", ["use_qlora", "load_in_4bit", "load_in_8bit"])
+def test_without_bitsandbytes_its_extra_is_named(tmp_path: Path, bits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spectral_fast.training.adapter.find_spec", lambda _: None)
+    count = 8 if bits == "load_in_8bit" else 4
+    with pytest.raises(RuntimeError, match=rf"{count} bits per weight need bitsandbytes.*spectral-fast\[bnb\]"):
+        run(tmp_path / "run", **{bits: True})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"load_in_8bit": True}, {"adaptive_ranks": True}])
+def test_qlora_trains_between_evaluations(tmp_path: Path, more: dict[str, Any]) -> None:
+    words = ["--eval_strategy", "steps", "--eval_steps", "1"]
+    held_out = {"val_dataset_path": str(embedded.heldout_file()), "val_samples": 2}
+    result = run(tmp_path / "run", *words, use_qlora=True, **held_out, **more)
+    assert all(b.any() for key, b in weights(tmp_path / "run").items() if "lora_B" in key)
+    assert result["eval_loss"] < 2.5
+
+
+def test_ranks_follow_the_spectra_and_meet_a_budget(tmp_path: Path) -> None:
+    linear = {"lora_target_modules": ["all-linear"]}
+    uniform = run(tmp_path / "uniform", "--max_steps", "1", **linear)
+    flags = {"adaptive_ranks": True, "budget_uniform_rank": 4, "max_rank": 32, **linear}
+    adaptive = run(tmp_path / "adaptive", "--max_steps", "1", **flags)
+    assert abs(adaptive["trainable_parameters"] / uniform["trainable_parameters"] - 1) <= 0.01
+    pattern = adaptive["rank_pattern"]
+    assert len(pattern) == 14
+    adapter = Adapter.open(tmp_path / "adaptive" / "final_checkpoint")
+    ranks = {module.name.removeprefix("base_model.model."): module.r for module in adapter.modules.values()}
+    assert len(set(ranks.values())) > 2
+    assert sorted(ranks.values()) == sorted(pattern.values())
+
+
+def save(rows: list[dict[str, Any]], file: Path) -> str:
+    if file.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(str(file))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def split(source: str, limit: int | None = None, **options: Any) -> list[dict[str, Any]]:
+    return list(load_split(source, "train", limit, DataArguments(**options), "text", None))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"text": "a", "id": 1}, {"text": "a"}),
+        ({"prompt": "a", "completion": "b", "text": "c"}, {"prompt": "a", "completion": "b"}),
+        ({"question": "a", "answer": 3}, {"prompt": "Question: a\nAnswer:", "completion": " 3"}),
+        ({"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": "user", "content": "a"}]}),
+    ],
+)
+def test_every_form_of_data_is_known_by_its_columns(
+    tmp_path: Path, suffix: str, row: dict[str, Any], form: dict[str, Any]
+) -> None:
+    file = save([row, row, row], tmp_path / f"train{suffix}")
+    assert split(file, 2) == [form, form]
+    assert split(str(tmp_path)) == [form, form, form]  # a folder, by the name of the split
+
+
+def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has columns a, b; want messages; prompt and completion; text; question"):
+        split(save([{"a": 1, "b": 2}], tmp_path / "columns.jsonl"))
+    with pytest.raises(ValueError, match=r"row 1 has no answer"):
+        split(save([{"question": "a", "answer": "b"}, {"question": "a"}], tmp_path / "hole.jsonl"))
+    assert split(save([{"q": "a", "r": "b"}], tmp_path / "named.jsonl"), question_column="q", answer_column="r")
+    (tmp_path / "broken.jsonl").write_text('{"text": ')
+    with pytest.raises(ValueError, match=r"broken\.jsonl cannot be read as \.jsonl"):
+        split(str(tmp_path / "broken.jsonl"))
+
+
+def test_a_data_set_of_the_hub_without_a_network_is_an_error_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    for name in ("gsm8k", "someone/something"):
+        with pytest.raises(RuntimeError, match=f"{name} is neither a file or folder here nor to be had.*no route"):
+            split(name)
+
+
+def rows_of_the_trainer(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str, **flags: Any) -> list[Any]:
+    """What the trainer makes of the data; nothing is trained."""
+    import trl
+
+    seen: list[Any] = []
+
+    def stop(trainer: Any, **_: Any) -> None:
+        seen.extend(trainer.train_dataset)
+        raise InterruptedError
+
+    monkeypatch.setattr(trl.SFTTrainer, "train", stop)
+    with pytest.raises(InterruptedError):
+        run(out, *words, **flags)
+    return seen
+
+
+def test_questions_and_answers_are_trained_on_as_they_are_calibrated_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(BASE, ModelOptions())
+    rows = [json.loads(line) for line in embedded.calibration_file().read_text().splitlines()[:16]]
+    wanted = [encode_question_answer(tokenizer, row["question"], row["answer"]) for row in rows]
+    got = rows_of_the_trainer(monkeypatch, tmp_path / "run")
+    assert [(tuple(row["input_ids"]), tuple(row["labels"])) for row in got] == [(e.ids, e.labels) for e in wanted]
+
+
+def test_messages_go_through_a_chat_template_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    file = save([{"messages": messages}] * 4, tmp_path / "train.jsonl")
+    with pytest.raises(ValueError, match=r"has messages, and .* no chat template: give chat_template_path"):
+        run(tmp_path / "run", train_dataset_path=file)
+    (tmp_path / "chat.txt").write_text(TEMPLATE)
+    with pytest.raises(ValueError, match=r"chat_template_path .*chat\.txt must end in \.jinja or \.j2"):
+        run(tmp_path / "run", "--chat_template_path", str(tmp_path / "chat.txt"), train_dataset_path=file)
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    words = ["--chat_template_path", str(tmp_path / "chat.jinja")]
+    got = rows_of_the_trainer(monkeypatch, tmp_path / "run", *words, train_dataset_path=file)
+    tokenizer = load_tokenizer(BASE, ModelOptions())
+    assert tokenizer.decode(got[0]["input_ids"]) == "user: 1+1<eos>assistant: 2<eos>"
+
+
+def test_packed_rows_are_trained_on(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", "--packing", "--max_length", "512", "--max_steps", "1")
+    assert result["steps"] == 1
+
+
+def test_the_time_of_a_batch_is_told_every_fifty_steps_over_the_last_hundred(caplog: pytest.LogCaptureFixture) -> None:
+    callback = BatchTimeCallback(logging.getLogger("test"))
+    with caplog.at_level(logging.INFO):
+        for step in range(1, 201):
+            callback.on_step_begin()
+            callback.on_step_end(None, SimpleNamespace(global_step=step))
+    told = [record.getMessage() for record in caplog.records]
+    assert [message.partition(":")[0] for message in told] == ["step 50", "step 100", "step 150", "step 200"]
+    assert [message.rpartition(" ")[2] for message in told] == ["50", "100", "100", "100"]
+
+
+def test_the_monitor_writes_at_its_interval_until_the_context_is_left(tmp_path: Path) -> None:
+    with SystemMonitor(tmp_path, interval=0.05):
+        time.sleep(0.4)
+    file = tmp_path / "system_monitoring" / "usage.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert 3 <= len(rows) <= 9
+    assert all(row["memory_percent"] > 0 for row in rows)
+    time.sleep(0.15)
+    assert len(file.read_text().splitlines()) == len(rows)

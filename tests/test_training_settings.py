@@ -1,0 +1,132 @@
+"""What a YAML file and flags make of a training, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectral_fast.training import Settings, load
+
+OUT = ["--output_dir", "run"]
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return file
+
+
+def of(tmp_path: Path, text: str, *words: str, **flags: Any) -> Settings:
+    return load(write(tmp_path, text), flags, [*OUT, *words])
+
+
+def test_without_a_file_the_defaults_are_those_of_the_script() -> None:
+    settings = load(None, {}, OUT)
+    model, ranks = settings.model, settings.ranks
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout, model.use_peft) == (16, 32, 0.05, True)
+    assert (model.lora_task_type, model.bnb_4bit_quant_type, model.bits) == ("CAUSAL_LM", "nf4", None)
+    assert (ranks.top_n_percentile, ranks.min_rank, ranks.max_rank, ranks.rank_scaling) == (0.5, 4, 64, "linear")
+    assert (ranks.alpha_factor, ranks.w_hill, ranks.w_mp_spikes) == (2.0, 0.7, 0.3)
+    assert settings.run_name == "run"
+
+
+def test_keys_stand_in_sections_or_at_the_top(tmp_path: Path) -> None:
+    flat = of(tmp_path, "lora_r: 4\nlearning_rate: 1e-3\ntrain_samples: 3\nadaptive_ranks: true\nmax_steps: 7")
+    inside = of(
+        tmp_path,
+        "model: {lora_r: 4}\ntraining: {learning_rate: 1e-3, max_steps: 7}\n"
+        "data: {train_samples: 3}\nranks: {adaptive_ranks: true}",
+    )
+    for settings in (flat, inside):
+        assert settings.model.lora_r == 4
+        assert (settings.training.learning_rate, settings.training.max_steps) == (1e-3, 7)
+        assert settings.data.train_samples == 3
+        assert settings.ranks.adaptive_ranks
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    text = "lora_r: 4\nlora_alpha: 5\nmax_steps: 7\nseed: 3\ngradient_checkpointing: false\noutput_dir: elsewhere"
+    settings = of(tmp_path, text, "--max_steps", "9", "--gradient_checkpointing", lora_r=8)
+    assert (settings.model.lora_r, settings.model.lora_alpha) == (8, 5)
+    assert (settings.training.max_steps, settings.training.seed) == (9, 3)
+    assert settings.training.gradient_checkpointing is True
+    assert settings.training.output_dir == "run"
+
+
+def test_null_and_structures_reach_the_trainer_as_they_are(tmp_path: Path) -> None:
+    text = "max_length: null\nlora_r: null\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}"
+    settings = of(tmp_path, text)
+    assert settings.training.max_length is None
+    assert settings.model.lora_r == 16
+    assert settings.training.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+def test_one_module_needs_no_list(tmp_path: Path) -> None:
+    assert of(tmp_path, "lora_target_modules: q_proj").model.lora_target_modules == ("q_proj",)
+    assert of(tmp_path, "lora_target_modules: all-linear").model.adapts_all
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("lora_alfa: 4", "unknown key 'lora_alfa'; is lora_alpha meant"),
+        ("learning_rat: 4", "unknown key 'learning_rat'; is learning_rate meant"),
+        ("model: {max_steps: 4}", "max_steps is a key of section training, not of model"),
+        ("model: {lora_r: 4}\nlora_r: 8", "lora_r stands there twice"),
+        ("lora_r: 4\nlora_r: 8", "'lora_r' stands there twice"),
+        ("model: 3", "section model must hold keys and values; got 3"),
+        ("- lora_r", "must hold keys and values; got list"),
+        ("lora_r: 0", r"lora_r must be in \[1, inf\]; got 0"),
+        ("lora_r: 4.5", "lora_r must be int; got 4.5"),
+        ("rank_scaling: square", "rank_scaling must be one of linear, log, sqrt"),
+        ("max_steps: many", "max_steps.*invalid int value: 'many'"),
+        ("packing_strategy: tight", "packing_strategy.*invalid choice: 'tight'"),
+        ("load_in_4bit: true\nload_in_8bit: true", "load_in_8bit and load_in_4bit exclude each other"),
+        ("use_dora: true\nuse_peft: false", "use_dora is for an adapter, and use_peft is off"),
+        ("adaptive_ranks: true\nuse_peft: false", "adaptive_ranks is for an adapter, and use_peft is off"),
+        ("sensitivity: ./probed", "sensitivity is for adaptive_ranks, which is off"),
+        ("packing: true\ntrain_sampling_strategy: group_by_length", "group_by_length and packing exclude each other"),
+        ("group_by_length: true", "is train_sampling_strategy: group_by_length meant"),
+        ("max_seq_length: 256", "is max_length meant"),
+        ("model_init_kwargs: {revision: main}", "unknown key 'model_init_kwargs'"),
+        ("run_name: a/b", "has no slashes; got 'a/b'"),
+        ("a: [", "is not YAML that can be read"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=complaint):
+        of(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--max_stepz", "4"], "unknown flag --max_stepz; is --max_steps meant"),
+        (["--lora_rr=4"], "unknown flag --lora_rr; is --lora_r meant"),
+        (["--model_init_kwargs", "{}"], "unknown flag --model_init_kwargs"),
+        (["--seed", "x"], "seed: invalid int value: 'x'"),
+        (["stray"], "unknown flag stray"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_the_nearest_one(words: list[str], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        load(None, {}, [*OUT, *words])
+
+
+def test_a_run_needs_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no folder for the run: give output_dir"):
+        load(None, {})
+    with pytest.raises(FileNotFoundError, match="no file"):
+        load(tmp_path / "absent.yaml", {}, OUT)
+
+
+def test_without_trl_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from spectral_fast.training import settings
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'spectral-fast\[train\]'"):
+        settings.sft_config_class()
