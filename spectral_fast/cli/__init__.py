@@ -25,6 +25,8 @@ from spectral_fast.cli import (
     predictors,
     probe,
     prune,
+    prune_finetune,
+    ranks,
     sweep,
     toy,
     train,
@@ -98,7 +100,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"spectral-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (edit, prune, probe, evaluate, humaneval, lm_eval, sweep, train, toy, predictors, demo, bench, info):
+    for module in (
+        edit,
+        prune,
+        probe,
+        evaluate,
+        humaneval,
+        lm_eval,
+        sweep,
+        ranks,
+        train,
+        toy,
+        predictors,
+        prune_finetune,
+        demo,
+        bench,
+        info,
+    ):
         command = module.add(commands)
         command.add_argument("--json", action="store_true", help="print the result as one JSON object")
         command.set_defaults(parser=command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spectral_fast.options import check, option
+from spectral_fast.prune import PruneOptions
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,23 @@ class PredictorOptions:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True)
+class PruneFinetuneOptions(PruneOptions):
+    """The LoRA, its pruning, and the two phases of training around it."""
+
+    lora_r: int = option(8, "rank", low=1)
+    lora_alpha: int = option(16, "alpha; the scaling is alpha / r", low=1)
+    target_modules: str = option("", "names of the linear layers, with commas; else those that the model has of a list")
+    warmup_epochs: float = option(1.0, "epochs before pruning", low=0.0)
+    post_epochs: float = option(1.0, "epochs after it", low=0.0)
+    train_samples: int = option(200, "training rows, drawn with the seed; 0 for all", low=0)
+    eval_samples: int = option(200, "evaluation rows, drawn with the seed; 0 for all", low=0)
+    train_bsz: int = option(16, "training rows per step", low=1)
+    eval_bsz: int = option(32, "evaluation rows at a time", low=1)
+    lr: float = option(2e-4, "learning rate, which falls to 0 in each phase", positive=True)
+    weight_decay: float = option(0.0, "weight decay of AdamW, in both phases", low=0.0)
+    keep_optimizer: bool = option(False, "go on after pruning with the moments of AdamW from before")
+    text_column: str = option("sentence", "column with the text")
+    label_column: str = option("label", "column with the class")
