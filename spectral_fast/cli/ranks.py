@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             from spectral_fast.report.allocation import save_allocation_pictures
 
             files += [file.name for file in save_allocation_pictures(directory, result)]
-    warn(_left_out(result.table, sensitivity is None))
+    warn(_warnings(result.table, sensitivity is None))
     adapted = result.table[result.table.rank_pattern > 0]
     text = "\n".join(
         [
@@ -129,11 +129,11 @@ def _lines(table: Any, measured: str) -> list[str]:
     return lines
 
 
-def _left_out(table: Any, spectral: bool) -> Sequence[str]:
-    """Warnings about layers that could not be chosen."""
+def _warnings(table: Any, spectral: bool) -> Iterator[str]:
     names = list(table.layer_name[table.weighted_score.isna()])
-    if not names:
-        return []
-    more = f" and {len(names) - 1} others" if len(names) > 1 else ""
-    why = "too few eigenvalues, zeros only, or a grouped convolution" if spectral else "not probed"
-    return [f"{names[0]}{more} got no rank: {why}"]
+    if names and spectral:
+        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        yield f"{names[0]}{more} cannot get a rank: too few eigenvalues, zeros only, or a grouped convolution"
+    heads = [name for name in table.layer_name[table.rank_pattern > 0] if name.rpartition(".")[2] == "lm_head"]
+    if heads:
+        yield f"{heads[0]} is adapted: PEFT will save the embeddings, too; --exclude_modules lm_head leaves it out"
