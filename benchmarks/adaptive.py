@@ -1,0 +1,165 @@
+"""Adaptive ranks against one rank, at as many parameters: ``python -m benchmarks.adaptive``, or ``make adaptive``.
+
+LoRA adapters of the embedded model are trained by `spectral_fast.training` on two-step problems, for each seed once per
+arm, with the same problems in the same order, the same learning rate and the same scaling alpha / r = 2; then each
+answers the embedded held-out problems. Arms are compared problem by problem with the uniform rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.machine import commit, hardware
+from benchmarks.timing import ROOT
+from spectral_fast import ModelOptions, embedded
+from spectral_fast.embedded.problems import stream
+from spectral_fast.evaluation.adapters import evaluate_adapters
+from spectral_fast.evaluation.comparison import Comparison, compare
+from spectral_fast.evaluation.engines import EngineOptions
+from spectral_fast.evaluation.evaluate import read_correct
+from spectral_fast.evaluation.profiles import EvaluationOptions
+from spectral_fast.training import load, train
+
+RESULTS = ROOT / "benchmarks" / "results" / "adaptive-ranks.csv"
+UNIFORM, RANK = "uniform", 8
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    UNIFORM: {"lora_r": RANK, "lora_alpha": 2 * RANK},
+    "paper": {"adaptive_ranks": True, "rank_preset": "paper", "budget_uniform_rank": RANK},
+    "source": {"adaptive_ranks": True, "rank_preset": "source", "budget_uniform_rank": RANK},
+}
+BATCH, STEPS, SEEDS = 8, 150, 3
+TRAINING = (
+    f"--num_train_epochs 1 --per_device_train_batch_size {BATCH} --learning_rate 5e-3 --warmup_steps 10 "
+    "--train_sampling_strategy group_by_length --no_gradient_checkpointing --save_strategy no --logging_steps 50"
+)
+
+Answers = dict[Any, bool]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One adapter: how it was trained, and which problems it solves."""
+
+    arm: str
+    seed: int
+    parameters: int
+    ranks: list[int]
+    train_loss: float
+    correct: Answers
+
+
+def run(arm: str, seed: int, folder: Path, steps: int, problems: int) -> Run:
+    """Train and evaluate one adapter."""
+    rows = islice(stream(2, seed=1000 + seed, held_out=False), steps * BATCH)
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = str(embedded.base_model_dir())
+    flags = {
+        "model_name_or_path": base,
+        "train_dataset_path": str(data),
+        "cache_dir": str(folder / "cache"),
+        "lora_dropout": 0.0,
+        **ARMS[arm],
+    }
+    trained = train(load(None, flags, [*TRAINING.split(), "--seed", str(seed), "--output_dir", str(folder / "run")]))
+    [result] = evaluate_adapters(
+        base,
+        {None: Path(trained["final_checkpoint"])},
+        folder,
+        ModelOptions(),
+        EvaluationOptions(eval_data=str(embedded.heldout_file()), max_samples=problems, fewshot=0, max_tokens=110),
+        EngineOptions(engine="transformers"),
+    ).values()
+    return Run(
+        arm=arm,
+        seed=seed,
+        parameters=trained["trainable_parameters"],
+        ranks=sorted(trained["rank_pattern"].values()),
+        train_loss=trained["train_loss"],
+        correct=read_correct(result["predictions_path"]),
+    )
+
+
+def table(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """A row per run, and one per arm, in which a problem counts with the share of the seeds that solve it."""
+    baselines = {run.seed: run for run in runs if run.arm == UNIFORM}
+    for run in runs:
+        compared = compare(baselines[run.seed].correct, run.correct)
+        yield {"arm": run.arm, "seed": run.seed, **_facts([run], baselines), **_compared(compared)}
+    for arm in ARMS:
+        mine = [run for run in runs if run.arm == arm]
+        compared = compare(_shares(list(baselines.values())), _shares(mine))
+        yield {"arm": arm, "seed": "all", **_facts(mine, baselines), **_compared(compared)}
+
+
+def _facts(runs: Sequence[Run], baselines: Mapping[int, Run]) -> dict[str, Any]:
+    first = runs[0]
+    return {
+        "parameters": first.parameters,
+        "of_uniform": f"{first.parameters / baselines[first.seed].parameters:.4f}",
+        "layers": len(first.ranks) if first.arm != UNIFORM else "all",
+        "ranks": "-".join(map(str, sorted({first.ranks[0], first.ranks[-1]}))),
+        "train_loss": f"{fmean(run.train_loss for run in runs):.4f}",
+    }
+
+
+def _compared(found: Comparison) -> dict[str, Any]:
+    low, high = found.interval
+    return {
+        "accuracy": f"{found.edited:.4f}",
+        "difference": f"{found.difference:+.4f}",
+        "low": f"{low:+.4f}",
+        "high": f"{high:+.4f}",
+        "only_uniform": found.only_baseline,
+        "only_this": found.only_edited,
+        "p_value": f"{found.p_value:.2g}",
+        "test": found.test,
+        "problems": found.n,
+    }
+
+
+def _shares(runs: Sequence[Run]) -> dict[Any, float]:
+    return {key: fmean(run.correct[key] for run in runs) for key in runs[0].correct}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate, compare; print the table and write it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adaptive", description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of batches of {BATCH} (default: {STEPS})")
+    parser.add_argument("--problems", type=int, default=-1, help="held-out problems (default: all 512)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write (default: %(default)s)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    runs = []
+    for seed in range(args.seeds):
+        for arm in ARMS:
+            with TemporaryDirectory() as folder:
+                runs.append(run(arm, seed, Path(folder), args.steps, args.problems))
+            print(f"{arm}, seed {seed}: {fmean(runs[-1].correct.values()):.4f}", file=sys.stderr, flush=True)
+    words = ["python -m benchmarks.adaptive", *(argv if argv is not None else sys.argv[1:])]
+    made = {"steps": args.steps, "batch": BATCH, "commit": commit(), "command": " ".join(words), **hardware()}
+    rows = [{**row, **made} for row in table(runs)]
+    for row in rows:
+        print("  ".join(f"{row[name]!s:>9}" for name in list(row)[:14]))
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
