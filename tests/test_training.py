@@ -130,6 +130,13 @@ def test_an_earlier_run_is_replaced_only_if_that_is_asked_for(trained: Path, tmp
         run(out, overwrite=True)
 
 
+def test_several_gpus_are_refused(tmp_path: Path) -> None:
+    settings = load(None, FLAGS, ["--output_dir", str(tmp_path / "run")])
+    settings.training._n_gpu = 2
+    with pytest.raises(RuntimeError, match="works on one GPU, and 2 are seen: CUDA_VISIBLE_DEVICES=0"):
+        train(settings)
+
+
 def test_nothing_is_written_before_the_inputs_are_known_to_be_right(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(ValueError, match="no base model: give model_name_or_path"):

@@ -41,10 +41,13 @@ def train(
         eval_loss without held-out data, no rank_pattern without an adapter.
 
     Raises:
+        RuntimeError: several GPUs are in sight.
         FileExistsError, FileNotFoundError: as `RunFolder.of`.
         FileNotFoundError, RuntimeError, ValueError: as `load_split`, `load_model`, `lora_config` and `quantization`.
     """
     model = settings.model
+    if settings.training.n_gpu > 1:
+        raise RuntimeError(f"training works on one GPU, and {settings.training.n_gpu} are seen: CUDA_VISIBLE_DEVICES=0")
     quantized = quantization(model)
     folder = RunFolder.of(settings, overwrite)
     tokenizer = load_tokenizer(model.name, model.loading())
