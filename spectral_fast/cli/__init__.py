@@ -15,6 +15,7 @@ from typing import NoReturn
 from spectral_fast._version import __version__
 from spectral_fast.calibration.ranks import launched
 from spectral_fast.cli import (
+    active_channels,
     bench,
     demo,
     edit,
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         toy,
         predictors,
         prune_finetune,
+        active_channels,
         demo,
         bench,
         info,

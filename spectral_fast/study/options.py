@@ -58,3 +58,22 @@ class PruneFinetuneOptions(PruneOptions):
     keep_optimizer: bool = option(False, "go on after pruning with the moments of AdamW from before")
     text_column: str = option("sentence", "column with the text")
     label_column: str = option("label", "column with the class")
+
+
+@dataclass(frozen=True)
+class ActiveChannelOptions:
+    """How active channels are predicted, and how many."""
+
+    rank: int = option(8, "rank of the factors that predict", low=1)
+    sparsity: tuple[float, ...] = option((0.5, 0.8, 0.9, 0.97), "shares of a layer's channels that are left out")
+    context_only: bool = option(False, "count only tokens before the answer, those that SparseLoRA computes sparsely")
+    seed: int = option(0, "seed of the random control", low=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.sparsity or not all(0 <= share < 1 for share in self.sparsity):
+            raise ValueError(f"sparsity must be one or more shares in [0, 1); got {self.sparsity}")
+
+    def keep(self, channels: int, sparsity: float) -> int:
+        """How many channels are computed: int(channels (1 - sparsity)), at least one."""
+        return max(1, int(channels * (1 - sparsity)))

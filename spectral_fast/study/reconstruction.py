@@ -51,14 +51,6 @@ class Matrix:
         chosen = self.vectors[:, :k]
         return chosen.T if self._tall else _divided(chosen.T @ self.w, self.s[:k, None])
 
-    def factors(self, k: int) -> tuple[Floats, Floats]:
-        """U_k √S_k (n, k) and √S_k V_kᵀ (k, m), whose product is the best approximation of rank k."""
-        root = np.sqrt(self.s[:k])
-        chosen = self.vectors[:, :k]
-        if self._tall:
-            return _divided(self.w @ chosen, root), root[:, None] * chosen.T
-        return chosen * root, _divided(chosen.T @ self.w, root[:, None])
-
     @property
     def _tall(self) -> bool:
         return bool(self.w.shape[0] >= self.w.shape[1])

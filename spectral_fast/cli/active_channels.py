@@ -1,0 +1,55 @@
+"""`active-channels`: SparseLoRA's predictor beside an oracle and chance."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from spectral_fast.cli.common import add_command, add_model_flags
+from spectral_fast.options import add_flags, take
+from spectral_fast.progress import bar
+from spectral_fast.usage import UsageError
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Add the command's parser."""
+    from spectral_fast.calibration.probe import CalibrationOptions
+    from spectral_fast.study.options import ActiveChannelOptions
+
+    parser = add_command(
+        commands,
+        "active-channels",
+        _run,
+        "predict the active channels of a Llama-like model from rank-8 factors, as SparseLoRA does; tell the recall",
+        "spectral-fast active-channels --base_model meta-llama/Llama-3.2-1B --calib_samples 32",
+    )
+    out = "folder for table and figure (default: active_channel_results)"
+    parser.add_argument("--out_dir", type=Path, default=Path("active_channel_results"), help=out)
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left there")
+    add_flags(parser, ActiveChannelOptions)
+    add_flags(parser.add_argument_group("samples"), CalibrationOptions)
+    add_model_flags(parser, base_model_required=True)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.calibration.probe import CalibrationOptions
+    from spectral_fast.study.active_channels import as_text, run_active_channels
+    from spectral_fast.study.options import ActiveChannelOptions
+
+    given = vars(args)
+    for flag in ("until_stable", "load_in_4bit", "device_map"):
+        if flag in given:
+            raise UsageError(f"--{flag} has no meaning here; leave it out")
+    result = run_active_channels(
+        args.base_model,
+        take(CalibrationOptions, given),
+        take(ActiveChannelOptions, given),
+        args.out_dir,
+        model_options=take(ModelOptions, given),
+        overwrite=args.overwrite,
+        progress=bar("batches"),
+    )
+    return result, as_text(result)
