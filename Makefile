@@ -64,7 +64,7 @@ bench: $(VENV)/installed-test
 bench-smoke: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks --quick --cores 2
 
-# LoRA with adaptive ranks against one rank, trained and evaluated on the embedded model: 12 minutes of one core.
+# LoRA with adaptive ranks against one rank, trained and evaluated on the embedded model: 13 minutes of one core.
 adaptive: export MALLOC_MMAP_THRESHOLD_ = 2000000000
 adaptive: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 adaptive: export MALLOC_TOP_PAD_ = 200000000

@@ -34,12 +34,14 @@ from spectral_fast.training import load, train
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptive-ranks.csv"
 UNIFORM, RANK = "uniform", 8
+ADAPTIVE = {"adaptive_ranks": True, "budget_uniform_rank": RANK}
 ARMS: Mapping[str, Mapping[str, Any]] = {
     UNIFORM: {"lora_r": RANK, "lora_alpha": 2 * RANK},
-    "paper": {"adaptive_ranks": True, "rank_preset": "paper", "budget_uniform_rank": RANK},
-    "source": {"adaptive_ranks": True, "rank_preset": "source", "budget_uniform_rank": RANK},
+    "paper": {**ADAPTIVE, "rank_preset": "paper"},
+    "source": {**ADAPTIVE, "rank_preset": "source"},
+    "paper_all": {**ADAPTIVE, "rank_preset": "paper", "top_n_percentile": 1.0},  # no layer is left out
 }
-BATCH, STEPS, SEEDS = 8, 150, 3
+BATCH, STEPS, SEEDS = 8, 120, 3
 TRAINING = (
     f"--num_train_epochs 1 --per_device_train_batch_size {BATCH} --learning_rate 5e-3 --warmup_steps 10 "
     "--train_sampling_strategy group_by_length --no_gradient_checkpointing --save_strategy no --logging_steps 50"

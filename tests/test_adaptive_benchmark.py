@@ -26,7 +26,12 @@ def made(arm: str, seed: int, solved: str) -> adaptive.Run:
 
 
 def test_an_arm_is_compared_with_the_uniform_rank_of_its_seed_and_with_all_of_them() -> None:
-    solved = {"uniform": ("1100", "1000"), "paper": ("1110", "1011"), "source": ("0000", "0000")}
+    solved = {
+        "uniform": ("1100", "1000"),
+        "paper": ("1110", "1011"),
+        "source": ("0000", "0000"),
+        "paper_all": ("1111", "1111"),
+    }
     runs = [made(arm, seed, solved[arm][seed]) for seed in (0, 1) for arm in adaptive.ARMS]
     rows = {(row["arm"], row["seed"]): row for row in adaptive.table(runs)}
     assert rows["paper", 0]["difference"] == "+0.2500"

@@ -18,6 +18,7 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 
 from spectral_fast import Adapter, embedded
+from spectral_fast.allocation import get_adaptive_lora_config
 from spectral_fast.calibration.data import encode_question_answer
 from spectral_fast.calibration.model import ModelOptions, load_tokenizer
 from spectral_fast.cli import main
@@ -192,11 +193,25 @@ def test_ranks_follow_the_spectra_and_meet_a_budget(tmp_path: Path) -> None:
     adaptive = run(tmp_path / "adaptive", "--max_steps", "1", **flags)
     assert abs(adaptive["trainable_parameters"] / uniform["trainable_parameters"] - 1) <= 0.01
     pattern = adaptive["rank_pattern"]
-    assert len(pattern) == 14
+    preset = {"exclude_modules": ("lm_head",), "budget_uniform_rank": 4}
+    wanted = get_adaptive_lora_config(BASE, maximum_rank=32, **preset)
+    assert (pattern, len(pattern)) == (wanted.rank_pattern, 14)
+    config = PeftConfig.from_pretrained(str(tmp_path / "adaptive" / "final_checkpoint"))
+    assert (config.r, config.alpha_pattern) == (wanted.r, wanted.alpha_pattern)
     adapter = Adapter.open(tmp_path / "adaptive" / "final_checkpoint")
     ranks = {module.name.removeprefix("base_model.model."): module.r for module in adapter.modules.values()}
     assert len(set(ranks.values())) > 2
     assert sorted(ranks.values()) == sorted(pattern.values())
+
+
+def test_ranks_follow_a_sensitivity_file(tmp_path: Path) -> None:
+    source, probed = ["--base_model", BASE, "--lora_path", str(embedded.adapter_dir())], tmp_path / "probed"
+    data = ["--calib_data", str(embedded.calibration_file()), "--calib_samples", "2"]
+    assert main(["probe", *source, *data, "--out_dir", str(probed)]) == 0
+    flags = {"adaptive_ranks": True, "sensitivity": str(probed), "lora_target_modules": ["down_proj"]}
+    pattern = run(tmp_path / "run", "--max_steps", "1", **flags)["rank_pattern"]
+    assert pattern == get_adaptive_lora_config(BASE, sensitivity=probed, target_modules=("down_proj",)).rank_pattern
+    assert len(pattern) == 2
 
 
 def save(rows: list[dict[str, Any]], file: Path) -> str:

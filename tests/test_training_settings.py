@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from spectral_fast.cli import main
 from spectral_fast.training import Settings, load
 
 OUT = ["--output_dir", "run"]
@@ -98,6 +99,18 @@ def test_one_module_needs_no_list(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises((ValueError, TypeError), match=complaint):
         of(tmp_path, text)
+
+
+def test_a_flag_takes_back_what_the_file_turns_on_or_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr("spectral_fast.training.train", lambda settings, **_: seen.append(settings))
+    file = write(tmp_path, "use_dora: true\nuse_peft: false\noutput_dir: run\ngradient_checkpointing: true")
+    monkeypatch.setenv("SPECTRAL_FAST_DEBUG", "1")
+    with pytest.raises(TypeError):  # there is no result to print
+        main(["train", "--config", str(file), "--no-use-dora", "--use_peft", "--no_gradient_checkpointing"])
+    assert not seen[0].model.use_dora
+    assert seen[0].model.use_peft
+    assert not seen[0].training.gradient_checkpointing
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,21 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "every field of TRL's SFTConfig (--learning_rate, --max_steps, --output_dir ...) is a flag, too",
         "spectral-fast train --config FILE.yaml --learning_rate 1e-4",
     )
-    parser.add_argument("--config", type=Path, help="YAML with keys named like the flags, which win over it")
+    parser.add_argument("--config", type=Path, help="YAML of flags' names; flags win, --no_NAME for false")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in output_dir")
     for name, cls in SECTIONS.items():
-        add_flags(parser.add_argument_group(name), cls)
+        group = parser.add_argument_group(name)
+        add_flags(group, cls)
+        _add_opposites(group, cls)
     return parser
+
+
+def _add_opposites(group: Any, cls: Any) -> None:
+    """Flags that put a boolean back to its default, which the file has changed."""
+    for f in fields(cls):
+        if isinstance(f.default, bool):
+            opposite, action = (f"--{f.name}", "store_true") if f.default else (f"--no_{f.name}", "store_false")
+            group.add_argument(opposite, dest=f.name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from spectral_fast.options import check, option
+from spectral_fast.options import check, option, take
+from spectral_fast.sensitivity import Sensitivity
 from spectral_fast.training.options import LoraModelConfig
 
 HEAD = "lm_head"  # TRL's trainer computes the loss from its weight, past any adapter, and refuses one
@@ -35,23 +37,30 @@ class RankAssignmentConfig:
 
 
 def adaptive_lora(model: LoraModelConfig, ranks: RankAssignmentConfig) -> Any:
-    """`allocation.AdaptiveLora` of the base model's files: of its weights before they are quantised."""
-    from spectral_fast.allocation import get_adaptive_lora_config
+    """`allocation.AdaptiveLora` of the base model's files: of its weights before they are quantised.
 
-    named = () if model.adapts_all else model.lora_target_modules
-    return get_adaptive_lora_config(
-        model.name,
-        layer_selection_percentile=ranks.top_n_percentile,
-        minimum_rank=ranks.min_rank,
-        maximum_rank=ranks.max_rank,
-        rank_scaling_method=ranks.rank_scaling,
-        alpha_scaling_factor=ranks.alpha_factor,
-        hill_weight=ranks.w_hill,
-        mp_spikes_weight=ranks.w_mp_spikes,
-        preset=ranks.rank_preset,
-        target_modules=named,
-        exclude_modules=(HEAD,),
-        budget_params=ranks.budget_params,
-        budget_uniform_rank=ranks.budget_uniform_rank,
-        sensitivity=ranks.sensitivity,
+    Raises:
+        FileNotFoundError, ValueError: as `layers_of`, `Sensitivity.load` and `allocate`.
+    """
+    from spectral_fast.allocation import RankOptions, SpectralOptions, allocate, layers_of, preset_of
+
+    given = {
+        **preset_of(ranks.rank_preset),
+        "layer_selection_percentile": ranks.top_n_percentile,
+        "minimum_rank": ranks.min_rank,
+        "maximum_rank": ranks.max_rank,
+        "rank_scaling_method": ranks.rank_scaling,
+        "alpha_scaling_factor": ranks.alpha_factor,
+        "hill_weight": ranks.w_hill,
+        "mp_spikes_weight": ranks.w_mp_spikes,
+        "target_modules": () if model.adapts_all else model.lora_target_modules,
+        "exclude_modules": (HEAD,),
+        "budget_params": ranks.budget_params,
+        "budget_uniform_rank": ranks.budget_uniform_rank,
+    }
+    return allocate(
+        layers_of(model.name, model.loading()),
+        take(RankOptions, given),
+        take(SpectralOptions, given),
+        sensitivity=None if ranks.sensitivity is None else Sensitivity.load(Path(ranks.sensitivity)),
     )
