@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 Shape = tuple[int, int]
 
@@ -152,7 +153,42 @@ class Calibration:
         return EPSILON[self.dtype] / 2 * math.sqrt(2 * ROUNDINGS * self.layers)
 
 
-Case = Adapter | Cores | Projections | Calibration
+@dataclass(frozen=True)
+class Spectra:
+    """All linear layers of a model: a decoder of random weights; or the MiniLM encoder that a package ships."""
+
+    name: str
+    dtype: str
+    decoder: Calibration | None = None
+
+    rank: ClassVar[None] = None
+
+    def __str__(self) -> str:
+        return f"all layers of {self.name}, {self.dtype}"
+
+    @classmethod
+    def loads(cls, text: str) -> Spectra:
+        """From JSON."""
+        fields = json.loads(text)
+        if fields["decoder"] is not None:
+            fields["decoder"] = Calibration(**fields["decoder"])
+        return cls(**fields)
+
+    @property
+    def groups(self) -> dict[str, int]:
+        """Parts that peers are timed on, and how often the model has such a part."""
+        if self.decoder is None:
+            return {"all": 1}
+        return {"a layer": self.decoder.layers, "the head": 1}
+
+    def group(self, layer: str) -> str | None:
+        """The part that a layer is of; None for those that are like one that is timed."""
+        if self.decoder is None:
+            return "all"
+        return "the head" if layer == "lm_head" else "a layer" if layer.startswith("model.layers.0.") else None
+
+
+Case = Adapter | Cores | Projections | Calibration | Spectra
 
 
 @dataclass(frozen=True)
@@ -162,7 +198,7 @@ class Task:
     Attributes:
         work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores), "sensitivity" (from
             projections), "edit" (file to file), "calibrate" (samples through a model), "cost of g" (a pass with and
-            without), "stream", "stream or memory", or "ranks".
+            without), "stream", "stream or memory", "ranks", or "spectra" (of base weights, with exponents).
         case: what it is done to.
         peers: names in ``peers.REBUILD``, ``peers.SVD``, ``peers.SENSITIVITY`` or ``calibration.RUNS``.
         rounds: repeats of each implementation, at most.
@@ -192,6 +228,7 @@ class Task:
             **dict.fromkeys(("rebuild", "edit"), Adapter),
             "svd": Cores,
             "sensitivity": Projections,
+            "spectra": lambda **own: Spectra.loads(json.dumps(own)),
         }
         return cls(**fields | {"case": kinds.get(fields["work"], Calibration)(**case)})
 
@@ -226,6 +263,18 @@ COST = Task("cost of g", replace(SMALL_LLAMA, samples=8), (SUMMED, WITHOUT), rou
 STREAM = Task("stream", Calibration("Llama-2-7B", 32, 4096, 11008, 32, 32000, 8, 64, "bfloat16"), (), rounds=1)
 STREAM_OR_MEMORY = Task("stream or memory", replace(SMALL_LLAMA, dtype="float32"), (IN_MEMORY,), rounds=3)
 RANKS = Task("ranks", SMALL_LLAMA, (), rounds=3)
+SVDVALS, SIDE_BY_SIDE = "torch svdvals", "torch svdvals, matrices side by side"
+WEIGHTWATCHER = "WeightWatcher"
+# The interpreter that has it: its dependencies are no business of ours.
+WEIGHTWATCHER_PYTHON = "SPECTRAL_FAST_WEIGHTWATCHER_PYTHON"
+LLAMA_2048 = Calibration("12 layers of 2048", 12, 2048, 5632, 16, 32000, 0, 8, "bfloat16")
+MINILM = Task("spectra", Spectra("MiniLM-L6", "float32"), (SVDVALS, SIDE_BY_SIDE, WEIGHTWATCHER), rounds=5)
+WIDE = Task(
+    "spectra",
+    Spectra("a Llama, 12 layers of 2048", "bfloat16", LLAMA_2048),
+    (SVDVALS, SIDE_BY_SIDE, WEIGHTWATCHER),
+    rounds=1,
+)
 TINY_LLAMA = Calibration("3 layers of 128", 3, 128, 320, 4, 32000, 5, 8, "bfloat16")
 
 FULL = (
@@ -251,6 +300,8 @@ FULL = (
     STREAM_OR_MEMORY,
     RANKS,
     STREAM,
+    MINILM,
+    WIDE,
 )
 
 # The same code on sizes that say nothing about speed.
@@ -265,4 +316,5 @@ QUICK = (
     replace(STREAM_OR_MEMORY, case=replace(TINY_LLAMA, dtype="float32"), rounds=1),
     replace(RANKS, case=TINY_LLAMA, rounds=1),
     replace(STREAM, case=TINY_LLAMA, rounds=1),
+    replace(WIDE, case=Spectra("a tiny Llama", "bfloat16", replace(TINY_LLAMA, samples=0, vocabulary=300)), rounds=1),
 )

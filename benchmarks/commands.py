@@ -9,14 +9,27 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.cases import ITEMSIZE, ONE, STREAMED, TWO, Calibration, Task
+from benchmarks.cases import (
+    ITEMSIZE,
+    ONE,
+    OURS,
+    STREAMED,
+    TWO,
+    WEIGHTWATCHER,
+    WEIGHTWATCHER_PYTHON,
+    Calibration,
+    Spectra,
+    Task,
+)
 from benchmarks.records import Measurement, Table
 from benchmarks.timing import Finished, run_pinned
 
 WHOLE = "{}, the whole command"
+SAME = 1e-3  # tail exponents
 KEPT = "100MB"  # activations that are kept instead of computed again
 
 
@@ -80,6 +93,64 @@ def ranks(task: Task, all_cores: Sequence[int], _: Path | None) -> Iterator[Tabl
     threads = {name: 2 if TWO in name else 1 for name in seconds}
     measured = [Measurement(name, threads[name], seconds[name]) for name in seconds]
     yield Table(task, 2, measured, **results[-1]["table"])
+
+
+def spectra(task: Task, all_cores: Sequence[int], work_dir: Path | None) -> Iterator[Table]:
+    """Spectra and tail exponents of all layers of a model, on most cores, each implementation in a process of its own.
+
+    Ours begins with the files, and its peak resident set is that of the process; the others have the matrices in
+    memory. Of layers that are alike peers are timed on one, times their number. WeightWatcher is left out where no
+    interpreter that has it is named. All exponents are the same to 1e-3, or there is no table.
+
+    Args:
+        task: the model, and how often ours is repeated; what takes long is not.
+        all_cores: numbers of cores to pin to, of which the last is taken.
+        work_dir: where to write the model and the matrices; None for the system's.
+    """
+    case, cores = task.case, max(all_cores)
+    assert isinstance(case, Spectra)
+    with TemporaryDirectory(dir=work_dir) as directory:
+        folder = Path(directory, "case")
+        folder.mkdir()
+        worker = [sys.executable, "-m", "benchmarks.spectra", json.dumps(asdict(case)), str(folder)]
+        made = json.loads(run_pinned([*worker, "make", "1"], cores).output)
+        layers = made.pop("layers")
+        rounds = str(task.rounds)
+        measured, expected = [], {}
+        for name in (OURS, *task.peers):
+            if name == WEIGHTWATCHER:
+                python = os.environ.get(WEIGHTWATCHER_PYTHON)
+                if python is None:
+                    print(
+                        f"{name} is left out: {WEIGHTWATCHER_PYTHON} names no interpreter that has it", file=sys.stderr
+                    )
+                    continue
+                script = Path(__file__).with_name("weightwatcher_peer.py")
+                done = run_pinned([python, "-I", str(script), str(folder / "matrices.pt"), rounds], cores)
+                found = json.loads(done.output)
+                times = [found["seconds"][part] for part in case.groups]
+                each = [[count * t for t in part] for part, count in zip(times, case.groups.values(), strict=True)]
+                found["seconds"] = [sum(parts) for parts in zip(*each, strict=True)]
+                name = f"{name} {found['version']}"
+            else:
+                done = run_pinned([*worker, name, rounds], cores)
+                found = json.loads(done.output)
+            expected = expected or found["alphas"]
+            error = max(abs(alpha - expected[layer]) for layer, alpha in found["alphas"].items())
+            if not error <= SAME:
+                raise ValueError(f"{name}: tail exponents differ from ours by {error:.2g}")
+            own = name == OURS
+            measured.append(
+                Measurement(
+                    name,
+                    cores,
+                    found["seconds"],
+                    extrapolated=not own and len(found["alphas"]) < layers,
+                    peak_bytes=done.peak_bytes if own else None,
+                    error=None if own else error,
+                )
+            )
+        yield Table(task, cores, measured, **made)
 
 
 def _same(found: Sequence[list[float]], limit: float) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 
 from benchmarks import cases, files
 from benchmarks.cases import ONE, OURS, STREAMED, SUMMED, TWO, WITHOUT, Adapter, Calibration, Task
-from benchmarks.records import Table
+from benchmarks.records import Measurement, Table
 from benchmarks.scaling import Shape
 
 
@@ -19,14 +19,14 @@ class Figure:
     Attributes:
         text: what is compared with what.
         task: where it is measured.
-        measure: the figure, from the table of that task on most cores.
+        measure: the figure, from the table of that task on most cores; None where a peer is absent.
         target: what to reach.
         at_least: whether more is better.
     """
 
     text: str
     task: Task
-    measure: Callable[[Table], float]
+    measure: Callable[[Table], float | None]
     target: float
     at_least: bool
 
@@ -36,6 +36,8 @@ class Figure:
         if not found:
             return None
         value = self.measure(max(found, key=lambda table: table.cores))
+        if value is None:
+            return f"  {self.text:<96}  not measured"
         reached = value >= self.target if self.at_least else value <= self.target
         sign = ("≥" if self.at_least else "≤") + f" {self.target:g}"
         return f"  {self.text:<96}{value:>8.2f}{sign:>8}  {'PASS' if reached else 'short'}"
@@ -92,6 +94,24 @@ def times_read(table: Table) -> float:
     assert isinstance(case, Calibration)
     assert read is not None
     return read / (Shape.of(case).parameters * cases.ITEMSIZE[case.dtype])
+
+
+def against_weightwatcher(what: Callable[[Table, Measurement], float | None]) -> Callable[[Table], float | None]:
+    """Something of WeightWatcher's measurement; None where it was left out."""
+
+    def measure(table: Table) -> float | None:
+        found = [x for x in table.measurements if x.implementation.startswith(cases.WEIGHTWATCHER)]
+        return what(table, found[0]) if found else None
+
+    return measure
+
+
+def spectra_memory(table: Table) -> float:
+    """Peak of the analysis over 4 times the largest matrix in float32 plus 500 MB."""
+    peak = table.of(OURS).peak_bytes
+    assert peak is not None
+    assert table.largest is not None
+    return peak / (4 * table.largest + 500e6)
 
 
 CALIBRATION = "calibrate, bfloat16 Llama of 8 layers"
@@ -169,5 +189,39 @@ FIGURES = (
         faster(TWO, ONE),
         1.7,
         at_least=True,
+    ),
+    *(
+        figure
+        for task in (cases.MINILM, cases.WIDE)
+        for figure in (
+            Figure(
+                f"spectra and tail exponents, {task.case}: WeightWatcher / ours",
+                task,
+                against_weightwatcher(Table.ratio),
+                5,
+                at_least=True,
+            ),
+            Figure(
+                "the same: largest difference of exponents in 1e-3",
+                task,
+                against_weightwatcher(lambda _, x: None if x.error is None else 1e3 * x.error),
+                1,
+                at_least=False,
+            ),
+            Figure(
+                "the same: svdvals per layer in torch, in its best way / ours",
+                task,
+                times_faster(cases.SVDVALS, cases.SIDE_BY_SIDE),
+                1.5,
+                at_least=True,
+            ),
+            Figure(
+                "the same: peak memory / (4 × the largest matrix in float32 + 500 MB)",
+                task,
+                spectra_memory,
+                1,
+                at_least=False,
+            ),
+        )
     ),
 )

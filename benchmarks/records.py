@@ -24,6 +24,7 @@ class Measurement:
         peak_bytes: peak resident set of a command; None for what is timed inside a process.
         saved_bytes: what autograd keeps for the backward pass, weights apart; None where nobody counted.
         read_bytes: weights that were read from disk; None where nobody counted.
+        error: largest difference of its tail exponents to ours; None where there are none.
     """
 
     implementation: str
@@ -33,6 +34,7 @@ class Measurement:
     peak_bytes: int | None = None
     saved_bytes: int | None = None
     read_bytes: int | None = None
+    error: float | None = None
 
     @property
     def median(self) -> float:
@@ -54,6 +56,7 @@ class Table:
         bandwidth: bytes per second, read and written, that a copy reached in this run.
         peak: operations per second that a large matrix product reached in this run.
         tokens: of calibration samples; None where there are none.
+        largest: bytes of the largest matrix in float32; None where nobody asks.
     """
 
     task: Task
@@ -65,6 +68,7 @@ class Table:
     bandwidth: float
     peak: float
     tokens: int | None = None
+    largest: int | None = None
 
     @property
     def floor(self) -> float:
@@ -103,6 +107,7 @@ class Table:
                 "peak_bytes": x.peak_bytes,
                 "saved_bytes": x.saved_bytes,
                 "read_bytes": x.read_bytes,
+                "error": "" if x.error is None else f"{x.error:.2g}",
                 "tokens": self.tokens,
                 "bytes": self.nbytes,
                 "flops": self.flops,
@@ -123,6 +128,8 @@ class Table:
             for what, nbytes in (("peak", x.peak_bytes), ("saved", x.saved_bytes), ("read", x.read_bytes)):
                 if nbytes is not None:
                     note += f"  {what} {nbytes / 1e6:.0f} MB"
+            if x.error is not None:
+                note += f"  alphas differ by {x.error:.1g}"
             lines.append(
                 f"  {x.implementation:<34}{x.threads:>8}{x.median:>11.4f}{min(x.seconds):>10.4f}"
                 f"{max(x.seconds):>10.4f}{len(x.seconds):>9}{self.ratio(x):>9.2f}{note}"

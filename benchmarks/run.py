@@ -16,7 +16,7 @@ from benchmarks.machine import commit, hardware, slug
 from benchmarks.records import Measurement, Table, write_csv
 from benchmarks.timing import run_pinned
 
-COMMANDS = {"edit": files.edit, "stream": commands.stream, "ranks": commands.ranks}
+COMMANDS = {"edit": files.edit, "stream": commands.stream, "ranks": commands.ranks, "spectra": commands.spectra}
 RESULTS = Path(__file__).parent / "results"
 
 

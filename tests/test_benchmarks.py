@@ -19,7 +19,7 @@ spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py"
 assert spec is not None
 sys.modules["benchmarks"] = module_from_spec(spec)
 
-from benchmarks import calibration, cases, factors, files, models, peers, samples, timing  # noqa: E402
+from benchmarks import calibration, cases, commands, factors, files, models, peers, samples, timing  # noqa: E402
 from benchmarks.cases import Adapter, Cores, Task  # noqa: E402
 from benchmarks.figures import FIGURES  # noqa: E402
 from benchmarks.records import Measurement, Table, write_csv  # noqa: E402
@@ -235,3 +235,18 @@ def test_a_quick_run_goes_all_the_way_and_leaves_the_committed_results_alone(tmp
     assert "No figure to reach" in done.stdout
     assert (tmp_path / "x.csv").read_text(encoding="utf-8").count("torch QR + SVD") == 1
     assert {file: file.read_bytes() for file in ROOT.glob("benchmarks/results/*")} == results
+
+
+def test_weightwatcher_is_left_out_with_a_reason_where_it_is_absent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(cases.WEIGHTWATCHER_PYTHON, raising=False)
+    [task] = [task for task in cases.QUICK if task.work == "spectra"]
+    [found] = commands.spectra(task, [1], None)
+    assert [x.implementation for x in found.measurements] == [cases.OURS, cases.SVDVALS, cases.SIDE_BY_SIDE]
+    assert f"{cases.WEIGHTWATCHER} is left out: {cases.WEIGHTWATCHER_PYTHON} names no" in capsys.readouterr().err
+    full = replace(found, task=cases.WIDE)
+    [ratio] = [figure for figure in FIGURES if figure.task == cases.WIDE and "WeightWatcher /" in figure.text]
+    line = ratio.line([full])
+    assert line is not None
+    assert line.endswith("not measured")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 ROWS = 1024  # of the longer side that are widened at a time
-COLUMNS = 512  # of the Gram matrix: what lies above its diagonal blocks is not computed
+COLUMNS = 128, 256  # of the Gram matrix at a time: what lies above its diagonal blocks is not computed
 
 
 def gram(matrix: Tensor, device: torch.device | None = None) -> Tensor:
@@ -26,11 +26,12 @@ def gram(matrix: Tensor, device: torch.device | None = None) -> Tensor:
     """
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     k = tall.shape[1]
+    step = min(max(k // 4, COLUMNS[0]), COLUMNS[1])
     lower = torch.zeros(k, k, dtype=torch.float64, device=device or matrix.device)
     for rows in tall.split(ROWS):  # type: ignore[no-untyped-call]
         wide = rows.to(lower.device).double()
-        for i in range(0, k, COLUMNS):
-            lower[i:, i : i + COLUMNS].addmm_(wide[:, i:].T, wide[:, i : i + COLUMNS])
+        for i in range(0, k, step):
+            lower[i:, i : i + step].addmm_(wide[:, i:].T, wide[:, i : i + step])
     return lower
 
 

@@ -174,8 +174,10 @@ def _factory(config: Any, model_class: str) -> Any:
             raise ValueError(f"model_class should be a class of transformers that loads models; got {model_class!r}")
         return found
     remote = getattr(config, "auto_map", None) or {}
-    names = [name for name in remote if name.startswith("AutoModel")] or (config.architectures or [])
-    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), transformers.AutoModel)
+    names = [name for name in remote if name.startswith("AutoModel")] or list(config.architectures or [])
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    names.append("AutoModelForCausalLM" if causal else "AutoModel")  # where config.json does not say
+    return next(getattr(transformers, name) for name in names if hasattr(transformers, name))
 
 
 def _empty(factory: Any, config: Any, trust_remote_code: bool) -> Any:
