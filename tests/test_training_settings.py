@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from spectral_fast.cli import main
 from spectral_fast.training import Settings, load
 
+README = Path(__file__).parents[1] / "README.md"
 OUT = ["--output_dir", "run"]
 
 
@@ -62,6 +64,13 @@ def test_null_and_structures_reach_the_trainer_as_they_are(tmp_path: Path) -> No
     assert settings.training.max_length is None
     assert settings.model.lora_r == 16
     assert settings.training.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+def test_the_file_in_the_readme_is_understood(tmp_path: Path) -> None:
+    [text] = re.findall(r"```yaml\n(# train\.yaml.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    settings = load(write(tmp_path, text), {})
+    assert settings.ranks.budget_uniform_rank == settings.model.lora_r == 16
+    assert settings.training.packing
 
 
 def test_one_module_needs_no_list(tmp_path: Path) -> None:
