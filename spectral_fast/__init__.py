@@ -1,7 +1,8 @@
 """spectral_fast: the fast engine for the spectrum of LoRA adapters.
 
 A trained LoRA adapter is a low-rank update ΔW = B A = U diag(s) Vᵀ. `probe` or `calibrate` measures how sensitive a
-loss is to each singular value, `edit_adapter` reweights them by a policy and writes the adapter back.
+loss is to each singular value, `edit_adapter` reweights them by a policy and writes the adapter back; `prune_adapter`
+leaves rank channels out.
 """
 
 from spectral_fast._version import __version__
@@ -13,6 +14,7 @@ from spectral_fast.calibration.probe import CalibrationOptions, probe
 from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.edit import edit_adapter
 from spectral_fast.policies import POLICIES
+from spectral_fast.prune import PruneOptions, prune_adapter
 from spectral_fast.sensitivity import Sensitivity
 from spectral_fast.spectrum import Spectrum, lowrank_svd
 
@@ -21,6 +23,7 @@ __all__ = [
     "Adapter",
     "CalibrationOptions",
     "ModelOptions",
+    "PruneOptions",
     "Ranks",
     "Sensitivity",
     "Spectrum",
@@ -29,5 +32,6 @@ __all__ = [
     "edit_adapter",
     "lowrank_svd",
     "probe",
+    "prune_adapter",
     "sensitivity_from_gradients",
 ]

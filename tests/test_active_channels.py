@@ -202,6 +202,17 @@ def test_what_cannot_be_measured_is_refused_and_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_read_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "active_channels.csv").touch()
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(embedded.calibration_file().read_bytes())
+    base = ["--base_model", str(embedded.base_model_dir()), "--calib_data", str(data)]
+    with pytest.raises(SystemExit):
+        main(["active-channels", *base, "--out_dir", str(tmp_path), "--overwrite"])
+    assert "is inside --out_dir" in capsys.readouterr().err
+    assert data.is_file()
+
+
 def test_a_model_of_another_kind_is_refused() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -301,6 +301,14 @@ def test_weights_that_are_zero_or_nan_or_random_are_told_apart(
     assert result["summary"]["svd_topk_err"]["mean"] == pytest.approx(np.mean([row["svd_topk_err"] for row in finite]))
 
 
+def test_a_model_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = odd_model(tmp_path / "model")
+    (folder / "layer_reconstruction.csv").touch()
+    assert main(["predictors", "--model", str(folder), "--out_dir", str(folder), "--overwrite"]) == 1
+    assert "must not contain each other" in capsys.readouterr().err
+    assert (folder / "config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 from spectral_fast.cli.common import add_command, add_model_flags
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import bar
-from spectral_fast.usage import UsageError
+from spectral_fast.usage import UsageError, check_inputs_kept
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -43,6 +43,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for flag in ("until_stable", "load_in_4bit", "device_map"):
         if flag in given:
             raise UsageError(f"--{flag} has no meaning here; leave it out")
+    check_inputs_kept(args)
     result = run_active_channels(
         args.base_model,
         take(CalibrationOptions, given),

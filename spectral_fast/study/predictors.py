@@ -64,9 +64,11 @@ def run_predictors(
     Raises:
         FileNotFoundError: there is no such model.
         FileExistsError: out_dir holds something and `overwrite` is false.
-        ValueError: the model has no two-dimensional parameter, or none of the name `experiment_param`.
+        ValueError: the model has no two-dimensional parameter, or none of the name `experiment_param`; or out_dir and
+            the model's folder contain each other.
     """
-    with replace_directory(out_dir, overwrite=overwrite, marker=TABLE) as folder:
+    source = Path(model) if Path(model).is_dir() else None
+    with replace_directory(out_dir, overwrite=overwrite, source=source, marker=TABLE) as folder:
         parameters, warnings = load_matrices(model, options.seed)
         inspected = list(parameters)[: options.max_layers]
         fitting = [name for name in inspected if parameters[name].numel() <= options.max_elems]
