@@ -133,25 +133,24 @@ def spectra(
     where = torch.device("cpu") if where.type == "mps" else where
     found: dict[int, LayerSpectrum] = {}
     budget = max((16 * _numel(layer) for layer in layers), default=0)
-    with _one_thread_each() as cores, ThreadPoolExecutor(2 if where.type == "cuda" else cores) as pool:
-        for spectrum in _bounded(pool, lambda layer: _spectrum(layer, options, where), layers, budget):
+    with _one_thread_each() as cores:
+        workers = 2 if where.type == "cuda" else cores  # one reads while the other computes
+        for spectrum in _bounded(lambda layer: _spectrum(layer, options, where), layers, workers, budget):
             found[spectrum.layer.index] = spectrum
             progress(1)
     return [found[layer.index] for layer in layers]
 
 
 def _bounded(
-    pool: ThreadPoolExecutor,
-    work: Callable[[Layer], LayerSpectrum],
-    layers: Sequence[Layer],
-    budget: int,
+    work: Callable[[Layer], LayerSpectrum], layers: Sequence[Layer], workers: int, budget: int
 ) -> Iterator[LayerSpectrum]:
     """Results as they come; no more in work than fits into the budget together, or one."""
     waiting = sorted(layers, key=_memory, reverse=True)
     running: dict[Future[LayerSpectrum], int] = {}
+    pool = ThreadPoolExecutor(workers)
     try:
         while waiting or running:
-            while waiting and len(running) < pool._max_workers:
+            while waiting and len(running) < workers:
                 room = max(budget, _BESIDE) - sum(running.values())
                 fits = next((i for i, layer in enumerate(waiting) if _memory(layer) <= room), None)
                 if fits is None and running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +73,7 @@ def layers_of(model: Any, options: ModelOptions | None = None, model_class: str 
     """
     if isinstance(model, nn.Module):
         found = list(_in_memory(model))
-    elif isinstance(model, (str, bytes)) or hasattr(model, "__fspath__"):
+    elif isinstance(model, (str, os.PathLike)):
         found = _from_files(str(model), options or ModelOptions(), model_class)
     else:
         raise TypeError(f"model must be a folder, a name or a torch module; got {type(model).__name__}")

@@ -31,7 +31,9 @@ class RankOptions:
     hill_weight: float = option(0.7, "weight of the tail exponent in the score", low=0)
     mp_spikes_weight: float = option(0.3, "weight of the spikes, fewer of which score higher", low=0)
     target_modules: tuple[str, ...] = option((), "last name components of the layers to choose among (default: all)")
-    exclude_modules: tuple[str, ...] = option((), "last name components of layers that get no rank, e.g. lm_head")
+    exclude_modules: tuple[str, ...] = option(
+        (), "last name components of layers that get no rank, e.g. lm_head, where the model has such"
+    )
     budget_params: int | None = option(None, "parameters that the adapter shall have, met to 1 %", low=1)
     budget_uniform_rank: int | None = option(
         None, "or: as many as with this rank on all layers there are to choose among", low=1
@@ -50,10 +52,10 @@ class RankOptions:
         """The layers that target_modules and exclude_modules leave.
 
         Raises:
-            ValueError: a name that no layer has.
+            ValueError: a target that no layer is called.
         """
         kinds = [layer.name.rpartition(".")[2] for layer in layers]
-        for name in (*self.target_modules, *self.exclude_modules):
+        for name in self.target_modules:
             if name not in kinds:
                 raise ValueError(f"no layer is called {name}; the model has {', '.join(sorted(set(kinds)))}")
         targets = self.target_modules or kinds
