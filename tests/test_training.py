@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from spectral_fast.allocation import get_adaptive_lora_config
 from spectral_fast.calibration.data import encode_question_answer
 from spectral_fast.calibration.model import ModelOptions, load_tokenizer
 from spectral_fast.cli import main
-from spectral_fast.training import load, train
+from spectral_fast.training import callbacks, load, train
 from spectral_fast.training.callbacks import BatchTimeCallback, SystemMonitor
 from spectral_fast.training.data import load_split
 from spectral_fast.training.options import DataArguments
@@ -103,6 +104,8 @@ def test_a_resumed_run_ends_with_the_same_weights(trained: Path, tmp_path: Path)
     for name, flags in (("r", {"lora_r": 8}), ("lora_alpha", {"lora_alpha": 3}), ("use_rslora", {"use_rslora": True})):
         with pytest.raises(ValueError, match=rf"checkpoint-2 has {name} = .*give the same"):
             run(begun, "--resume_from_checkpoint", "latest", **flags)
+    shutil.copytree(begun / "checkpoint-2", begun / "checkpoint-3")
+    (begun / "checkpoint-3" / "trainer_state.json").unlink()  # as if the run had been killed while it wrote
     words = ["--save_steps", "2", "--resume_from_checkpoint"]
     for checkpoint in ("latest", str(trained / "checkpoint-2")):
         result = run(begun, *words, checkpoint)
@@ -113,7 +116,7 @@ def test_a_resumed_run_ends_with_the_same_weights(trained: Path, tmp_path: Path)
     assert (begun / "run.log").read_text().count("trainable_parameters") == 3
     with pytest.raises(FileNotFoundError, match="has no checkpoint to resume from"):
         run(tmp_path / "new", *words, "true")
-    with pytest.raises(FileNotFoundError, match="is no checkpoint of a trainer"):
+    with pytest.raises(FileNotFoundError, match="is no whole checkpoint of a trainer"):
         run(begun, *words, str(tmp_path))
 
 
@@ -333,3 +336,28 @@ def test_the_monitor_writes_at_its_interval_until_the_context_is_left(tmp_path: 
     assert all(row["memory_percent"] > 0 for row in rows)
     time.sleep(0.15)
     assert len(file.read_text().splitlines()) == len(rows)
+
+
+def test_the_monitor_asks_nvidias_library_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NVMLError(Exception):
+        pass
+
+    fake: Any = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetMemoryInfo=lambda gpu: SimpleNamespace(used=10 + gpu, total=20),
+        nvmlDeviceGetUtilizationRates=lambda gpu: SimpleNamespace(gpu=30 + gpu),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert callbacks._gpus() == [0, 1]
+    assert callbacks._usage(1) == {"gpu_percent": 31, "memory_bytes": 11, "memory_total_bytes": 20}
+
+    def without_driver() -> None:
+        raise NVMLError
+
+    fake.nvmlInit = without_driver
+    assert callbacks._gpus() == []
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert callbacks._gpus() == []

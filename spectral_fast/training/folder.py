@@ -16,6 +16,7 @@ from spectral_fast.atomic import replace_file
 from spectral_fast.training.settings import Settings
 
 PARAMETERS, FINAL = "training_params.json", "final_checkpoint"
+_LAST_WRITTEN = "trainer_state.json"  # without it a checkpoint is what a killed run left of one
 # What must not differ between a checkpoint and the run that goes on with it.
 _SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
 
@@ -112,10 +113,10 @@ def _checkpoints(path: Path) -> list[Path]:
 def _checkpoint(path: Path, wanted: str) -> Path:
     """The one that is meant."""
     if wanted.lower() in ("true", "latest"):
-        found = _checkpoints(path)
+        found = [folder for folder in _checkpoints(path) if (folder / _LAST_WRITTEN).is_file()]
         if not found:
             raise FileNotFoundError(f"{path} has no checkpoint to resume from; leave out resume_from_checkpoint")
         return found[-1]
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"{wanted} is no checkpoint of a trainer: it has no trainer_state.json")
+    if not (Path(wanted) / _LAST_WRITTEN).is_file():
+        raise FileNotFoundError(f"{wanted} is no whole checkpoint of a trainer: it has no {_LAST_WRITTEN}")
     return Path(wanted)
