@@ -31,9 +31,7 @@ class RankOptions:
     hill_weight: float = option(0.7, "weight of the tail exponent in the score", low=0)
     mp_spikes_weight: float = option(0.3, "weight of the spikes, fewer of which score higher", low=0)
     target_modules: tuple[str, ...] = option((), "last name components of the layers to choose among (default: all)")
-    exclude_modules: tuple[str, ...] = option(
-        (), "last name components of layers that get no rank, e.g. lm_head, where the model has such"
-    )
+    exclude_modules: tuple[str, ...] = option((), "last name components of layers that get no rank, e.g. lm_head")
     budget_params: int | None = option(None, "parameters that the adapter shall have, met to 1 %", low=1)
     budget_uniform_rank: int | None = option(
         None, "or: as many as with this rank on all layers there are to choose among", low=1
