@@ -113,7 +113,9 @@ def test_a_resumed_run_ends_with_the_same_weights(trained: Path, tmp_path: Path)
         got, wanted = weights(begun), weights(trained)
         assert all(torch.equal(got[key], wanted[key]) for key in wanted)
         shutil.rmtree(begun / "checkpoint-4")
-    assert (begun / "run.log").read_text().count("trainable_parameters") == 3
+    log = (begun / "run.log").read_text()
+    assert log.count("trainable_parameters") == 3
+    assert (log.count('step 2: {"loss"'), log.count('step 4: {"loss"')) == (1, 3)  # nothing was done again
     with pytest.raises(FileNotFoundError, match="has no checkpoint to resume from"):
         run(tmp_path / "new", *words, "true")
     with pytest.raises(FileNotFoundError, match="is no whole checkpoint of a trainer"):
