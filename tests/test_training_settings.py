@@ -92,6 +92,7 @@ def test_one_module_needs_no_list(tmp_path: Path) -> None:
         ("lora_r: 4.5", "lora_r must be int; got 4.5"),
         ("rank_scaling: square", "rank_scaling must be one of linear, log, sqrt"),
         ("max_steps: many", "max_steps.*invalid int value: 'many'"),
+        ("learning_rate: [1e-3, 1e-4]", r"learning_rate must be a plain value; got \[0\.001, 0\.0001\]"),
         ("packing_strategy: tight", "packing_strategy.*invalid choice: 'tight'"),
         ("load_in_4bit: true\nload_in_8bit: true", "load_in_8bit and load_in_4bit exclude each other"),
         ("use_dora: true\nuse_peft: false", "use_dora is for an adapter, and use_peft is off"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cache
@@ -143,23 +143,28 @@ def _sft_config(given: Mapping[str, Any], words: Sequence[str]) -> Any:
 
     parser.error = refuse
     structured = {key: value for key, value in given.items() if value is None or isinstance(value, (list, dict))}
+    hints = get_type_hints(cls)
+    for key, value in structured.items():
+        if value is not None and type(value).__name__ not in str(hints[key]):
+            raise ValueError(f"{key} must be a plain value; got {value!r}")
     plain = [f"--{key}={value}" for key, value in given.items() if key not in structured]
     # TRL takes a GPU for granted.
     without_gpu = [] if torch.cuda.is_available() else ["--bf16=false", "--dataloader_pin_memory=false"]
     parsed, unknown = parser.parse_known_args([*without_gpu, *plain, *words], argparse.Namespace(**structured))
     values = vars(parsed)
     used = [name for name in _WITHOUT_EFFECT if values.pop(name) != cls.__dataclass_fields__[name].default]
-    for word in [*(f"--{name}" for name in used), *unknown]:
-        known = [f"--{name}" for name in _owners()]
-        raise ValueError(f"unknown flag {word.partition('=')[0]}{_meant(word.partition('=')[0], known)}")
+    if unknown := [*(f"--{name}" for name in used), *unknown]:
+        flag = unknown[0].partition("=")[0]
+        raise ValueError(f"unknown flag {flag}{_meant(flag, [f'--{name}' for name in _owners()])}")
     if values["output_dir"] is None:
         raise ValueError("no folder for the run: give output_dir, in the file or as a flag")
     return cls(**values, disable_tqdm=True)
 
 
-def _meant(name: str, known: Any) -> str:
+def _meant(name: str, known: Collection[str]) -> str:
+    """A hint at the name that is known now, or the nearest one."""
     dashes = "--" if name.startswith("--") else ""
-    close = get_close_matches(name, list(known), n=1)
+    close = get_close_matches(name, known, n=1)
     meant = _RENAMED.get(name.removeprefix("--"))
     meant = f"{dashes}{meant}" if meant else close[0] if close else None
     return f"; is {meant} meant?" if meant else ""
