@@ -93,8 +93,9 @@ def by_svdvals(
     def run(group: dict[str, Tensor]) -> dict[str, float]:
         if not side_by_side:
             return {name: alpha(matrix) for name, matrix in group.items()}
+        largest_first = dict(sorted(group.items(), key=lambda item: -item[1].numel()))  # so that none is left alone
         with ThreadPoolExecutor(threads) as pool:
-            return dict(zip(group, pool.map(alpha, group.values()), strict=True))
+            return dict(zip(largest_first, pool.map(alpha, largest_first.values()), strict=True))
 
     torch.linalg.svdvals(torch.randn(64, 64))
     found: dict[str, float] = {}
