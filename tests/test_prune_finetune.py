@@ -101,7 +101,7 @@ def test_a_real_encoder_learns_is_pruned_and_learns_on(tmp_path: Path, data: Pat
         "acc_before,acc_after,delta_acc,warm_time_sec,post_time_sec,target_modules,lora_trainable_params,"
         "lora_total_params"
     )
-    # 4 steps at first, 4 more after pruning; guessing gives 0.5, of 60 rows with a standard error of 0.065.
+    # 8 steps at first, 16 more after pruning; guessing gives 0.5, of 60 rows with a standard error of 0.065.
     assert float(row["acc_after"]) > 0.5 + 4 * 0.065
     assert float(row["delta_acc"]) == pytest.approx(float(row["acc_after"]) - float(row["acc_before"]))
     wanted = {"method": "channel_energy", "keep_ratio": "0.5", "lora_r": "8", "effective_r": "4", "train_samples": "64"}
