@@ -82,17 +82,8 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 def test_a_real_encoder_learns_is_pruned_and_learns_on(tmp_path: Path, data: Path, capsys: Any) -> None:
     argv = ["prune-finetune", "--model", MINILM, "--dataset", str(data), "--out_dir", str(tmp_path / "runs")]
-    argv += [
-        "--target_modules",
-        "query,value",
-        "--lr",
-        "5e-3",
-        "--train_samples",
-        "64",
-        "--eval_samples",
-        "0",
-        "--json",
-    ]
+    argv += ["--target_modules", "query,value", "--lr", "5e-3", "--train_samples", "64", "--eval_samples", "0"]
+    argv += ["--train_bsz", "8", "--post_epochs", "2"]
     assert main([*argv, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     [row] = table(tmp_path / "runs")
