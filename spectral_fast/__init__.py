@@ -2,11 +2,12 @@
 
 A trained LoRA adapter is a low-rank update ΔW = B A = U diag(s) Vᵀ. `probe` or `calibrate` measures how sensitive a
 loss is to each singular value, `edit_adapter` reweights them by a policy and writes the adapter back; `prune_adapter`
-leaves rank channels out.
+leaves rank channels out. `get_adaptive_lora_config` finds ranks for a new adapter.
 """
 
 from spectral_fast._version import __version__
 from spectral_fast.adapter import Adapter
+from spectral_fast.allocation import get_adaptive_lora_config, spectral_analysis_for_adaptive_lora
 from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.closed_form import sensitivity_from_gradients
 from spectral_fast.calibration.model import ModelOptions
@@ -30,8 +31,10 @@ __all__ = [
     "__version__",
     "calibrate",
     "edit_adapter",
+    "get_adaptive_lora_config",
     "lowrank_svd",
     "probe",
     "prune_adapter",
     "sensitivity_from_gradients",
+    "spectral_analysis_for_adaptive_lora",
 ]
