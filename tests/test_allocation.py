@@ -160,6 +160,27 @@ def test_a_streamed_analysis_equals_that_of_the_model_in_memory(tmp_path: Path) 
         assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("family", ["convolutions", "encoder and decoder", "experts"])
+def test_any_architecture_is_streamed(family: str, tmp_path: Path) -> None:
+    import transformers as t
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+    model: Any = {
+        "convolutions": lambda: t.ResNetForImageClassification(t.ResNetConfig(**shape)),
+        "encoder and decoder": lambda: t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=97, d_model=32, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
+        ),
+        "experts": lambda: t.MixtralForCausalLM(t.MixtralConfig(**small, **heads, num_local_experts=4)),
+    }[family]()
+    streamed, memory = (spectral_analysis_for_adaptive_lora(x) for x in (saved(model, tmp_path / "model"), model))
+    assert list(streamed.layer_name) == list(memory.layer_name)
+    for a, b in zip(streamed.eigs, memory.eigs, strict=True):
+        assert np.array_equal(a, b)
+
+
 def test_a_tied_head_is_analysed_once(tmp_path: Path) -> None:
     model = tiny_llama(tie_word_embeddings=True)
     names = list(spectral_analysis_for_adaptive_lora(saved(model, tmp_path / "model")).layer_name)
