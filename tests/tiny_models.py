@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
@@ -43,3 +44,17 @@ def randomise_b(peft_model: Any, seed: int = 0) -> None:
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+class Convolutional(nn.Module):
+    """Two convolutions, one of them grouped, a linear layer and a head of two classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = {"model_type": "custom"}
+        self.first = nn.Conv2d(12, 20, (3, 2))
+        self.second = nn.Conv2d(20, 24, 3)
+        self.grouped = nn.Conv2d(24, 48, 1, groups=4)
+        self.fc = nn.Linear(48, 32)
+        self.head = nn.Linear(32, 2)
