@@ -82,6 +82,24 @@ def test_a_tight_budget_is_met_by_exchanging_steps() -> None:
     assert 10 * ranks[0] + 3 * ranks[1] == 51
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_a_budget_is_refused_only_if_no_ranks_meet_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    costs = [int(c) for c in rng.choice([768, 1000, 3072, 5120, 8192, 32000], rng.integers(1, 7))]
+    options = RankOptions(minimum_rank=2, maximum_rank=9)
+    budget = int(sum(costs) * rng.uniform(2, 9))
+    sums = {0}
+    for cost in costs:
+        sums = {total + cost * rank for total in sums for rank in range(2, 10)}
+    if any(abs(total - budget) <= TOLERANCE * budget for total in sums):
+        ranks = ranks_of(rng.uniform(size=len(costs)), costs, options, budget)
+        assert abs(np.dot(ranks, costs) - budget) <= TOLERANCE * budget
+        assert 2 <= min(ranks) <= max(ranks) <= 9
+    else:
+        with pytest.raises(ValueError, match="cannot be met to 1%"):
+            ranks_of(rng.uniform(size=len(costs)), costs, options, budget)
+
+
 def test_an_impossible_budget_is_refused_with_what_is_possible() -> None:
     options = RankOptions(minimum_rank=4, maximum_rank=8)
     for budget in (390, 810):
@@ -231,6 +249,8 @@ def test_ranks_from_sensitivities_choose_among_what_was_probed(base: Any) -> Non
     budget = get_adaptive_lora_config(base, sensitivity=measured(values), budget_uniform_rank=8)
     cost = 256 + 688
     assert abs(budget.parameters - 4 * 8 * cost) <= TOLERANCE * 4 * 8 * cost
+    with pytest.raises(ValueError, match="preset 'source' is about spectra"):
+        get_adaptive_lora_config(base, sensitivity=measured(values), preset="source")
     with pytest.raises(ValueError, match="elsewhere was probed, but is no linear layer"):
         get_adaptive_lora_config(base, sensitivity=measured({"elsewhere": ([1.0], [1.0])}))
 

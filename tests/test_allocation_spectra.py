@@ -142,10 +142,21 @@ def test_any_architecture_is_streamed(family: str, tmp_path: Path) -> None:
         ),
         "experts": lambda: t.MixtralForCausalLM(t.MixtralConfig(**small, **heads, num_local_experts=4)),
     }[family]()
-    streamed, memory = (spectral_analysis_for_adaptive_lora(x) for x in (saved(model, tmp_path / "model"), model))
-    assert list(streamed.layer_name) == list(memory.layer_name)
-    for a, b in zip(streamed.eigs, memory.eigs, strict=True):
-        assert np.array_equal(a, b)
+    told: list[str] = []
+    streamed, memory = (layers_of(x, told=told.append) for x in (saved(model, tmp_path / "model"), model))
+    assert [layer.name for layer in streamed] == [layer.name for layer in memory]
+    for a, b in zip(spectra(streamed), spectra(memory), strict=True):
+        assert np.array_equal(a.eigs, b.eigs)
+    assert len(told) == (2 if family == "experts" else 0)
+    assert all("MixtralExperts (model.layers.0.mlp.experts)" in text for text in told)
+
+
+def test_matrices_that_are_in_no_linear_layer_are_told_of() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=32))
+    with pytest.warns(UserWarning, match=r"Conv1D \(transformer\.h\.0\.attn\.c_attn\)"):
+        assert [layer.name for layer in layers_of(model)] == ["lm_head"]
 
 
 def test_a_tied_head_is_analysed_once(tmp_path: Path) -> None:

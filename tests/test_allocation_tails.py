@@ -63,14 +63,11 @@ def test_fix_finger_searches_near_the_peak_of_the_histogram(lower: str) -> None:
 
 
 def test_fix_finger_takes_the_nearest_eigenvalue_where_none_is_in_range() -> None:
-    eigs = np.concatenate([[1.0, 50.0], np.full(20, 1000.0) + np.arange(20), [1e9]])
-    x = 10 ** np.histogram(np.log10(eigs), bins=1)[1][0]  # one bin: its left edge is the smallest eigenvalue
-    found = finger_tail(eigs[1:], 1, lower="linear")
-    assert x == pytest.approx(1)
-    assert found.start == 0
-    eigs = np.array([1e-3, 9.0, 10.0, 11.0, 12.0])
-    assert 0.95 * 10 ** np.histogram(np.log10(eigs), bins=2)[1][1] < 9.0  # the edge lies in the gap
-    assert finger_tail(eigs, 2, lower="linear").start in (0, 1)
+    for second, nearest in ((9.0, 0), (0.2, 1)):
+        eigs = np.array([1e-3, second, 10.0, 11.0, 12.0])
+        edge = 10 ** np.histogram(np.log10(eigs), bins=2)[1][1]  # of the second bin, the fuller one
+        assert not ((eigs >= 0.95 * edge) & (eigs <= 1.5 * edge)).any()
+        assert finger_tail(eigs, 2, lower="linear").start == nearest == np.abs(eigs - edge).argmin()
 
 
 @pytest.mark.parametrize("alpha", [1.8, 2.5, 4.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,13 @@ def test_ranks_come_from_what_probe_wrote(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         main([*BASE, *map(str, where), "--overwrite", "--hill_weight", "1"])
     assert "--hill_weight is about spectra" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*BASE, *map(str, where), "--overwrite", "--preset", "source"])
+    assert "--preset is about spectra" in capsys.readouterr().err
+    twin = shutil.copytree(embedded.base_model_dir(), tmp_path / "twin")
+    status, _, err = run(capsys, "ranks", "--base_model", twin, *where, "--overwrite", "--no_pictures")
+    assert status == 0
+    assert f"was probed on {embedded.base_model_dir()}, not on {twin}: are they the same model?" in err
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,7 @@ def test_ranks_come_from_what_probe_wrote(tmp_path: Path, capsys: pytest.Capture
         (["--layer_selection_percentile", 0.01], "of 29 layers is none"),
         (["--target_modules", "qkv"], "no layer is called qkv; the model has down_proj, gate_proj"),
         (["--minimum_rank", 9, "--maximum_rank", 8], "minimum_rank must not be above maximum_rank"),
+        (["--maximum_rank", 10**25], "maximum_rank must be in [1, 65536]"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
     ],
 )

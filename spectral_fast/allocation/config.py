@@ -199,8 +199,10 @@ def get_adaptive_lora_config(
         device: where spectra are computed.
 
     Raises:
-        ValueError: no layer is selected, or the budget cannot be met.
+        ValueError: no layer is selected, the budget cannot be met, or a preset is given with sensitivities.
     """
+    if sensitivity is not None and preset != "paper":
+        raise ValueError(f"preset {preset!r} is about spectra, and with sensitivity none are taken: leave out one")
     given: dict[str, Any] = {
         "layer_selection_percentile": layer_selection_percentile,
         "minimum_rank": minimum_rank,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ROWS = 1024  # of the longer side that are widened at a time
+ROWS = 1024  # of the longer side, at most, that are widened at a time: no more than the Gram matrix has
 COLUMNS = 128, 256  # of the Gram matrix at a time: what lies below its diagonal blocks is not computed
 
 
@@ -28,7 +28,7 @@ def gram(matrix: Tensor, device: torch.device | None = None) -> Tensor:
     k = tall.shape[1]
     step = min(max(k // 4, COLUMNS[0]), COLUMNS[1])
     upper = torch.zeros(k, k, dtype=torch.float64, device=device or matrix.device)
-    for rows in tall.split(ROWS):  # type: ignore[no-untyped-call]
+    for rows in tall.split(min(max(k, COLUMNS[0]), ROWS)):  # type: ignore[no-untyped-call]
         wide = rows.to(upper.device).double()
         for i in range(0, k, step):
             upper[: i + step, i : i + step].addmm_(wide[:, : i + step].T, wide[:, i : i + step])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +57,12 @@ class Layer:
         return self.shape[0] + math.prod(self.shape[1:])
 
 
-def layers_of(model: Any, options: ModelOptions | None = None, model_class: str = "auto") -> list[Layer]:
+def layers_of(
+    model: Any,
+    options: ModelOptions | None = None,
+    model_class: str = "auto",
+    told: Callable[[str], object] = warnings.warn,
+) -> list[Layer]:
     """Every `nn.Linear` and `nn.Conv2d` of a model, each weight once.
 
     Args:
@@ -65,6 +71,7 @@ def layers_of(model: Any, options: ModelOptions | None = None, model_class: str 
         options: where a model comes from (cache_dir, trust_remote_code); the rest is not used.
         model_class: transformers class whose module names are wanted, e.g. AutoModelForSequenceClassification; layers
             that the checkpoint lacks are then left out. "auto" is the class that wrote the checkpoint.
+        told: is given a sentence on modules that are neither, but have matrices too; a Python warning by default.
 
     Raises:
         FileNotFoundError: it is not to be had, or not as safetensors.
@@ -72,9 +79,9 @@ def layers_of(model: Any, options: ModelOptions | None = None, model_class: str 
         ValueError: no such layer, weights that are missing, or quantised in a way that cannot be undone here.
     """
     if isinstance(model, nn.Module):
-        found = list(_in_memory(model))
+        found = list(_in_memory(model, told))
     elif isinstance(model, (str, os.PathLike)):
-        found = _from_files(str(model), options or ModelOptions(), model_class)
+        found = _from_files(str(model), options or ModelOptions(), model_class, told)
     else:
         raise TypeError(f"model must be a folder, a name or a torch module; got {type(model).__name__}")
     if not found:
@@ -88,9 +95,22 @@ def _modules(model: nn.Module) -> Iterator[tuple[int, str, Any]]:
             yield index, name, module
 
 
-def _in_memory(model: nn.Module) -> Iterator[Layer]:
+def _tell_of_others(model: nn.Module, told: Callable[[str], object]) -> None:
+    """Say which modules have matrices, but are neither linear layers nor convolutions, nor embeddings."""
+    others: dict[str, str] = {}
+    for name, module in model.named_modules():
+        shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+        if not isinstance(module, (*KINDS, nn.Embedding)) and any(len(x) > 1 and min(x[-2:]) > 1 for x in shapes):
+            others.setdefault(type(module).__name__, name)
+    if others:
+        listed = ", ".join(f"{kind} ({name or 'the model itself'})" for kind, name in others.items())
+        told(f"neither nn.Linear nor nn.Conv2d, so without spectrum and rank: {listed}, and others of these kinds")
+
+
+def _in_memory(model: nn.Module, told: Callable[[str], object]) -> Iterator[Layer]:
     if hasattr(model, "peft_config"):
         raise ValueError("the model carries adapters: give the base model, e.g. what its unload() returns")
+    _tell_of_others(model, told)
     seen = set()
     for index, name, module in _modules(model):
         if id(module.weight) not in seen:
@@ -134,15 +154,15 @@ def _dense(module: Any, name: str) -> Tensor:
     return weight
 
 
-def _from_files(base_model: str, options: ModelOptions, model_class: str) -> list[Layer]:
+def _from_files(base_model: str, options: ModelOptions, model_class: str, told: Callable[[str], object]) -> list[Layer]:
     from transformers import AutoConfig
 
     config = from_pretrained(AutoConfig, base_model, options)
     factory = _factory(config, model_class)
     if getattr(config, "quantization_config", None) is not None:
-        model, told = from_pretrained(factory, base_model, options, output_loading_info=True)
-        check_nothing_missing(base_model, type(model).__name__, told["missing_keys"])
-        return list(_in_memory(model))
+        model, loading = from_pretrained(factory, base_model, options, output_loading_info=True)
+        check_nothing_missing(base_model, type(model).__name__, loading["missing_keys"])
+        return list(_in_memory(model, told))
     files = checkpoint_files(base_model, options.cache_dir)
     if not files:
         raise FileNotFoundError(
@@ -150,6 +170,7 @@ def _from_files(base_model: str, options: ModelOptions, model_class: str) -> lis
         )
     check_checkpoint(base_model, files, config)
     model = _empty(factory, config, options.trust_remote_code)
+    _tell_of_others(model, told)
     tensors = Tensors(model, files)
     found, sources, missing = [], set(), []
     for index, name, module in _modules(model):
@@ -175,7 +196,9 @@ def _factory(config: Any, model_class: str) -> Any:
             raise ValueError(f"model_class should be a class of transformers that loads models; got {model_class!r}")
         return found
     remote = getattr(config, "auto_map", None) or {}
-    names = [name for name in remote if name.startswith("AutoModel")] or list(config.architectures or [])
+    wrote = list(config.architectures or [])
+    names = [name for name in remote if name.startswith("AutoModel")]
+    names = sorted(names, key=lambda name: str(remote[name]).rpartition(".")[2] not in wrote) or wrote
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     names.append("AutoModelForCausalLM" if causal else "AutoModel")  # where config.json does not say
     return next(getattr(transformers, name) for name in names if hasattr(transformers, name))

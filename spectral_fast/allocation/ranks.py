@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from spectral_fast.options import check, option
 from spectral_fast.sensitivity import Sensitivity
 
 TOLERANCE = 0.01  # of the budget
+MOST = 2**16  # a rank, a factor or a weight: beyond it nothing but a slip is meant
 _SHAPES: Mapping[str, Any] = {"linear": lambda s: s, "log": np.log1p, "sqrt": np.sqrt}
 
 
@@ -24,17 +26,17 @@ class RankOptions:
 
     layer_selection_percentile: float = option(0.5, "share of the layers that get a rank", low=0, high=1)
     select: str = option("largest", "which scores get a rank", choices=("largest", "smallest"))
-    minimum_rank: int = option(4, "rank of the lowest score that is selected", low=1)
-    maximum_rank: int = option(64, "rank of the highest", low=1)
+    minimum_rank: int = option(4, "rank of the lowest score that is selected", low=1, high=MOST)
+    maximum_rank: int = option(64, "rank of the highest", low=1, high=MOST)
     rank_scaling_method: str = option("linear", "how ranks grow with scores", choices=tuple(_SHAPES))
-    alpha_scaling_factor: float = option(2.0, "lora_alpha of a module over its rank", positive=True)
-    hill_weight: float = option(0.7, "weight of the tail exponent in the score", low=0)
-    mp_spikes_weight: float = option(0.3, "weight of the spikes, fewer of which score higher", low=0)
+    alpha_scaling_factor: float = option(2.0, "lora_alpha of a module over its rank", positive=True, low=0, high=MOST)
+    hill_weight: float = option(0.7, "weight of the tail exponent in the score", low=0, high=MOST)
+    mp_spikes_weight: float = option(0.3, "weight of the spikes, fewer of which score higher", low=0, high=MOST)
     target_modules: tuple[str, ...] = option((), "last name components of the layers to choose among (default: all)")
     exclude_modules: tuple[str, ...] = option((), "last name components of layers that get no rank, e.g. lm_head")
-    budget_params: int | None = option(None, "parameters that the adapter shall have, met to 1 %", low=1)
+    budget_params: int | None = option(None, "parameters that the adapter shall have, met to 1 %", low=1, high=10**15)
     budget_uniform_rank: int | None = option(
-        None, "or: as many as with this rank on all layers there are to choose among", low=1
+        None, "or: as many as with this rank on all layers there are to choose among", low=1, high=MOST
     )
 
     def __post_init__(self) -> None:
@@ -162,7 +164,7 @@ def _within(wanted: Floats, costs: Any, low: int, high: int, budget: int) -> lis
         gap = budget_now - int((ranks * costs).sum())
         if ranks[i] < high and abs(gap - costs[i]) < abs(gap):
             ranks[i] += 1
-    _exchange(ranks, costs, low, high, budget_now)
+    _exchange(ranks, exact, costs, low, high, budget_now)
     total = int((ranks * costs).sum())
     if abs(total - budget) > TOLERANCE * budget:
         raise ValueError(
@@ -172,25 +174,33 @@ def _within(wanted: Floats, costs: Any, low: int, high: int, budget: int) -> lis
     return [int(r) for r in ranks]
 
 
-def _exchange(ranks: Any, costs: Any, low: int, high: int, budget: int) -> None:
-    """While the budget is missed by more than it may be: the step by one, up, down or both, that comes nearest."""
+def _exchange(ranks: Any, exact: Floats, costs: Any, low: int, high: int, budget: int) -> None:
+    """Where the budget is missed by more than it may be: the fewest steps by one, up and down, that meet it.
+
+    Which layers of one cost take the steps does not matter to the sum: those do that come nearest to what they should
+    have. Steps can be put in an order in which the gap never exceeds the largest cost, so that no others are looked at.
+    """
     kinds = sorted({int(c) for c in costs})
-    while abs(gap := budget - int((ranks * costs).sum())) > TOLERANCE * budget:
-        ups = {c: i for c in kinds if (i := _first((costs == c) & (ranks < high))) is not None}
-        downs = {c: i for c in kinds if (i := _first((costs == c) & (ranks > low))) is not None}
-        steps = [(abs(gap - up + down), up, down) for up in (0, *ups) for down in (0, *downs) if up != down]
-        best = min(steps, default=(abs(gap), 0, 0))
-        if best[0] >= abs(gap):
-            return
-        if best[1]:
-            ranks[ups[best[1]]] += 1
-        if best[2]:
-            ranks[downs[best[2]]] -= 1
-
-
-def _first(where: Any) -> int | None:
-    found = np.flatnonzero(where)
-    return int(found[0]) if len(found) else None
+    start = budget - int((ranks * costs).sum())
+    steps = {start: tuple(0 for _ in kinds)}  # gap -> steps of each kind that lead to it
+    waiting, best = deque([start]), start
+    least = [int((low - ranks[costs == c]).sum()) for c in kinds]
+    most = [int((high - ranks[costs == c]).sum()) for c in kinds]
+    while waiting and abs(best) > TOLERANCE * budget:
+        gap = waiting.popleft()
+        for i, cost in enumerate(kinds):
+            for step in (1, -1):
+                made, number = gap - step * cost, steps[gap][i] + step
+                if made in steps or abs(made) > kinds[-1] or not least[i] <= number <= most[i]:
+                    continue
+                steps[made] = (*steps[gap][:i], number, *steps[gap][i + 1 :])
+                waiting.append(made)
+                best = min(best, made, key=abs)
+    for cost, number in zip(kinds, steps[best], strict=True):
+        step = 1 if number > 0 else -1
+        for _ in range(abs(number)):
+            free = (costs == cost) & (ranks < high if number > 0 else ranks > low)
+            ranks[np.where(free, step * (ranks - exact), np.inf).argmin()] += step
 
 
 def budget_of(layers: Sequence[Layer], options: RankOptions) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -77,9 +78,14 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.sensitivity is not None:
         sensitivity = Sensitivity.load(args.sensitivity)
         unused = sorted({*asdict(spectral), "hill_weight", "mp_spikes_weight"} & vars(args).keys())
+        if args.preset != "paper":
+            unused = ["preset"]
         if unused:
             raise UsageError(f"--{unused[0]} is about spectra, and --sensitivity takes none: leave out one of the two")
-    layers = layers_of(args.base_model, where, args.model_class)
+        probed = sensitivity.record.get("base_model")
+        if probed is not None and os.path.realpath(str(probed)) != os.path.realpath(args.base_model):
+            warn([f"{args.sensitivity} was probed on {probed}, not on {args.base_model}: are they the same model?"])
+    layers = layers_of(args.base_model, where, args.model_class, lambda text: warn([text]))
     with (
         replace_directory(args.out_dir, **target) as directory,
         counter("spectra", len(layers) if sensitivity is None else 0) as progress,
