@@ -85,7 +85,7 @@ class PrunedModule:
     def energy_kept(self) -> float:
         """Share of Σ ‖b_k a_k‖² that the kept channels have."""
         total = self.energy.sum().item()
-        return self.energy[self.kept].sum().item() / total if total else 1.0
+        return 1.0 - self.energy[~self.kept].sum().item() / total if total else 1.0
 
 
 def prune_adapter(
@@ -143,6 +143,8 @@ def prune_adapter(
     def prune(module: LoraModule, memory: Tensor) -> tuple[str, PrunedModule]:
         b, a = adapter.read(module, memory)
         energy = channel_energy(b, a)
+        if not energy.isfinite().all():  # also in a channel that is to go: its score means nothing
+            raise ValueError(f"{module.b_key} or its lora_A has NaN or infinite values: mend the adapter first")
         kept = options.kept(draws[module.name] if draws else score(b, a))
         if module.name in ranks:
             put(module, b[:, kept], a[kept])

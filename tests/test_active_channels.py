@@ -221,6 +221,13 @@ def test_a_model_of_another_kind_is_refused() -> None:
         find_blocks(model, 8)
 
 
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    model = odd_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has NaN"):
+        find_blocks(model, 8)
+
+
 def test_the_json_has_the_means_over_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--base_model", str(embedded.base_model_dir()), "--calib_data", str(embedded.calibration_file())]
     argv = [

@@ -182,12 +182,39 @@ def test_the_rank_of_one_of_several_adapters_in_a_file_stays(tmp_path: Path) -> 
     assert all(torch.equal(new[key], tensors[key]) for key in tensors if ".two." in key)
 
 
+def test_peft_loads_the_compact_copy_of_an_orthogonal_init_whose_ranks_are_odd(tmp_path: Path) -> None:
+    source = Adapter.open(peft_adapter(tmp_path / "source", init_lora_weights="orthogonal"))
+    prune_adapter(source, PruneOptions(keep_ratio=0.5), tmp_path / "out", compact=True)
+    prune_adapter(source, PruneOptions(keep_ratio=0.5), tmp_path / "zeroed")
+    torch.testing.assert_close(loaded(tmp_path / "out"), loaded(tmp_path / "zeroed"), rtol=0, atol=1e-5)
+
+
+def test_peft_saves_a_compact_copy_again_so_that_it_loads(tmp_path: Path) -> None:
+    pattern = {"layers.1.self_attn.o_proj": 4}  # which PEFT, sorting, puts before the whole names
+    source = Adapter.open(peft_adapter(tmp_path / "source", rank_pattern=pattern))
+    prune_adapter(source, PruneOptions(keep_ratio=0.5), tmp_path / "out", compact=True)
+    save(PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out")), tmp_path / "again")
+    assert torch.equal(loaded(tmp_path / "again"), loaded(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_channel_that_is_not_finite_is_refused_even_if_it_is_to_go(tmp_path: Path, bad: float) -> None:
+    tensors = load_file(handmade(tmp_path / "plain") / "adapter_model.safetensors")
+    key = next(key for key in tensors if "layers.1.mlp.down_proj.lora_A" in key)
+    tensors[key][:, 0] = bad
+    adapter = Adapter.open(handmade(tmp_path / "source", tensors=tensors))
+    for method in METHODS:
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.lora_B\.weight or its lora_A has NaN"):
+            prune_adapter(adapter, PruneOptions(method=method, keep_ratio=0.25), tmp_path / "out", compact=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_channel_that_is_not_finite_is_refused_with_its_name(tmp_path: Path) -> None:
     tensors = load_file(handmade(tmp_path / "plain") / "adapter_model.safetensors")
     key = next(key for key in tensors if "layers.1.mlp.down_proj.lora_B" in key)
     tensors[key][0, 2] = float("nan")
     adapter = Adapter.open(handmade(tmp_path / "source", tensors=tensors))
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.lora_B\.weight has NaN"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.lora_B\.weight or its lora_A has NaN"):
         prune_adapter(adapter, PruneOptions(keep_ratio=0.25), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

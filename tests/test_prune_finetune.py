@@ -174,6 +174,14 @@ def test_random_channels_come_from_one_stream_over_all_modules() -> None:
         assert kept.nonzero().squeeze(1).tolist() == sorted(sorted(range(6), key=lambda k, s=scores: -s[k])[:3])
 
 
+def test_a_lora_that_diverged_is_refused_by_name() -> None:
+    model = with_lora(tiny_llama())
+    name, _, a = list(factors(model))[4]
+    a.data[1, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"{name} has NaN or infinite values"):
+        ChannelMask(model, PruneOptions(method="magnitude_B"))
+
+
 def test_a_model_without_lora_has_nothing_to_prune() -> None:
     with pytest.raises(ValueError, match="no linear LoRA layer"):
         ChannelMask(tiny_llama(), PruneOptions())
@@ -278,6 +286,7 @@ def test_a_folder_may_have_test_in_place_of_validation(tmp_path: Path) -> None:
         ([{"sentence": "a", "label": 0}], [{"sentence": "b", "label": 0}], "has one class only: 0"),
         (sentences(9, 0), [{"sentence": "b", "label": 7}], "class 7 is in the evaluation, not in training"),
         ([{"sentence": "a", "kind": 0}], [{"sentence": "b", "label": 0}], "has no label; it has sentence, kind"),
+        ([{"sentence": "a", "label": [0]}], sentences(3, 0), "label must be a class; got [0]"),
         (None, sentences(3, 0), "neither train.jsonl nor train.parquet"),
         (sentences(9, 0), None, "neither test.jsonl nor test.parquet"),
     ],
@@ -293,6 +302,13 @@ def test_data_that_cannot_be_trained_on_is_refused_before_anything_is_written(
     assert main(["prune-finetune", *argv]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "runs"):
+        with pytest.raises(NotADirectoryError):
+            run_prune_finetune("no/such/model", "no data", PruneFinetuneOptions(), place)
 
 
 def test_a_table_of_something_else_is_not_appended_to(tmp_path: Path, capsys: Any, encoder: str, data: Path) -> None:

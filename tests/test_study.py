@@ -230,7 +230,7 @@ def test_every_error_of_a_real_weight_is_that_of_its_reconstruction(predicted: t
             "svd_topk_err": error(w, (u[:, :k] * s[:k]) @ vh[:k]),
             "rand_svd_subspace_err": error(w, (u[:, triplets] * s[triplets]) @ vh[triplets]),
             "random_AB_err": error(w, product * np.linalg.norm(w) / np.linalg.norm(product)),
-            "leverage_col_err": mag_col,
+            "leverage_col_err": error(w, keep_columns(w, np.linalg.norm(w, axis=0).argsort()[max(0, m - 8) :])),
             "mag_col_err": mag_col,
             "mag_row_err": mag_row,
             "mag_best_err": min(mag_col, mag_row),
@@ -293,7 +293,8 @@ def test_weights_that_are_zero_or_nan_or_random_are_told_apart(
     rows = {row["param"].removeprefix("encoder.layer.0."): row for row in table}
     zero, nan = rows["attention.self.query.weight"], rows["attention.self.key.weight"]
     assert [float(zero[name]) for name in ("svd_topk_err", "random_AB_err", "mag_col_err")] == [0.0, math.inf, 0.0]
-    assert math.isnan(float(nan["svd_topk_err"]))
+    assert all(math.isnan(float(nan[name])) for name in ("svd_topk_err", "random_AB_err", "mag_best_err"))
+    assert "key.weight has NaN or infinite values" in err
     assert "skipped" not in zero
     result = json.loads(out, parse_constant=pytest.fail)  # Infinity and NaN are no JSON
     finite = [row for row in result["rows"] if None not in (row["svd_topk_err"], row["random_AB_err"])]
@@ -307,6 +308,14 @@ def test_a_model_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["predictors", "--model", str(folder), "--out_dir", str(folder), "--overwrite"]) == 1
     assert "must not contain each other" in capsys.readouterr().err
     assert (folder / "config.json").is_file()
+
+
+def test_no_picture_is_drawn_of_a_matrix_with_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, name = odd_model(tmp_path / "model"), "encoder.layer.0.attention.self.key.weight"
+    argv = ["--model", str(folder), "--out_dir", str(tmp_path / "out"), "--run_experiment", "--experiment_param", name]
+    assert main(["predictors", *argv]) == 1
+    assert f"{name} of {folder} has NaN" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

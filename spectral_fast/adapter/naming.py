@@ -230,7 +230,8 @@ def with_ranks(
     """adapter_config.json for a copy in which some modules have another rank, and all their scaling.
 
     alpha' = scaling · r', or scaling · sqrt(r') with use_rslora. Where all modules come to the same r and alpha, these
-    are the config's own; else the changed modules are named in rank_pattern and alpha_pattern, before what is there.
+    are the config's own; else rank_pattern and alpha_pattern name every editable module, and what was there stays
+    behind them only for the others, since PEFT sorts patterns when it saves the adapter again.
 
     Args:
         config: adapter_config.json as it is.
@@ -251,14 +252,17 @@ def with_ranks(
     wanted |= {name: rank_and_scaling(name, config) for name in others}
     wanted |= {name: (r, wanted[name][1]) for name, r in ranks.items()}
     resized = dict(config)
+    if config.get("init_lora_weights") == "orthogonal":  # for which PEFT wants even ranks, before it loads the weights
+        resized["init_lora_weights"] = True
     made = {name: (r, _alpha(r, scaling, config)) for name, (r, scaling) in wanted.items()}
     if not others and len(set(made.values())) == 1:
         [(resized["r"], resized["lora_alpha"])] = set(made.values())
         resized |= {"rank_pattern": {}, "alpha_pattern": {}}
     else:  # longer names first: a pattern matches the end of a name, too
         for option, index in (("rank_pattern", 0), ("alpha_pattern", 1)):
-            own = {_in_model(name): made[name][index] for name in sorted(ranks, key=len, reverse=True)}
-            resized[option] = own | {key: v for key, v in (config.get(option) or {}).items() if key not in own}
+            own = {_in_model(name): made[name][index] for name in sorted(modules, key=len, reverse=True)}
+            rest = (config.get(option) or {}) if others else {}
+            resized[option] = own | {key: value for key, value in rest.items() if key not in own}
     for name, (r, scaling) in wanted.items():
         got_r, got_scaling = rank_and_scaling(name, resized)
         if got_r != r or not math.isclose(got_scaling, scaling, rel_tol=1e-12):

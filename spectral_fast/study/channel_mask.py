@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_fast.prune import PruneOptions
+from spectral_fast.prune import PruneOptions, channel_energy
 
 
 class ChannelMask:
@@ -27,7 +27,7 @@ class ChannelMask:
         kept: name of the layer -> (r,) bool.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no such layer, or one has NaN or infinity, named.
     """
 
     def __init__(self, model: nn.Module, options: PruneOptions, adapter_name: str = "default") -> None:
@@ -35,6 +35,8 @@ class ChannelMask:
         self._pruned: list[tuple[nn.Parameter, Tensor]] = []
         score = options.scorer()
         for name, b, a in factors(model, adapter_name):
+            if not channel_energy(b, a).isfinite().all():
+                raise ValueError(f"{name} has NaN or infinite values: the training diverged, try a smaller --lr")
             self.kept[name] = kept = options.kept(score(b, a))
             for factor, pruned in ((a, ~kept[:, None]), (b, ~kept[None, :])):
                 mask = pruned.to(factor.device)

@@ -128,13 +128,16 @@ def find_blocks(model: nn.Module, rank: int) -> list[Block]:
     """The feed-forward and attention blocks of a Llama-like model, in its order.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a weight has NaN or infinity, named.
     """
     found: list[Block] = []
     for name, module in model.named_modules():
         for kind in (Attention, FeedForward):
             layers = [getattr(module, layer, None) for layer in kind.watched]
             if all(isinstance(layer, nn.Linear) for layer in layers):
+                for layer in kind.watched:
+                    if not getattr(module, layer).weight.isfinite().all():
+                        raise ValueError(f"{name}.{layer}.weight has NaN or infinite values: nothing can be predicted")
                 found.append(kind(name, module, rank))
     if not found:
         raise ValueError(

@@ -64,8 +64,8 @@ def run_predictors(
     Raises:
         FileNotFoundError: there is no such model.
         FileExistsError: out_dir holds something and `overwrite` is false.
-        ValueError: the model has no two-dimensional parameter, or none of the name `experiment_param`; or out_dir and
-            the model's folder contain each other.
+        ValueError: the model has no two-dimensional parameter, or none of the name `experiment_param`, or that has NaN
+            or infinity; or out_dir and the model's folder contain each other.
     """
     source = Path(model) if Path(model).is_dir() else None
     with replace_directory(out_dir, overwrite=overwrite, source=source, marker=TABLE) as folder:
@@ -81,13 +81,14 @@ def run_predictors(
                 continue
             w = as_array(parameters[name])
             row, matrix = _inspect(w, options, count)
-            if not math.isclose(float(matrix.energies.sum()), row["fro_norm"] ** 2, rel_tol=1e-3, abs_tol=1e-6):
+            if not math.isfinite(row["fro_norm"]):
+                warnings.append(f"{name} has NaN or infinite values: so are its errors")
+            elif not math.isclose(float(matrix.energies.sum()), row["fro_norm"] ** 2, rel_tol=1e-3, abs_tol=1e-6):
                 warnings.append(f"{name}: the squared singular values do not add up to the squared norm")
             rows.append({"param": name, "shape": shape, **row})
             singular_values(folder / f"svd_{file_name(name)}.png", name, matrix.s)
         skipped = any(row.get("skipped") for row in rows)
-        columns = [column for column in COLUMNS if skipped or column != "skipped"]
-        (folder / TABLE).write_text(to_csv(columns, rows), encoding="utf-8")
+        (folder / TABLE).write_text(to_csv([c for c in COLUMNS if skipped or c != "skipped"], rows), encoding="utf-8")
         experiment = None
         if chosen is not None:
             experiment = _experiment(folder, chosen, as_array(parameters[chosen]), options)
@@ -134,7 +135,10 @@ def _experiment_param(
         )
     if not name and not fitting:
         raise ValueError(f"no parameter of {model} has at most --max_elems {options.max_elems} elements")
-    return name or fitting[-1]
+    name = name or fitting[-1]
+    if not parameters[name].isfinite().all():
+        raise ValueError(f"{name} of {model} has NaN or infinite values; choose another --experiment_param")
+    return name
 
 
 def _inspect(w: NDArray[np.float32], options: PredictorOptions, count: int) -> tuple[Row, Matrix]:
@@ -151,8 +155,10 @@ def _inspect(w: NDArray[np.float32], options: PredictorOptions, count: int) -> t
     with _timed(times, "rand_ab_ms"):
         product = error_of_product(matrix.w, a, b)
     columns, rows = _energies(matrix.w, 0), _energies(matrix.w, 1)
+    wide = min(options.rank, m)  # the study keeps so many by leverage, also where a matrix has fewer rows than that
     with _timed(times, "leverage_ms"):
-        leverage = error_of_keeping(columns, largest(np.square(matrix.right(k)).sum(0), k))
+        by_leverage = error_of_keeping(columns, largest(columns, wide))  # Σ_i s_i² V_ij²: the squared norm of column j
+        statistical = error_of_keeping(columns, largest(np.square(matrix.right(k)).sum(0), wide))
     with _timed(times, "mag_ms"):
         by_column = error_of_keeping(columns, largest(columns, k))
         by_row = error_of_keeping(rows, largest(rows, k))
@@ -166,7 +172,7 @@ def _inspect(w: NDArray[np.float32], options: PredictorOptions, count: int) -> t
             "svd_topk_err": svd,
             "rand_svd_subspace_err": subspace,
             "random_AB_err": product,
-            "leverage_col_err": by_column,  # Σ_i s_i² V_ij² is the squared norm of column j
+            "leverage_col_err": by_leverage,
             "mag_col_err": by_column,
             "mag_row_err": by_row,
             "mag_best_err": min(by_column, by_row),
@@ -178,7 +184,7 @@ def _inspect(w: NDArray[np.float32], options: PredictorOptions, count: int) -> t
             "nnz_mag_row": m * k,
             **times,
             "top_singular_values": ",".join(f"{s:.3e}" for s in matrix.s[:10]),
-            "stat_leverage_col_err": leverage,
+            "stat_leverage_col_err": statistical,
         },
         matrix,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from time import perf_counter
 from typing import Any
 
@@ -65,7 +65,8 @@ def run_prune_finetune(model: str, dataset: str, options: PruneFinetuneOptions, 
     Raises:
         FileNotFoundError, RuntimeError: no such model or data.
         ValueError: for target modules that the model has not, rows without the columns, classes in the evaluation that
-            training has not, or a results.csv with other columns.
+            training has not, a LoRA that is not finite after training, or a results.csv with other columns.
+        OSError: out_dir cannot be written to.
     """
     check_results(out_dir / RESULTS)
     set_seed(options.seed)
@@ -213,7 +214,11 @@ def check_results(path: Path) -> None:
 
     Raises:
         ValueError: it has other columns.
+        OSError: its folder, or the nearest above that exists, is none, or not one that may be written to.
     """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    with TemporaryFile(dir=folder):
+        pass
     if path.is_file():
         with path.open(encoding="utf-8") as file:
             header = file.readline().rstrip("\n")

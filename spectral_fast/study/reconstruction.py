@@ -23,7 +23,7 @@ class Matrix:
 
     Attributes:
         w: the matrix.
-        energies: squared singular values, (p,) for p = min(n, m), descending; NaN if the matrix has some.
+        energies: squared singular values, (p,) for p = min(n, m), descending; NaN if the matrix has NaN or infinity.
         vectors: (p, p), columns in that order: right singular vectors if n ≥ m, else left ones.
     """
 
@@ -35,9 +35,10 @@ class Matrix:
     def of(cls, w: NDArray[Any]) -> Matrix:
         """The matrix with its singular values: n m p + O(p³) flops; exact to 1e-8 of the largest."""
         w = w.astype(np.float64, copy=False)
+        if not np.isfinite(w).all():
+            p = min(w.shape)
+            return cls(w, np.full(p, np.nan), np.full((p, p), np.nan))
         gram = w @ w.T if w.shape[0] < w.shape[1] else w.T @ w
-        if not np.isfinite(gram).all():
-            return cls(w, np.full(len(gram), np.nan), np.full(gram.shape, np.nan))
         values, vectors = np.linalg.eigh(gram)
         return cls(w, values[::-1].clip(0.0), vectors[:, ::-1])
 
@@ -66,10 +67,12 @@ def largest(scores: Floats, k: int) -> Indices:
 
 
 def error_of_keeping(energies: Floats, kept: Indices) -> float:
-    """The error of an H that has the pieces `kept` of W, with these squared norms; 0 if W is zero."""
+    """The error of an H that has the pieces `kept` of W, with these squared norms; 0 for zero, NaN if not finite."""
     dropped = np.ones(len(energies), dtype=bool)
     dropped[kept] = False
     total = float(energies.sum())
+    if not math.isfinite(total):
+        return math.nan
     return math.sqrt(float(energies[dropped].sum()) / total) if total else 0.0
 
 
@@ -82,9 +85,11 @@ def error_of_product(w: Floats, a: Floats, b: Floats) -> float:
         b: (k, m).
 
     Returns:
-        The error; infinite if only W is zero, for H is then not scaled.
+        The error; infinite if only W is zero, for H is then not scaled; NaN if W is not finite.
     """
     norm, product = float(np.linalg.norm(w)), math.sqrt(max(0.0, float(((a.T @ a) * (b @ b.T)).sum())))
+    if not math.isfinite(norm):
+        return math.nan
     if not norm:
         return math.inf if product else 0.0
     if not product:

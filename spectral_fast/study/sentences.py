@@ -32,7 +32,8 @@ def load_sentences(dataset: str, options: PruneFinetuneOptions) -> tuple[list[Se
     Raises:
         FileNotFoundError: there are no such files.
         RuntimeError: glue/sst2 is not on this machine, and the hub cannot be reached.
-        ValueError: rows without the columns, one class only, or classes in the evaluation that training has not.
+        ValueError: rows without the columns, a class that is no number, string or truth value, one class only, or
+            classes in the evaluation that training has not.
     """
     columns = (options.text_column, options.label_column)
     if dataset == SST2:
@@ -47,6 +48,9 @@ def load_sentences(dataset: str, options: PruneFinetuneOptions) -> tuple[list[Se
         drawn = set(random.Random(options.seed).sample(range(len(rows)), max(1, len(rows) // HELD_OUT)))
         whole = [row for i, row in enumerate(rows) if i not in drawn]
         held_out = [row for i, row in enumerate(rows) if i in drawn]
+    for row in (*whole, *held_out):
+        if not isinstance(row[options.label_column], str | int | float):
+            raise ValueError(f"{dataset}: {options.label_column} must be a class; got {row[options.label_column]!r}")
     classes = sorted({row[options.label_column] for row in whole}, key=lambda label: (str(type(label)), label))
     if len(classes) < 2:
         raise ValueError(f"{dataset}: column {options.label_column} has one class only: {classes[0]!r}")
