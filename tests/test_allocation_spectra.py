@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from spectral_fast.allocation import (
     spectral_analysis_for_adaptive_lora,
 )
 from spectral_fast.allocation.eigenvalues import gram
+from spectral_fast.allocation.layers import _factory
 
 COLUMNS = ["layer_index", "alpha_hill", "spectral_norm", "D", "layer_name", "eigs", "norm", "alphahat", "num_spikes"]
 
@@ -181,6 +183,14 @@ def test_names_are_those_of_the_class_that_is_asked_for(minilm: Path) -> None:
     assert "classifier" not in names  # which the checkpoint lacks
     with pytest.raises(ValueError, match="model_class should be"):
         layers_of(minilm, model_class="AutoConfusion")
+
+
+def test_code_that_comes_with_a_checkpoint_is_asked_for_the_class_that_wrote_it() -> None:
+    from transformers import AutoModelForCausalLM
+
+    remote = {"AutoConfig": "code.Config", "AutoModel": "code.Inner", "AutoModelForCausalLM": "code.Outer"}
+    config = SimpleNamespace(auto_map=remote, architectures=["Outer"])
+    assert _factory(config, "auto") is AutoModelForCausalLM
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:

@@ -45,7 +45,6 @@ class Tensors:
         self.files = list(files)
         self._model = model
         self._metas: dict[str, Tensor] = {name: meta.to("meta") for name, meta in model.state_dict().items()}
-        self._wide: Mapping[str, torch.dtype] = model._get_dtype_plan(model.dtype)
         self._tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
         shards = [SafetensorsFile(path) for path in files]
         self._shards = {key: shard for shard in shards for key in shard.tensors}

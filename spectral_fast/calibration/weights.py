@@ -63,6 +63,7 @@ class Weights(Tensors):
 
     def __init__(self, model: Any, files: Sequence[Path], layers: str, device: torch.device) -> None:
         super().__init__(model, files)
+        self._wide: Mapping[str, torch.dtype] = model._get_dtype_plan(model.dtype)
         self.device, self.bytes_read = device, 0
         ends = {model.get_input_embeddings(): EMBEDDINGS, model.get_output_embeddings(): HEAD}
         self._slots: dict[Part, list[tuple[Slot, str]]] = {}
