@@ -154,8 +154,8 @@ def test_programs_with_several_samples_are_compared_by_their_shares(tmp_path: Pa
 
 def test_a_torn_last_line_of_the_ledger_never_happened(tmp_path: Path) -> None:
     with open_ledger(tmp_path) as ledger:
-        ledger.append({"runs": [{"id": "a"}]})
-        ledger.append({"runs": [{"id": "b"}]})
+        ledger.append({"runs": [{"id": "a"}], "failures": []})
+        ledger.append({"runs": [{"id": "b"}], "failures": []})
         with pytest.raises(RuntimeError, match="another sweep"), open_ledger(tmp_path):
             pass
     whole = (tmp_path / LEDGER).read_bytes()
@@ -163,7 +163,7 @@ def test_a_torn_last_line_of_the_ledger_never_happened(tmp_path: Path) -> None:
         (tmp_path / LEDGER).write_bytes(whole[:cut])
         with open_ledger(tmp_path) as ledger:
             assert list(ledger.runs) == ["a"]
-            ledger.append({"runs": [{"id": "c"}]})
+            ledger.append({"runs": [{"id": "c"}], "failures": []})
         with open_ledger(tmp_path) as ledger:
             assert list(ledger.runs) == ["a", "c"]
     (tmp_path / LEDGER).write_bytes(b"not JSON\n" + whole)

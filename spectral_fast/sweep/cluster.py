@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,11 +51,14 @@ def on_ray(
         gpus = int(ray.cluster_resources().get("GPU", 0))
         settings = replace(settings, out_dir=settings.out_dir.resolve(), counter=silent)
         actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Actor)
-        actors = [actor.remote(settings, adapters) for _ in range(min(workers or max(gpus, 1), max(len(groups), 1)))]
+        actors = [
+            actor.remote(settings, adapters, Path.cwd())
+            for _ in range(min(workers or max(gpus, 1), max(len(groups), 1)))
+        ]
         pool = ActorPool(actors)
-        for _ in pool.map_unordered(lambda one, item: one.probe.remote(*item), list(probes.items())):
-            pass
-        yield from pool.map_unordered(lambda one, group: one.evaluate.remote(group), groups)
+        reasons = pool.map(lambda one, item: one.probe.remote(*item), list(probes.items()))
+        broken = {name: reason for name, reason in zip(probes, reasons, strict=True) if reason is not None}
+        yield from pool.map_unordered(lambda one, group: one.evaluate.remote(group, broken), groups)
         ray.get([one.close.remote() for one in actors])
     finally:
         ray.shutdown()
@@ -63,5 +67,6 @@ def on_ray(
 class _Actor(Worker):
     """A worker that opens adapters and data for itself, as they stand on its node."""
 
-    def __init__(self, settings: Settings, adapters: Mapping[str, Sequence[Path]]) -> None:
+    def __init__(self, settings: Settings, adapters: Mapping[str, Sequence[Path]], directory: Path) -> None:
+        os.chdir(directory)  # which names of models, adapters and data are relative to
         super().__init__(settings, Planner(settings.models, settings.engine), adapters)
