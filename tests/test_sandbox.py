@@ -6,6 +6,8 @@ All of them are bounded, so that they do little harm even if the sandbox does no
 from __future__ import annotations
 
 import ast
+import ctypes
+import errno
 import math
 import os
 import signal
@@ -33,7 +35,7 @@ from spectral_fast.evaluation.sandbox.worker import _hidden
 
 SECRET = "expected-value-7c1e5b"
 PATIENT = Limits(seconds=60.0, memory_mb=384)
-HASTY = Limits(seconds=1.5)
+HASTY = Limits(seconds=0.4)
 
 
 def opened(way: str, limits: Limits) -> Sandbox:
@@ -127,6 +129,10 @@ def test_the_standard_library_and_numpy_can_be_imported(sandbox: Sandbox) -> Non
     assert seen(sandbox, f"import {names}\ndef f(): return hashlib.md5(b'').hexdigest()[:4]") == "d41d"
     numpy = "import numpy as np\ndef f(): return np.int64(2) ** 3, np.dot([1.0, 2.0], [3.0, 4.0])"
     assert seen(sandbox, numpy) == (8, 11.0)
+    asynchronous = (
+        "import asyncio\nasync def g(): return await asyncio.sleep(0.001, 'right')\ndef f(): return asyncio.run(g())"
+    )
+    assert seen(sandbox, asynchronous) == "right"
 
 
 def test_the_tests_may_use_what_the_prompt_defines_and_call_by_name(sandbox: Sandbox) -> None:
@@ -261,6 +267,7 @@ def test_nothing_outside_the_scratch_directory_can_be_changed(sandbox: Sandbox, 
         *(f"open({path!r}, 'w')" for path in ("../outside", "/outside", "/dev/shm/outside", os.__file__)),
         "import os; os.chroot('.')",
         "import ctypes; assert ctypes.CDLL(None).mount(b'x', b'.', b'tmpfs', 0, None) == 0",
+        "import numpy, os; os.open(numpy.__file__, os.O_RDONLY | os.O_TRUNC)",
     ]  # fmt: skip
     assert attempts(sandbox, *lines) == []
     after = victim.stat()
@@ -379,6 +386,13 @@ def test_an_object_that_equals_everything_equals_nothing(sandbox: Sandbox) -> No
         assert not run(sandbox, always.format(base=base)).passed
 
 
+def test_an_exception_of_the_program_cannot_end_a_loop_of_the_tests(sandbox: Sandbox) -> None:
+    for kind in ("StopIteration", "StopAsyncIteration", "GeneratorExit", "KeyboardInterrupt"):
+        loop = "for got, want in zip(map(lambda _: candidate(), 'ab'), ['right', 'right']): assert got == want"
+        assert run(sandbox, f"def f(): raise {kind}", loop).verdict == "failed"
+    assert run(sandbox, "def f(): raise KeyError", "try: candidate()\nexcept KeyError: pass").passed
+
+
 FORGER = """
 import os
 def f():
@@ -414,6 +428,53 @@ def test_there_is_no_network(sandbox: Sandbox) -> None:
             server.accept()
 
 
+def test_what_others_share_cannot_be_reached(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Memory of System V, sockets that have a name, who is told of a file's events; Landlock knows none of them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    shared = libc.shmget(0, 4096, 0o600)
+    address = str(tmp_path / "socket")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as named,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as abstract,
+    ):
+        for path in (*tmp_path.parents[:2], tmp_path):
+            path.chmod(0o777)
+        named.bind(address)
+        Path(address).chmod(0o666)
+        abstract.bind("\0" + address)
+        pair = "import socket as s; a, b = s.socketpair(s.AF_UNIX, s.SOCK_DGRAM); a"
+        lines = [
+            f"import ctypes; assert ctypes.CDLL(None).shmctl({shared}, 2, ctypes.create_string_buffer(256)) == 0",
+            f"import ctypes; assert ctypes.CDLL(None).shmat({shared}, None, 0) != -1",
+            f"{pair}.sendto(b'x', {address!r})",
+            f"{pair}.connect({address!r})",
+            f"{pair}.sendto(b'x', chr(0) + {address!r})",
+            "import socket as s; a, b = s.socketpair(); a.connect('x')",
+            f"import os, fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, {os.getpid()})",
+            "import os, fcntl; fcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+            "import ctypes; assert ctypes.CDLL(None).inotify_init() >= 0",
+        ]
+        try:
+            assert attempts(sandbox, *lines) == []
+            assert libc.shmctl(shared, 2, ctypes.create_string_buffer(256)) == 0, "it is still there"
+        finally:
+            libc.shmctl(shared, 0, None)
+        for receiver in (named, abstract):
+            receiver.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                receiver.recv(1)
+
+
+def test_system_calls_of_kernels_to_come_are_refused(sandbox: Sandbox) -> None:
+    ask = """
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        def f():
+            return sorted({(libc.syscall(number, 0, 0), ctypes.get_errno()) for number in range(471, 512)})
+    """
+    assert seen(sandbox, ask) == [(-1, errno.EPERM)]
+
+
 def test_other_processes_cannot_be_reached(sandbox: Sandbox) -> None:
     with subprocess.Popen(["sleep", "600"]) as victim:
         try:
@@ -435,6 +496,7 @@ def test_a_flood_of_output_goes_nowhere(sandbox: Sandbox) -> None:
     flood = f"import os\ndef f():\n    {write}\n    return 'right'"
     assert run(sandbox, flood).passed
     assert run(sandbox, "def f(): raise ValueError('x' * 10**6)").detail == "ValueError: " + "x" * 500
+    assert run(sandbox, "def f(): raise ValueError('\\ud800')").detail == r"ValueError: \ud800", "no text in UTF-8"
 
 
 def test_limits_cannot_be_raised(sandbox: Sandbox) -> None:

@@ -92,7 +92,8 @@ class Sandbox:
             answer = worker.ask(first, {"helpers": program.helpers, "test": program.test}, self.limits.seconds)
         finally:
             self._free.put(worker)
-        outcome = Outcome(answer["verdict"], answer["detail"])
+        detail = answer["detail"].encode("utf-8", "backslashreplace").decode()  # it may have lone surrogates
+        outcome = Outcome(answer["verdict"], detail)
         if outcome.verdict == "error":
             raise RuntimeError(f"no verdict on a program with {program.entry_point}: {outcome.detail}")
         return outcome
