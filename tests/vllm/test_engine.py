@@ -121,11 +121,11 @@ def test_texts_stop_at_the_same_strings(engine: Any, peer: Any) -> None:
 
 def test_samples_depend_on_the_seed_and_the_prompt_alone(engine: Any) -> None:
     task = gsm8k(6)
-    sampling = Sampling(60, temperature=1.0, top_p=0.95, seed=7, n=4)
+    sampling = Sampling(60, temperature=4.0, top_p=0.95, seed=7, n=4)
     first = engine.generate(task.prompts, sampling, ADAPTER)
     assert [len(set(texts)) for texts in first] == [4] * 6
     assert engine.generate(task.prompts[::-1], sampling, ADAPTER) == first[::-1]
-    assert engine.generate(task.prompts, Sampling(60, 1.0, 0.95, 8, n=4), ADAPTER) != first
+    assert engine.generate(task.prompts, Sampling(60, 4.0, 0.95, 8, n=4), ADAPTER) != first
     assert engine.generate(task.prompts[:2], Sampling(60, n=3), ADAPTER) == [
         texts * 3 for texts in engine.generate(task.prompts[:2], Sampling(60), ADAPTER)
     ]

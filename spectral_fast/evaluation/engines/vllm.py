@@ -10,8 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from spectral_fast.adapter import Adapter, changes_base
-from spectral_fast.calibration.model import ModelOptions, load_tokenizer
+from spectral_fast.calibration.model import ModelOptions, check_fit, check_whole, load_tokenizer
+from spectral_fast.calibration.skeleton import empty_model
 from spectral_fast.evaluation.engines.options import EngineOptions
 from spectral_fast.evaluation.engines.protocol import Progress, Sampling, one_per_prompt
 from spectral_fast.evaluation.engines.text import continuation, end_tokens, sample_seed, tokenise, until_stop
@@ -65,7 +68,10 @@ class VllmEngine:
             raise RuntimeError("this vLLM is too old, it ignores rank_pattern and alpha_pattern; 0.32 does not")
         self._max_rank = options.max_lora_rank or served_rank(adapters)
         self._tokenizer = load_tokenizer(base_model, model_options)
-        config, self._ends = _configs(base_model, model_options, self._tokenizer)
+        whole, self._ends = _configs(base_model, model_options, self._tokenizer)
+        config = whole.get_text_config()
+        self._base_model = base_model
+        self._skeleton = empty_model(whole, torch.float32, model_options.trust_remote_code)
         self._positions = getattr(config, "max_position_embeddings", None)
         self._max_model_len = min(n for n in (self._positions, options.max_model_len) if n is not None)
         self._numbers = itertools.count(1)
@@ -112,41 +118,52 @@ class VllmEngine:
         loras = {folder: self._load(folder) for folder in dict.fromkeys(folders) if folder is not None}
         ids = tokenise(self._tokenizer, prompts, sampling.max_tokens, self._positions, self._max_model_len)
         greedy = sampling.temperature == 0
-        runs = [(i, j) for i in range(len(ids)) for j in range(1 if greedy else sampling.n)]
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=ids[i]) for i, _ in runs],
-            [
-                SamplingParams(
-                    max_tokens=sampling.max_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=None if greedy else sample_seed(sampling.seed, ids[i], j),
-                    stop=list(sampling.stop),
-                    stop_token_ids=self._ends,
-                )
-                for i, j in runs
-            ],
-            lora_request=[None if (folder := folders[i]) is None else loras[folder] for i, _ in runs],
-            use_tqdm=False if progress is None else _bar(progress, sampling.n if greedy else 1),
-        )
         texts: list[list[str]] = [[] for _ in ids]
-        for (i, _), output in zip(runs, outputs, strict=True):
-            new = list(output.outputs[0].token_ids)
-            end = next((k for k, token in enumerate(new) if token in self._ends), len(new))
-            text = until_stop(continuation(self._tokenizer, ids[i][-1], new[:end]), sampling.stop)
-            texts[i] += [text] * (sampling.n if greedy else 1)
+        # The base model's prompts go apart from the others: vLLM's kernels for CPUs would give them, whose adapter has
+        # the number -1, the adapter in the last place.
+        for bare in (True, False):
+            of_these = (i for i, folder in enumerate(folders) if (folder is None) == bare)
+            runs = [(i, j) for i in of_these for j in range(1 if greedy else sampling.n)]
+            if not runs:
+                continue
+            outputs = self._llm.generate(
+                [TokensPrompt(prompt_token_ids=ids[i]) for i, _ in runs],
+                [
+                    SamplingParams(
+                        max_tokens=sampling.max_tokens,
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        seed=None if greedy else sample_seed(sampling.seed, ids[i], j),
+                        stop=list(sampling.stop),
+                        stop_token_ids=self._ends,
+                    )
+                    for i, j in runs
+                ],
+                lora_request=None if bare else [loras[folder] for i, _ in runs if (folder := folders[i]) is not None],
+                use_tqdm=False if progress is None else _bar(progress, sampling.n if greedy else 1),
+            )
+            for (i, _), output in zip(runs, outputs, strict=True):
+                texts[i] += [self._text(ids[i], output, sampling)] * (sampling.n if greedy else 1)
         return texts
+
+    def _text(self, ids: Sequence[int], output: Any, sampling: Sampling) -> str:
+        new = list(output.outputs[0].token_ids)
+        end = next((k for k, token in enumerate(new) if token in self._ends), len(new))
+        return until_stop(continuation(self._tokenizer, ids[-1], new[:end]), sampling.stop)
 
     def _load(self, folder: Path) -> Any:
         """A request's adapter; loaded now, because an adapter that does not load later would end the engine."""
         from vllm.lora.request import LoRARequest
 
-        rank = _rank(Adapter.open(folder))
+        adapter = Adapter.open(folder)
+        rank = _rank(adapter)
         if self._max_rank is None or rank > self._max_rank:
             raise ValueError(
                 f"{folder} has rank {rank}, and the engine was started for ranks up to {self._max_rank or 0}: "
                 "name the adapter when it starts, or set --max_lora_rank"
             )
+        check_whole(adapter)
+        check_fit(self._skeleton, adapter.modules.values(), self._base_model, folder)  # vLLM takes what fits of it
         number = next(self._numbers)
         request = LoRARequest(f"{folder.name}-{number}", number, str(folder.resolve()))
         try:
@@ -218,7 +235,7 @@ def _rank(adapter: Adapter) -> int:
 
 
 def _configs(base_model: str, options: ModelOptions, tokenizer: Any) -> tuple[Any, list[int]]:
-    """The text model's config and the tokens that end a text, as transformers reads them."""
+    """The model's config and the tokens that end a text, as transformers reads them."""
     from transformers import AutoConfig, GenerationConfig
 
     where: dict[str, Any] = {"cache_dir": options.cache_dir}
@@ -227,7 +244,7 @@ def _configs(base_model: str, options: ModelOptions, tokenizer: Any) -> tuple[An
         generation = GenerationConfig.from_pretrained(base_model, **where)
     except OSError:  # it is optional
         generation = GenerationConfig.from_model_config(config)
-    return config.get_text_config(), end_tokens(generation, tokenizer)
+    return config, end_tokens(generation, tokenizer)
 
 
 def _dtype(options: ModelOptions) -> str:
