@@ -126,9 +126,9 @@ def spread_of_mean(scores: Sequence[float] | np.ndarray[Any, Any]) -> float:
 def sign_flip_test(differences: Sequence[float] | np.ndarray[Any, Any]) -> float:
     """Two-sided p-value of a sum of paired differences among the sums with any signs.
 
-    Exact, over all signs, if the differences are whole numbers of 1/N for an N of at most 1000, as shares of N answers
-    are. Else it is (1 + hits) / (1 + draws) of 20,000 draws with a fixed seed: the same differences always give the same
-    value, never below 5e-5.
+    Exact, over all signs, if the differences are whole numbers of 1/N for an N of at most 1000, as shares of N
+    answers are. Else (1 + hits) / (1 + draws) of 20,000 draws with a fixed seed: the same differences always give
+    the same value, never below 5e-5.
 
     Source: Fisher's randomisation test; Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9 (2010) 39, for the 1 +.
     """

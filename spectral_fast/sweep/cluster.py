@@ -42,7 +42,7 @@ def on_ray(
         import ray
         from ray.util import ActorPool
     except ImportError as error:
-        raise RuntimeError("--ray needs Ray: pip install 'spectral-fast[ray]'") from error
+        raise RuntimeError(f"--ray needs Ray: pip install 'spectral-fast[ray]' ({error})") from error
     try:
         ray.init(None if address == HERE else address, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError) as error:

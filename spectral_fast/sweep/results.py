@@ -37,7 +37,7 @@ ADDED = [
 ]
 TABLES = ["results.json", "results.jsonl", "summary.csv", "summary.tsv", "summary_table.md", "report.html", "best.json"]
 MEANS = ["task", "lora_repo_id", "calib_samples", "edit_mode", "amp", "sup", "soft_temperature", "soft_pivot_mode"]
-MEANS += ["metric", "n", "mean", "std", "standard_error"]
+MEANS += ["metric", "n", "mean", "std", "standard_error", "run"]
 
 
 def write_results(
@@ -197,12 +197,14 @@ def _markdown(
         alike.setdefault(key, []).append((config, outcomes[name]))
     means = []
     for members in alike.values():
-        config, scores = members[0][0], [outcome.score for _, outcome in members]
+        config, runs = members[0][0], {outcome.run.id: outcome for _, outcome in members}
+        scores = [outcome.score for outcome in runs.values()]
+        name = re.sub(r", (sampling_)?seed \d+", "", members[0][1].label)
         own = config.hyperparameters
         keys = ("amp_factor", "sup_factor", "soft_temperature", "soft_pivot_mode")
-        error = fmean(outcome.standard_error for _, outcome in members)
+        error = fmean(outcome.standard_error for outcome in runs.values())
         head = [config.task, config.label, own.get("calib_samples"), config.mode, *(own.get(key) for key in keys)]
-        means.append([*head, config.metric, len(scores), fmean(scores), pstdev(scores), error])
+        means.append([*head, config.metric, len(scores), fmean(scores), pstdev(scores), error, name])
     parts = ["# Means over seeds", _table(MEANS, means)]
     parts += ["# Against the original adapter", _table(HEAD, [cells(o) for o in outcomes.values()])]
     if failures:
