@@ -53,8 +53,9 @@ def test_humanevals_own_problems_are_answered_and_run(tmp_path: Path, capsys: An
     file.write_text("".join(json.dumps(row) + "\n" for row in problems))
     model = ["--base_model", str(embedded.base_model_dir()), "--lora_dir", str(ADAPTER), "--engine", "vllm"]
     task = ["--eval_data", str(file), "--n_generations", "2", "--pass_k", "2", "--temperature", "0.8"]
-    out = ["--max_tokens", "64", "--out_dir", str(tmp_path / "out"), "--allow_code_execution", "--json"]
-    assert main(["eval-humaneval", *model, *task, *out]) == 0
+    how = ["--max_tokens", "64", "--enforce_eager", "--allow_code_execution"]
+    out = ["--out_dir", str(tmp_path / "out"), "--json"]
+    assert main(["eval-humaneval", *model, *task, *how, *out]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["engine"], result["num_tasks"], result["n_generations"]) == ("vllm", 16, 2)
     rows = [json.loads(line) for line in Path(result["results_path"]).read_text().splitlines()]
