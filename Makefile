@@ -20,6 +20,10 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
+$(VENV)/installed-cross: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cross]'
+	touch $@
+
 demo: $(VENV)/installed
 	$(BIN)/spectral-fast demo --out_dir demo-output --overwrite
 
@@ -87,8 +91,7 @@ build/stress-%: tests/native_stress.cpp $(wildcard csrc/*)
 	$(CXX) -fsanitize=$(SANITIZERS_$*) -fno-sanitize-recover=all $(STRESS) -o $@
 
 # The same program for 64-bit Arm, by Clang; it is run where qemu-aarch64 is installed.
-neon: $(VENV)/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cross]'
+neon: $(VENV)/installed-cross
 	mkdir -p build
 	$(BIN)/python -m ziglang c++ -target aarch64-linux-musl -static $(STRESS) -o build/stress-neon
 	if command -v qemu-aarch64 > /dev/null; then qemu-aarch64 build/stress-neon; fi
