@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,14 @@ def test_the_command_evaluates_the_base_model_and_an_adapter(
         "transformers",
         "--allow_code_execution",
     ]
-    profile = ["--eval_profile", "greedy_code", "--eval_data", str(data), "--max_samples", "1"]
+    profile = ["--eval_profile", "greedy_code", "--eval_data", str(data), "--max_samples", "1", "--fewshot", "3"]
+    profile += ["--config_src", str(data)]
     assert main(["eval", *base, *profile, "--out_dir", str(tmp_path / "profile"), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert "--fewshot is ignored: profile greedy_code sets it" in err
+    config = json.loads((tmp_path / "profile" / "eval_config.json").read_text())
+    assert config["meta"]["config_src"] == {"path": str(data), "sha256": sha256(data.read_bytes()).hexdigest()}
     assert result["profile"] == PROFILES["greedy_code"].summary()
     assert (result["num_tasks"], result["n_generations"]) == (1, 1)
 

