@@ -203,20 +203,20 @@ class Planner:
             modules = [] if config.policy is None else [module.name for module in self.modules(config)]
             base = self._once(("base", config.base_model), lambda: _base_identity(config.base_model))
             calibration = self._calibration(config)
+            group = {
+                "base_model": base,
+                "dtype": self._models.dtype,
+                "engine": self._engine.chosen(),
+                "adapter_sha256": source.fingerprint,
+                "adapter_name": config.selection.adapter_name,
+                "task": config.task,
+                "prompts_sha256": self._once(("prompts", id(task)), lambda: _hash([list(task.prompts), repr(task)])),
+                "sampling": asdict(task.sampling),
+            }
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{config.where}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{config.where}: {error}") from error
-        group = {
-            "base_model": base,
-            "dtype": self._models.dtype,
-            "engine": self._engine.chosen(),
-            "adapter_sha256": source.fingerprint,
-            "adapter_name": config.selection.adapter_name,
-            "task": config.task,
-            "prompts_sha256": self._once(("prompts", id(task)), lambda: _hash([list(task.prompts), repr(task)])),
-            "sampling": asdict(task.sampling),
-        }
         policy = None if config.policy is None else {"mode": config.mode, **asdict(config.policy)}
         if policy is not None and calibration is None:
             del policy["grad_norm"]  # which has no effect without g

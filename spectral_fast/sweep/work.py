@@ -100,7 +100,7 @@ class Worker:
         """Make the adapters of a group, evaluate them together, leave a folder per run; returns the ledger's entry.
 
         A run that fails is noted, and the others go on; where a call of the engine fails, they go on one by one, in a
-        new engine.
+        new engine if it may be broken.
 
         Args:
             group: of one base model, task and decoding.
@@ -118,7 +118,8 @@ class Worker:
         except OSError:
             raise
         except Exception as error:
-            self.close()  # whatever state it is in
+            if not isinstance(error, ValueError):  # which an engine raises before it begins
+                self.close()
             if len(group) > 1:
                 alone = [self.evaluate([run], broken) for run in group]
                 records = [record for entry in alone for record in entry["runs"]]
