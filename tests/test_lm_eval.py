@@ -45,7 +45,11 @@ def test_vllm_gets_a_rank_that_holds_the_adapter(
         "pretrained": "org/model", "dtype": "bfloat16", "lora_local_path": str(adapter), "max_lora_rank": 32,
         "gpu_memory_utilization": 0.5, "enforce_eager": True,
     }  # fmt: skip
-    assert dry_run(adapter, capsys, "--engine", "vllm", "--max_lora_rank", "256")[1]["max_lora_rank"] == 256
+    for asked, got in (("256", 256), ("100", 128)):
+        assert dry_run(adapter, capsys, "--engine", "vllm", "--max_lora_rank", asked)[1]["max_lora_rank"] == got
+    for asked, words in (("16", "has rank 20, above the max_lora_rank of 16"), ("600", "at most 512")):
+        assert main([*BASE, "--lora_dir", str(adapter), "--engine", "vllm", "--max_lora_rank", asked, "--dry_run"]) == 1
+        assert words in capsys.readouterr().err
 
 
 def test_hf_gets_the_adapter_for_peft_and_more_arguments_are_handed_on(
@@ -158,4 +162,6 @@ def test_what_vllm_would_serve_wrongly_is_refused_before_it_starts(
         error = capsys.readouterr().err
         assert words in error
         assert "vLLM cannot serve" in error
+    flags = ["--engine", "vllm", "--max_lora_rank", "64", "--dry_run"]
+    assert main([*BASE, "--lora_dir", str(tmp_path / "0"), *flags]) == 1, "its rank is not all that is looked at"
     assert main([*BASE, "--lora_dir", str(tmp_path / "none"), "--engine", "vllm", "--dry_run"]) == 1

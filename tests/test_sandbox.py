@@ -506,6 +506,8 @@ def test_limits_cannot_be_raised(sandbox: Sandbox) -> None:
 def test_a_test_that_passes_a_function_gets_no_verdict(sandbox: Sandbox) -> None:
     with pytest.raises(RuntimeError, match="only plain values can"):
         run(sandbox, "def f(g): return g()", "assert candidate(lambda: 1) == 1")
+    back = "assert candidate(candidate(1)) == 1"
+    assert run(sandbox, "def f(x): return lambda: x", back).verdict == "failed", "what it made itself is no such case"
     with pytest.raises(RuntimeError, match="the test itself does not run: NameError"):
         sandbox.run(Program("def f(): pass", "f", "", "nothing"))
     assert run(sandbox, "def f(): return 'right'").passed

@@ -44,7 +44,7 @@ class HumanEvalOptions:
     top_p: float = option(1.0, "sample from the likeliest tokens of this probability", high=1.0, positive=True)
     max_tokens: int = option(512, "most tokens of a program", low=1)
     pass_k: int = option(1, "k of pass@k", low=1)
-    stop_words: tuple[str, ...] = option(STOP, "strings that end a program")
+    stop_words: tuple[str, ...] = option(STOP, "strings that end a program; bash's $'\\n' is a line break")
     eval_n_workers: int = option(4, "programs that are tested at the same time", low=1)
     eval_timeout: float = option(3.0, "seconds for a program and its tests", positive=True)
 

@@ -35,7 +35,8 @@ def harness_command(
         model_options: dtype and device; auto leaves both to the harness.
         vllm: take the harness's model "vllm", which then honours $VLLM_GPU_MEMORY_UTILIZATION and
             $VLLM_ENFORCE_EAGER; else "hf".
-        max_lora_rank: for vLLM; else that of the adapter. The harness's own is 16, at which vLLM refuses larger ones.
+        max_lora_rank: for vLLM, if more than the adapter's own is wanted. The harness's default is 16, at which vLLM
+            refuses larger ones.
         extra: more arguments, handed on as they are.
 
     Raises:
@@ -52,7 +53,7 @@ def harness_command(
         arguments["trust_remote_code"] = True
     if vllm:
         arguments["lora_local_path"] = str(lora_dir.resolve())
-        arguments["max_lora_rank"] = max_lora_rank or served_rank([lora_dir])
+        arguments["max_lora_rank"] = served_rank([lora_dir], max_lora_rank)
         if share := os.environ.get("VLLM_GPU_MEMORY_UTILIZATION"):
             arguments["gpu_memory_utilization"] = float(share)
         if os.environ.get("VLLM_ENFORCE_EAGER") == "1":

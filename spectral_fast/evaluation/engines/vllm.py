@@ -66,7 +66,7 @@ class VllmEngine:
             ) from error
         if not hasattr(PEFTHelper, "get_rank_and_scaling"):
             raise RuntimeError("this vLLM is too old, it ignores rank_pattern and alpha_pattern; 0.32 does not")
-        self._max_rank = options.max_lora_rank or served_rank(adapters)
+        self._max_rank = served_rank(adapters, options.max_lora_rank)
         self._tokenizer = load_tokenizer(base_model, model_options)
         whole, self._ends = _configs(base_model, model_options, self._tokenizer)
         config = whole.get_text_config()
@@ -197,15 +197,23 @@ def _bar(progress: Progress, copies: int) -> Any:
     return partial(Bar, file=io.StringIO())
 
 
-def served_rank(adapters: Iterable[Path]) -> int | None:
-    """The least max_lora_rank of vLLM that holds all these adapters; None if there is none.
+def served_rank(adapters: Iterable[Path], asked: int | None = None) -> int | None:
+    """The least max_lora_rank of vLLM that holds all these adapters, or the rank that is asked for; None if neither.
 
     Raises:
         FileNotFoundError: an adapter is missing.
-        ValueError: vLLM cannot serve one of them.
+        ValueError: vLLM cannot serve one of them, or a rank is above the one that is asked for, or that above 512.
     """
-    largest = max((_rank(Adapter.open(folder)) for folder in adapters), default=None)
-    return None if largest is None else next(rank for rank in RANKS if rank >= largest)
+    if asked is not None and asked > RANKS[-1]:
+        raise ValueError(f"max_lora_rank must be at most {RANKS[-1]}, vLLM's largest; got {asked}")
+    largest = 0
+    for folder in adapters:
+        rank = _rank(Adapter.open(folder))
+        if asked is not None and rank > asked:
+            raise ValueError(f"{folder} has rank {rank}, above the max_lora_rank of {asked}")
+        largest = max(largest, rank)
+    wanted = asked or largest
+    return next(rank for rank in RANKS if rank >= wanted) if wanted else None
 
 
 def _rank(adapter: Adapter) -> int:
@@ -269,6 +277,6 @@ def _memory(options: EngineOptions, config: Any, max_model_len: int) -> dict[str
         return {}
     import psutil
 
-    per_token = 2 * config.num_hidden_layers * config.hidden_size * 4  # bytes at most: float32, no shared heads
+    per_token = 2 * config.num_hidden_layers * config.hidden_size * 4  # bytes, for float32 and heads of their own
     useful = SEQUENCES * max_model_len * per_token
     return {"kv_cache_memory_bytes": min(useful, int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available))}

@@ -78,6 +78,8 @@ def _encode(v: Any, strict: bool) -> Any:
         return {"iterator": [_encode(item, strict) for item in v]}
     if type(v).__module__ == "numpy" and getattr(v, "ndim", None) == 0:
         return _encode(v.item(), strict)
+    if isinstance(v, Opaque):  # it comes from a program, and goes back to it
+        return {"opaque": v.kind}
     if strict:
         raise TypeError(f"a {type(v).__name__} cannot be passed to a program in the sandbox, only plain values can")
     return {"opaque": type(v).__name__}
