@@ -19,6 +19,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -107,6 +108,14 @@ def processes_below(pid: int) -> list[int]:
         below = {child for child, parent in parents.items() if parent in below}
         found += below
     return found
+
+
+def has_memory(pid: int) -> bool:
+    """Whether it lives: of the dead that nobody has waited for, no memory is left."""
+    try:
+        return not Path(f"/proc/{pid}/statm").read_text().startswith("0 ")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def workers(sandbox: Sandbox) -> list[int]:
@@ -513,13 +522,13 @@ def test_a_test_that_passes_a_function_gets_no_verdict(sandbox: Sandbox) -> None
     assert run(sandbox, "def f(): return 'right'").passed
 
 
-def test_nothing_of_it_is_left() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_of_it_is_left(way: str) -> None:
     mounts, files = Path("/proc/self/mounts").read_text(), set(Path(tempfile.gettempdir()).iterdir())
-    for way in WAYS:
-        with opened(way, HASTY) as sandbox:
-            run(sandbox, "open('x', 'w').write('x')\ndef f():\n    while True: pass")
-            pids = workers(sandbox)
-        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    with opened(way, HASTY) as sandbox:
+        run(sandbox, "open('x', 'w').write('x')\ndef f():\n    while True: pass")
+        pids = workers(sandbox)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     assert Path("/proc/self/mounts").read_text() == mounts
     left = set(Path(tempfile.gettempdir()).iterdir()) - files
     assert not [path for path in left if path.name.startswith("spectral-fast-sandbox-")]
@@ -530,6 +539,21 @@ def test_a_lost_worker_is_an_error_and_no_verdict() -> None:
         os.kill(workers(sandbox)[0], signal.SIGKILL)
         with pytest.raises(RuntimeError, match="a worker of the sandbox has failed"):
             run(sandbox, "def f(): return 'right'")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_program_dies_with_its_worker(way: str) -> None:
+    with opened(way, PATIENT) as sandbox, ThreadPoolExecutor(1) as pool:
+        [worker] = workers(sandbox)
+        pending = pool.submit(run, sandbox, "while True: pass")
+        began = time.monotonic()
+        while len(below := processes_below(worker)) < 3:  # the supervisor, the tests and the program
+            assert time.monotonic() - began < 30
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="a worker of the sandbox has failed"):
+            pending.result()
+        while any(map(has_memory, below)):
+            assert time.monotonic() - began < 30
 
 
 def test_programs_run_at_the_same_time_give_outcomes_in_their_order() -> None:

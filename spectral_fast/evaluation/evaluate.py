@@ -57,7 +57,7 @@ class Gsm8k:
         problems: rows with question and answer, see `load_problems`.
         shots: the few-shot examples.
         profile: decoding settings.
-        answer_parser: "strict_last", "strict_first" or "harness", which also stops as the harness does.
+        answer_parser: one of `gsm8k.PARSERS`; "harness" and "exact" also stop as the harness does.
         stop: strings that end a generation.
         seed: of the sampling, if any.
 

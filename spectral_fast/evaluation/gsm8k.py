@@ -39,9 +39,10 @@ def load_problems(
         max_samples: number of problems, from the first on; -1 is all.
         fewshot_source: where the examples are, if not in the source.
 
-    Raises: FileNotFoundError, RuntimeError, ValueError: as `read_rows`; also if a single file shall give
-        examples as well,
-            which would be the problems themselves, or there are fewer examples than wanted.
+    Raises:
+        FileNotFoundError, RuntimeError: as `read_rows`.
+        ValueError: as `read_rows`; a single file shall give examples as well, which would be the problems themselves;
+            or there are fewer examples than wanted.
     """
     columns = ("question", "answer")
     problems = _texts(read_rows(source, columns, split, None if max_samples == -1 else max_samples))
