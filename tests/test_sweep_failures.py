@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 from sweep_tools import FakeEngine, sweep, tables, write_configs
 
-from spectral_fast import embedded
+from spectral_fast import atomic, embedded
 from spectral_fast.evaluation.comparison import holm
 from spectral_fast.sweep import work
 from spectral_fast.sweep.ledger import LEDGER
@@ -157,6 +157,23 @@ def test_what_someone_removed_is_made_again(tmp_path: Path) -> None:
     shutil.rmtree(out / "probes")
     sweep(configs, out, controls=0)
     assert "singular values before and after" not in (out / "report.html").read_text()
+
+
+def test_what_the_ledger_lacks_is_made_again_where_folders_cannot_be_exchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs, out = write_configs(tmp_path, LINES), tmp_path / "out"
+    sweep(configs, out, controls=1)
+    expected, ledger = tables(out), out / LEDGER
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(lines[0])  # killed when the folders of the second group were there
+
+    def refuse(*_: Path) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(atomic, "_exchange", refuse)
+    assert sweep(configs, out, controls=1)["failures"] == []
+    assert tables(out) == expected
 
 
 def test_tables_of_somebody_else_are_not_overwritten(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def on_ray(
         workers: engines; by default one per GPU of the cluster, or one where there is none.
 
     Raises:
-        RuntimeError: Ray is not installed, or the cluster cannot be reached.
+        RuntimeError: Ray is not installed, the cluster cannot be reached, or a worker died.
     """
     try:
         import ray
@@ -60,6 +60,8 @@ def on_ray(
         broken = {name: reason for name, reason in zip(probes, reasons, strict=True) if reason is not None}
         yield from pool.map_unordered(lambda one, group: one.evaluate.remote(group, broken), groups)
         ray.get([one.close.remote() for one in actors])
+    except ray.exceptions.RayActorError as error:
+        raise RuntimeError(f"a worker of the sweep has died; start the sweep again to go on: {error}") from error
     finally:
         ray.shutdown()
 

@@ -93,7 +93,8 @@ class Worker:
         measured = probe(adapter, modules, config.base_model, config.calibration, self._settings.models)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # an engine in another process wants the room
-        with replace_directory(folder, overwrite=True, marker=RECORD) as new:
+        _remove(folder)
+        with replace_directory(folder) as new:
             measured.save(new)
 
     def evaluate(self, group: Sequence[Run], broken: Mapping[str, str]) -> dict[str, Any]:
@@ -146,7 +147,8 @@ class Worker:
                 try:
                     with ExitStack() as own:
                         target = self._settings.out_dir / RUNS / run.id
-                        new = own.enter_context(replace_directory(target, overwrite=True, marker="config.json"))
+                        _remove(target)
+                        new = own.enter_context(replace_directory(target))
                         adapter = self._adapter(run, new / ADAPTER, broken)
                         folders.enter_context(own.pop_all())
                 except OSError:
@@ -214,6 +216,17 @@ class Worker:
             self._engine = s.open_engine(base_model, s.models, s.engine, self._adapters[base_model])
             self._base_model = base_model
         return self._engine
+
+
+def _remove(folder: Path) -> None:
+    """Remove what is to be made again, so that no half of it is ever there under its name.
+
+    Network file systems cannot exchange it with the new one in a step; a sweep that is killed now makes it again.
+    """
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old.partial")
+        folder.rename(old)
+        shutil.rmtree(old)
 
 
 def _reason(error: Exception) -> str:
