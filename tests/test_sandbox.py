@@ -534,6 +534,16 @@ def test_nothing_of_it_is_left(way: str) -> None:
     assert not [path for path in left if path.name.startswith("spectral-fast-sandbox-")]
 
 
+def test_nothing_of_it_is_left_by_an_evaluator_that_was_killed(tmp_path: Path) -> None:
+    code = "import os, signal\nfrom spectral_fast.evaluation.sandbox.sandbox import Sandbox\n"
+    code += "sandbox = Sandbox(2)\nos.kill(os.getpid(), signal.SIGKILL)"
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(spectral_fast.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == -signal.SIGKILL
+    began = time.monotonic()
+    while list(tmp_path.iterdir()):
+        assert time.monotonic() - began < 30
+
+
 def test_a_lost_worker_is_an_error_and_no_verdict() -> None:
     with Sandbox(limits=HASTY) as sandbox:
         os.kill(workers(sandbox)[0], signal.SIGKILL)
