@@ -34,13 +34,13 @@ class Source:
     fingerprint: str
     stamp: Mapping[str, Any]
 
-    def check_unchanged(self) -> None:
-        """Refuse to go on with other files than those that were hashed.
+    def check_unchanged(self, planned: str | None = None) -> None:
+        """Refuse to go on with other files than those that were hashed, here or (`planned`) where the plan was made.
 
         Raises:
             OSError: they have been written to.
         """
-        if self.adapter.stamp() != self.stamp:
+        if self.adapter.stamp() != self.stamp or planned not in (None, self.fingerprint):
             raise OSError(f"{self.adapter.path} was changed while the sweep ran; start the sweep again")
 
 

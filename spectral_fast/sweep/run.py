@@ -57,8 +57,9 @@ def run_sweep(
         todo = sum(map(len, groups))
         note(f"{_counted(plan)}; {len(plan.runs) - todo} are finished, {todo} to do in {len(groups)} groups")
         if groups:
-            for group in groups:
-                check_sandbox(planner.task(group[0].config))
+            tasks = [planner.task(group[0].config) for group in groups]
+            for task in {id(task): task for task in tasks}.values():
+                check_sandbox(task)
             for entry in _work(plan, planner, settings, groups, ray, workers):
                 ledger.append(entry)
                 for failure in entry["failures"]:

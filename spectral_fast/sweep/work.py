@@ -143,7 +143,7 @@ class Worker:
         task, made = self._planner.task(group[0].config), list[tuple[Run, Evaluation]]()
         with ExitStack() as folders:
             for run in group:
-                self._planner.source(run.config).check_unchanged()
+                self._planner.source(run.config).check_unchanged(run.identity["adapter_sha256"])
                 try:
                     with ExitStack() as own:
                         target = self._settings.out_dir / RUNS / run.id
