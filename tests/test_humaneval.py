@@ -120,7 +120,7 @@ def test_the_record_has_every_program_and_its_fate(tmp_path: Path) -> None:
     assert result["pass@2"] == pytest.approx((5 / 6 + 0 + 1 / 2) / 3)
     assert (result["num_tasks"], result["n_generations"], result["tasks_with_any_pass"]) == (3, 4, 2)
     assert result["standard_error"] == pytest.approx(
-        math.sqrt((5 / 6 - 4 / 9) ** 2 + (4 / 9) ** 2 + (1 / 2 - 4 / 9) ** 2) / math.sqrt(6)
+        math.sqrt((5 / 6 - 4 / 9) ** 2 + (4 / 9) ** 2 + (1 / 2 - 4 / 9) ** 2) / 3
     )
 
     def rows(name: str) -> list[dict[str, Any]]:

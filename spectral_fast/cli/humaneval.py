@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         [result] = evaluate(engine, task, [Run(folder, out_dir, meta=about)], progress=counter)
     write_result(args, result)
     metric = f"pass@{options.pass_k}"
-    error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.4f}"
     any_pass = f"{result['tasks_with_any_pass']} of {result['num_tasks']} problems solved at least once"
-    text = f"{metric} {result[metric]:.4f}{error} ({any_pass}, by {result['engine']}, isolation: {result['isolation']})"
+    score = f"{metric} {result[metric]:.4f} ± {result['standard_error']:.4f}"
+    text = f"{score} ({any_pass}, by {result['engine']}, isolation: {result['isolation']})"
     return result, f"{text}\nresults: {result['results_path']}"

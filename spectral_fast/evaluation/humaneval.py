@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.evaluation.comparison import spread_of_mean
 from spectral_fast.evaluation.engines import Engine, Sampling
 from spectral_fast.evaluation.evaluate import decoding, write_json, write_rows
 from spectral_fast.evaluation.profiles import PROFILES, Profile
@@ -179,7 +180,7 @@ class HumanEval:
         write_json(per_problem_path, per_problem)
         values = [row[metric] for row in per_problem.values()]
         counts = {
-            "standard_error": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
+            "standard_error": spread_of_mean(values),
             "tasks_with_any_pass": sum(row["n_correct"] > 0 for row in per_problem.values()),
         }
         score = statistics.fmean(values)
