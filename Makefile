@@ -41,7 +41,7 @@ test-vllm: export MALLOC_MMAP_THRESHOLD_ = 2000000000
 test-vllm: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 test-vllm: export MALLOC_TOP_PAD_ = 200000000
 test-vllm: .venv-vllm/installed
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm -s -W default -o timeout=800 --durations=20
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm -s -W default -o timeout=800
 
 .venv-vllm/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv-vllm
