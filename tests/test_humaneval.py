@@ -248,3 +248,18 @@ def test_human_evals_own_evaluator_and_the_sandbox_agree() -> None:
     assert ours[-3:] == theirs[-3:] == ["timed out"] * 3
     passed = sum(verdict == "passed" for verdict in ours[n_right:])
     assert 0 < passed < len(ours) - n_right, "some faults are not found by the tests, and most are"
+
+
+@pytest.mark.parametrize("command", ["eval", "eval-humaneval"])
+def test_results_without_a_place_are_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = [command, "--base_model", "nowhere", "--lora_dir", "nowhere"]
+    for flags, message in [
+        (["--out_dir", str(tmp_path / "file")], "file is a file; name a folder for the results"),
+        (["--out_json", str(tmp_path)], "is a folder; name a file for the result"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            main([*given, *flags])
+        assert message in capsys.readouterr().err

@@ -5,45 +5,26 @@ All of them are bounded, so that they do little harm even if the sandbox does no
 
 from __future__ import annotations
 
-import ast
 import ctypes
 import errno
-import math
 import os
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import textwrap
 import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-import ordinary_user
 import pytest
+from sandbox_programs import HASTY, PATIENT, attempts, opened, processes_below, run, seen, workers
 
 import spectral_fast
-from spectral_fast.evaluation.sandbox import kernel, values
-from spectral_fast.evaluation.sandbox.confine import LANDLOCK, WAYS, Limits
+from spectral_fast.evaluation.sandbox.confine import LANDLOCK, WAYS
 from spectral_fast.evaluation.sandbox.sandbox import Outcome, Program, Sandbox
 from spectral_fast.evaluation.sandbox.worker import _hidden
 
 SECRET = "expected-value-7c1e5b"
-PATIENT = Limits(seconds=60.0, memory_mb=384)
-HASTY = Limits(seconds=0.4)
-
-
-def opened(way: str, limits: Limits) -> Sandbox:
-    try:
-        return Sandbox(limits=limits, isolation=way)
-    except RuntimeError as error:
-        pytest.skip(f"not allowed here: {error}")
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -57,69 +38,6 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 def hasty(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     with opened(request.param, HASTY) as sandbox:
         yield sandbox
-
-
-def program(source: str, test: str = "assert candidate() == 'right'") -> Program:
-    check = f"def check(candidate):\n{textwrap.indent(textwrap.dedent(test), '    ')}\n"
-    return Program(textwrap.dedent(source), "f", "def f():\n    'A prompt.'\n", check)
-
-
-def run(sandbox: Sandbox, source: str, test: str = "assert candidate() == 'right'") -> Outcome:
-    return sandbox.run(program(source, test))
-
-
-def seen(sandbox: Sandbox, source: str) -> object:
-    """What the program's function returns."""
-    outcome = run(sandbox, source, "raise ValueError(repr(candidate()))")
-    kind, _, text = outcome.detail.partition(": ")
-    assert kind == "ValueError", outcome
-    return ast.literal_eval(text)
-
-
-def attempts(sandbox: Sandbox, *lines: str) -> list[str]:
-    """Those of the lines that run without an exception."""
-    source = f"""
-        def f():
-            done = []
-            for line in {list(lines)!r}:
-                try:
-                    exec(line, {{}})
-                    done.append(line)
-                except BaseException as error:
-                    pass
-            return done
-    """
-    done = seen(sandbox, source)
-    assert isinstance(done, list)
-    return done
-
-
-def processes_below(pid: int) -> list[int]:
-    """Living and dead descendants."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    below, found = {pid}, []
-    while below:
-        below = {child for child, parent in parents.items() if parent in below}
-        found += below
-    return found
-
-
-def has_memory(pid: int) -> bool:
-    """Whether it lives: of the dead that nobody has waited for, no memory is left."""
-    try:
-        return not Path(f"/proc/{pid}/statm").read_text().startswith("0 ")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def workers(sandbox: Sandbox) -> list[int]:
-    return [worker._process.pid for worker in sandbox._workers]
 
 
 def test_a_right_program_passes_and_a_wrong_one_says_why_it_fails(sandbox: Sandbox) -> None:
@@ -155,49 +73,6 @@ def test_arguments_changed_in_place_are_changed_for_the_tests_too(sandbox: Sandb
     test = "x = [3, 1, [2]]\nassert candidate(x, key=1) is None\nassert x == [[2], 1, 3]"
     assert run(sandbox, "def f(x, key): x.reverse()", test).passed
     assert not run(sandbox, "def f(x, key): pass", test).passed
-
-
-def carried(value: object) -> object:
-    return values.loads(values.dumps(value, strict=True))
-
-
-def test_plain_values_arrive_as_they_were() -> None:
-    plain = [
-        None,
-        True,
-        0,
-        -(2**53),
-        2**4000,
-        0.1,
-        -0.0,
-        math.inf,
-        1j,
-        "é\ud800",
-        b"\xff",
-        bytearray(b"a"),
-        range(9, 0, -2),
-    ]
-    plain += [
-        (),
-        (1, [2.0, {}]),
-        {1: "a", (2, 3): None, "1": []},
-        {1, "a"},
-        frozenset({()}),
-        Fraction(1, 3),
-        Decimal("0.10"),
-    ]
-    for value in plain:
-        arrived = carried(value)
-        assert (type(arrived), repr(arrived)) == (type(value), repr(value))
-    assert math.isnan(carried(math.nan))  # type: ignore[arg-type]
-    assert type(carried(Counter("aab"))) is dict
-    assert repr(carried(np.float32(0.5))) == "0.5"
-    assert carried(np.bool_(True)) is True
-    assert list(carried(x for x in "ab")) == ["a", "b"]  # type: ignore[call-overload]
-    assert list(carried({"k": 1}.items())) == [("k", 1)]  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="a function cannot be passed"):
-        carried(carried)
-    assert repr(values.loads(values.dumps([carried], strict=False))) == "[<function>]"
 
 
 @pytest.mark.parametrize("forever", ["while True: pass", "import time; time.sleep(600)", "input = 0; f()"])
@@ -520,77 +395,3 @@ def test_a_test_that_passes_a_function_gets_no_verdict(sandbox: Sandbox) -> None
     with pytest.raises(RuntimeError, match="the test itself does not run: NameError"):
         sandbox.run(Program("def f(): pass", "f", "", "nothing"))
     assert run(sandbox, "def f(): return 'right'").passed
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_nothing_of_it_is_left(way: str) -> None:
-    mounts, files = Path("/proc/self/mounts").read_text(), set(Path(tempfile.gettempdir()).iterdir())
-    with opened(way, HASTY) as sandbox:
-        run(sandbox, "open('x', 'w').write('x')\ndef f():\n    while True: pass")
-        pids = workers(sandbox)
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    assert Path("/proc/self/mounts").read_text() == mounts
-    left = set(Path(tempfile.gettempdir()).iterdir()) - files
-    assert not [path for path in left if path.name.startswith("spectral-fast-sandbox-")]
-
-
-def test_nothing_of_it_is_left_by_an_evaluator_that_was_killed(tmp_path: Path) -> None:
-    code = "import os, signal\nfrom spectral_fast.evaluation.sandbox.sandbox import Sandbox\n"
-    code += "sandbox = Sandbox(2)\nos.kill(os.getpid(), signal.SIGKILL)"
-    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(spectral_fast.__file__).parents[1])}
-    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == -signal.SIGKILL
-    began = time.monotonic()
-    while list(tmp_path.iterdir()):
-        assert time.monotonic() - began < 30
-
-
-def test_a_lost_worker_is_an_error_and_no_verdict() -> None:
-    with Sandbox(limits=HASTY) as sandbox:
-        os.kill(workers(sandbox)[0], signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="a worker of the sandbox has failed"):
-            run(sandbox, "def f(): return 'right'")
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_program_dies_with_its_worker(way: str) -> None:
-    with opened(way, PATIENT) as sandbox, ThreadPoolExecutor(1) as pool:
-        [worker] = workers(sandbox)
-        pending = pool.submit(run, sandbox, "while True: pass")
-        began = time.monotonic()
-        while len(below := processes_below(worker)) < 3:  # the supervisor, the tests and the program
-            assert time.monotonic() - began < 30
-        os.kill(worker, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="a worker of the sandbox has failed"):
-            pending.result()
-        while any(map(has_memory, below)):
-            assert time.monotonic() - began < 30
-
-
-def test_programs_run_at_the_same_time_give_outcomes_in_their_order() -> None:
-    programs = [program(f"def f(): return {'right' if i % 3 else 'wrong'!r}") for i in range(12)]
-    with Sandbox(workers=3, limits=PATIENT) as sandbox:
-        outcomes = sandbox.run_all(programs)
-    assert [outcome.passed for outcome in outcomes] == [bool(i % 3) for i in range(12)]
-
-
-def test_it_refuses_where_it_cannot_confine(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="isolation must be one of"):
-        Sandbox(isolation="none")
-    with pytest.raises(ValueError, match="the limit seconds must be more than 0"):
-        Limits(seconds=0)
-    monkeypatch.setattr(kernel.platform, "system", lambda: "Darwin")
-    with pytest.raises(RuntimeError, match="only on Linux"):
-        Sandbox()
-
-
-def test_all_of_this_holds_for_an_ordinary_user() -> None:
-    repository = Path(spectral_fast.__file__).parents[1]
-    base, environment = Path(sys.base_prefix).resolve(), Path(sys.prefix)
-    pytest_run = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", __file__]
-    script = ordinary_user.command(*pytest_run, reachable=[base, environment, repository])
-    with tempfile.TemporaryDirectory() as home:
-        Path(home).chmod(0o777)
-        env = os.environ | {"HOME": home, "TMPDIR": home, "PYTHONPATH": str(repository)}
-        done = subprocess.run(script, cwd=repository, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout

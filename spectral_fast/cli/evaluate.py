@@ -6,7 +6,15 @@ import argparse
 from typing import Any
 
 from spectral_fast.cli import humaneval
-from spectral_fast.cli.common import add_command, add_model_flags, add_result_flags, config_source, warn, write_result
+from spectral_fast.cli.common import (
+    add_command,
+    add_model_flags,
+    add_result_flags,
+    check_outputs,
+    config_source,
+    warn,
+    write_result,
+)
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import counter
 
@@ -39,6 +47,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
 
+    check_outputs(args)
     if args.eval_profile is not None and PROFILES[args.eval_profile].task == "humaneval":
         return humaneval.run(args)
     if args.eval_profile is not None:

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from spectral_fast.cli.common import add_command, add_model_flags, add_result_flags, config_source, warn, write_result
+from spectral_fast.cli.common import (
+    add_command,
+    add_model_flags,
+    add_result_flags,
+    check_outputs,
+    config_source,
+    warn,
+    write_result,
+)
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import counter
 from spectral_fast.usage import UsageError
@@ -45,6 +53,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.evaluation.engines import EngineOptions, open_engine
     from spectral_fast.evaluation.humaneval import HumanEvalOptions
 
+    check_outputs(args)
     if not args.allow_code_execution:
         raise UsageError(
             "HumanEval runs programs that a model has written, which may be harmful. They run confined (see "

@@ -6,9 +6,7 @@ Chen et al. 2021, "Evaluating Large Language Models Trained on Code" (arXiv:2107
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.calibration.rows import json_lines
 from spectral_fast.evaluation.comparison import spread_of_mean
 from spectral_fast.evaluation.engines import Engine, Sampling
 from spectral_fast.evaluation.evaluate import decoding, write_json, write_rows
@@ -271,11 +270,11 @@ def load_problems(source: str = HUMANEVAL, max_samples: int = -1) -> list[dict[s
     rows: Iterable[Mapping[str, Any]]
     if source == HUMANEVAL:
         file = _package_file()
-        rows = _lines(file) if file is not None else _hub_rows()
+        rows = _rows(file) if file is not None else _hub_rows()
     elif not source.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"eval_data must be {HUMANEVAL}, a .jsonl or a .jsonl.gz file; got {source!r}")
     else:
-        rows = _lines(Path(source))
+        rows = _rows(Path(source))
     problems = {}
     for number, row in enumerate(rows, start=1):
         missing = [column for column in _COLUMNS if not isinstance(row.get(column), str)]
@@ -307,18 +306,8 @@ def _package_file() -> Path | None:
     return None
 
 
-def _lines(path: Path) -> Iterable[Mapping[str, Any]]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number} must be an object {{...}}; got {type(row).__name__}")
-            yield row
+def _rows(file: Path) -> Iterable[Mapping[str, Any]]:
+    return (row for _, row in json_lines(file))
 
 
 def _hub_rows() -> Iterable[Mapping[str, Any]]:

@@ -126,7 +126,7 @@ class VllmEngine:
             runs = [(i, j) for i in of_these for j in range(1 if greedy else sampling.n)]
             if not runs:
                 continue
-            outputs = self._llm.generate(
+            outputs = self._answers(
                 [TokensPrompt(prompt_token_ids=ids[i]) for i, _ in runs],
                 [
                     SamplingParams(
@@ -145,6 +145,17 @@ class VllmEngine:
             for (i, _), output in zip(runs, outputs, strict=True):
                 texts[i] += [self._text(ids[i], output, sampling)] * (sampling.n if greedy else 1)
         return texts
+
+    def _answers(self, *arguments: Any, **how: Any) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self._llm.generate(*arguments, **how)
+        except EngineDeadError as error:
+            raise RuntimeError(
+                "vLLM's own process has died; what it wrote above says why. If it was killed for memory, lower "
+                "--max_loras, --max_model_len or VLLM_CPU_KVCACHE_SPACE"
+            ) from error
 
     def _text(self, ids: Sequence[int], output: Any, sampling: Sampling) -> str:
         new = list(output.outputs[0].token_ids)
