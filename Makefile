@@ -20,6 +20,10 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	touch $@
 
+$(VENV)/installed-cross: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cross]'
+	touch $@
+
 demo: $(VENV)/installed
 	$(BIN)/spectral-fast demo --out_dir demo-output --overwrite
 
@@ -37,7 +41,7 @@ test-vllm: export MALLOC_MMAP_THRESHOLD_ = 2000000000
 test-vllm: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 test-vllm: export MALLOC_TOP_PAD_ = 200000000
 test-vllm: .venv-vllm/installed
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm -s -W default -o timeout=800 --durations=20
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python -m pytest tests/vllm -s -W default -o timeout=800
 
 .venv-vllm/installed: $(SOURCES)
 	$(PYTHON) -m venv .venv-vllm
@@ -94,8 +98,7 @@ build/stress-%: tests/native_stress.cpp $(wildcard csrc/*)
 	$(CXX) -fsanitize=$(SANITIZERS_$*) -fno-sanitize-recover=all $(STRESS) -o $@
 
 # The same program for 64-bit Arm, by Clang; it is run where qemu-aarch64 is installed.
-neon: $(VENV)/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cross]'
+neon: $(VENV)/installed-cross
 	mkdir -p build
 	$(BIN)/python -m ziglang c++ -target aarch64-linux-musl -static $(STRESS) -o build/stress-neon
 	if command -v qemu-aarch64 > /dev/null; then qemu-aarch64 build/stress-neon; fi

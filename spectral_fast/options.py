@@ -82,7 +82,7 @@ def add_flags(parser: argparse._ActionsContainer, *classes: type, prefix: str = 
             continue
         many = typing.get_origin(hint) in (tuple, list)
         scalar = typing.get_args(hint)[0] if many or _is_optional(hint) else hint
-        shown = " ".join(map(str, f.default)) if many and f.default is not MISSING else f.default
+        shown = " ".join(map(_as_typed, f.default)) if many and f.default is not MISSING else f.default
         if shown not in (MISSING, None, ""):
             text += f" (default: {shown})"
         parser.add_argument(
@@ -107,6 +107,12 @@ def take(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
     flags = {f.name: _prefixed(f.name, prefix) for f in fields(cls)}  # type: ignore[arg-type]
     values = {name: given[flag] for name, flag in flags.items() if flag in given}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _as_typed(value: Any) -> str:
+    """A value in a list of defaults, in quotes if it has spaces or line breaks."""
+    text = str(value)
+    return text if text.split() == [text] else repr(text)
 
 
 def _prefixed(name: str, prefix: str) -> str:

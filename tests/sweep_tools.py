@@ -98,9 +98,11 @@ def write_configs(folder: Path, lines: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def sweep(configs: Path, out_dir: Path, group: int = 4, **options: Any) -> dict[str, Any]:
+def sweep(
+    configs: Path, out_dir: Path, group: int = 4, engine: type[FakeEngine] = FakeEngine, **options: Any
+) -> dict[str, Any]:
     settings = Settings(
-        out_dir, ModelOptions(), EngineOptions(engine="transformers", max_loras=group), open_engine=FakeEngine
+        out_dir, ModelOptions(), EngineOptions(engine="transformers", max_loras=group), open_engine=engine
     )
     return run_sweep(load_configs(configs, {}), settings, **options)
 

@@ -173,9 +173,24 @@ def test_the_sign_flip_test_is_the_exact_one_within_its_draws() -> None:
         d = rng.normal(shift, 1, size=12).round(1)
         signs = np.array(list(itertools.product((-1, 1), repeat=12)))
         exact = (np.abs(signs @ d) >= abs(d.sum()) - 1e-9).mean()
-        assert sign_flip_test(d) == pytest.approx(exact, abs=5 * np.sqrt(exact * (1 - exact) / 20_000) + 1e-4)
+        assert sign_flip_test(d) == pytest.approx(exact, abs=1e-12)
+        fine = d + rng.uniform(0, 1e-4, size=12)  # of no common unit, so by draws
+        exact = (np.abs(signs @ fine) >= abs(fine.sum()) - 1e-12).mean()
+        assert sign_flip_test(fine) == pytest.approx(exact, abs=5 * np.sqrt(exact * (1 - exact) / 20_000) + 1e-4)
+        assert sign_flip_test(fine) == sign_flip_test(fine)
     assert sign_flip_test([0.0, 0.0]) == 1
-    assert sign_flip_test(d) == sign_flip_test(d)
+
+
+def test_the_sign_flip_test_of_ones_is_mcnemars_and_has_no_floor() -> None:
+    # 4080 variants of 164 problems with 50 programs each: Holm needs p-values below 0.05 / 4080
+    for b, c in [(0, 1), (3, 9), (50, 60), (0, 164)]:
+        assert sign_flip_test([-0.02] * b + [0.02] * c) == pytest.approx(mcnemar_exact(b, c), rel=1e-9)
+
+
+def test_one_problem_with_shares_says_nothing() -> None:
+    result = compare({1: 0.2}, {1: 0.8})
+    assert result.interval == (-1, 1)
+    assert result.p_value == 1
 
 
 def test_the_standard_error_of_yes_and_no_is_the_one_of_an_accuracy() -> None:

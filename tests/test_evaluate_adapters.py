@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama, with_lora
 
 from spectral_fast import embedded
@@ -118,6 +119,32 @@ def test_each_prompt_is_answered_by_its_own_adapter(tmp_path: Path) -> None:
             engine.generate(prompts, Sampling(24), tmp_path / "nothing")
     assert sum(counts) == 5
     assert len({text for [text] in alone}) == 5
+
+
+def test_half_of_a_pair_of_factors_is_not_made_up(tmp_path: Path) -> None:
+    tiny_llama(vocab_size=100).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    with_lora(tiny_llama(vocab_size=100)).save_pretrained(tmp_path / "half")
+    weights = tmp_path / "half" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, weights)
+    with (
+        TransformersEngine(str(tmp_path / "base"), ModelOptions()) as engine,
+        pytest.raises(ValueError, match="has one factor only"),
+    ):
+        engine.generate(["abc"], Sampling(4), tmp_path / "half")
+
+
+def test_what_vllm_does_not_do_is_refused() -> None:
+    for flag, options in (
+        ("load_in_4bit", ModelOptions(load_in_4bit=True)),
+        ("device_map", ModelOptions(device_map="auto")),
+    ):
+        with pytest.raises(ValueError, match=f"--{flag} is for --engine transformers"):
+            open_engine("none", options, EngineOptions(engine="vllm"))
+    with pytest.raises(ValueError, match="gpu_memory_utilization must be > 0"):
+        EngineOptions(gpu_memory_utilization=0.0)
 
 
 def test_auto_takes_vllm_only_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from spectral_fast.evaluation.engines import Sampling
 from spectral_fast.evaluation.evaluate import Gsm8k, read_correct, write_metrics
 from spectral_fast.evaluation.gsm8k import (
     PARSERS,
+    AnswerParser,
     build_prompts,
+    check_golds,
     extract_answer,
     gold_answer,
     load_problems,
@@ -147,6 +149,22 @@ def test_gold_answers_as_each_parser_compares_them() -> None:
     assert gold_answer("no number", "strict_last") is None
     assert gold_answer("#### 1\n#### 2", "harness") == gold_answer("#### 1\n#### 2", "strict_last") == "2"
     assert gold_answer("One blank line.\n\nThen #### $2,000.50", "harness") == "2000.50"
+
+
+@pytest.mark.parametrize(
+    ("parser", "answer"),
+    [
+        ("strict_last", "Paris"),
+        ("strict_first", "#### 3.5"),
+        ("harness", "a number without its mark: 3"),
+        ("exact", " "),
+    ],
+)
+def test_a_reference_that_no_text_can_agree_with_is_refused_by_its_number(parser: AnswerParser, answer: str) -> None:
+    good = {"question": "How many?", "answer": "2.5 and a half is 3.\n#### 3"}
+    check_golds([good, good], parser)
+    with pytest.raises(ValueError, match=f"answer_parser {parser} wants .* that of problem 2 is {answer!r}"):
+        check_golds([good, {"question": "How many?", "answer": answer}], parser)
 
 
 def test_answers_that_are_no_numbers_are_compared_as_they_stand() -> None:

@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from fractions import Fraction
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_the_record_has_every_program_and_its_fate(tmp_path: Path) -> None:
     assert result["pass@2"] == pytest.approx((5 / 6 + 0 + 1 / 2) / 3)
     assert (result["num_tasks"], result["n_generations"], result["tasks_with_any_pass"]) == (3, 4, 2)
     assert result["standard_error"] == pytest.approx(
-        math.sqrt((5 / 6 - 4 / 9) ** 2 + (4 / 9) ** 2 + (1 / 2 - 4 / 9) ** 2) / math.sqrt(6)
+        math.sqrt((5 / 6 - 4 / 9) ** 2 + (4 / 9) ** 2 + (1 / 2 - 4 / 9) ** 2) / 3
     )
 
     def rows(name: str) -> list[dict[str, Any]]:
@@ -183,9 +184,14 @@ def test_the_command_evaluates_the_base_model_and_an_adapter(
         "transformers",
         "--allow_code_execution",
     ]
-    profile = ["--eval_profile", "greedy_code", "--eval_data", str(data), "--max_samples", "1"]
+    profile = ["--eval_profile", "greedy_code", "--eval_data", str(data), "--max_samples", "1", "--fewshot", "3"]
+    profile += ["--config_src", str(data)]
     assert main(["eval", *base, *profile, "--out_dir", str(tmp_path / "profile"), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert "--fewshot is ignored: profile greedy_code sets it" in err
+    config = json.loads((tmp_path / "profile" / "eval_config.json").read_text())
+    assert config["meta"]["config_src"] == {"path": str(data), "sha256": sha256(data.read_bytes()).hexdigest()}
     assert result["profile"] == PROFILES["greedy_code"].summary()
     assert (result["num_tasks"], result["n_generations"]) == (1, 1)
 
@@ -242,3 +248,18 @@ def test_human_evals_own_evaluator_and_the_sandbox_agree() -> None:
     assert ours[-3:] == theirs[-3:] == ["timed out"] * 3
     passed = sum(verdict == "passed" for verdict in ours[n_right:])
     assert 0 < passed < len(ours) - n_right, "some faults are not found by the tests, and most are"
+
+
+@pytest.mark.parametrize("command", ["eval", "eval-humaneval"])
+def test_results_without_a_place_are_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = [command, "--base_model", "nowhere", "--lora_dir", "nowhere"]
+    for flags, message in [
+        (["--out_dir", str(tmp_path / "file")], "file is a file; name a folder for the results"),
+        (["--out_json", str(tmp_path)], "is a folder; name a file for the result"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            main([*given, *flags])
+        assert message in capsys.readouterr().err

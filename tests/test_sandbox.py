@@ -5,42 +5,26 @@ All of them are bounded, so that they do little harm even if the sandbox does no
 
 from __future__ import annotations
 
-import ast
-import math
+import ctypes
+import errno
 import os
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import textwrap
 import time
-from collections import Counter
 from collections.abc import Iterator
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-import ordinary_user
 import pytest
+from sandbox_programs import HASTY, PATIENT, attempts, opened, processes_below, run, seen, workers
 
 import spectral_fast
-from spectral_fast.evaluation.sandbox import kernel, values
-from spectral_fast.evaluation.sandbox.confine import LANDLOCK, WAYS, Limits
+from spectral_fast.evaluation.sandbox.confine import LANDLOCK, WAYS
 from spectral_fast.evaluation.sandbox.sandbox import Outcome, Program, Sandbox
 from spectral_fast.evaluation.sandbox.worker import _hidden
 
 SECRET = "expected-value-7c1e5b"
-PATIENT = Limits(seconds=60.0, memory_mb=384)
-HASTY = Limits(seconds=1.5)
-
-
-def opened(way: str, limits: Limits) -> Sandbox:
-    try:
-        return Sandbox(limits=limits, isolation=way)
-    except RuntimeError as error:
-        pytest.skip(f"not allowed here: {error}")
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -54,61 +38,6 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 def hasty(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     with opened(request.param, HASTY) as sandbox:
         yield sandbox
-
-
-def program(source: str, test: str = "assert candidate() == 'right'") -> Program:
-    check = f"def check(candidate):\n{textwrap.indent(textwrap.dedent(test), '    ')}\n"
-    return Program(textwrap.dedent(source), "f", "def f():\n    'A prompt.'\n", check)
-
-
-def run(sandbox: Sandbox, source: str, test: str = "assert candidate() == 'right'") -> Outcome:
-    return sandbox.run(program(source, test))
-
-
-def seen(sandbox: Sandbox, source: str) -> object:
-    """What the program's function returns."""
-    outcome = run(sandbox, source, "raise ValueError(repr(candidate()))")
-    kind, _, text = outcome.detail.partition(": ")
-    assert kind == "ValueError", outcome
-    return ast.literal_eval(text)
-
-
-def attempts(sandbox: Sandbox, *lines: str) -> list[str]:
-    """Those of the lines that run without an exception."""
-    source = f"""
-        def f():
-            done = []
-            for line in {list(lines)!r}:
-                try:
-                    exec(line, {{}})
-                    done.append(line)
-                except BaseException as error:
-                    pass
-            return done
-    """
-    done = seen(sandbox, source)
-    assert isinstance(done, list)
-    return done
-
-
-def processes_below(pid: int) -> list[int]:
-    """Living and dead descendants."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    below, found = {pid}, []
-    while below:
-        below = {child for child, parent in parents.items() if parent in below}
-        found += below
-    return found
-
-
-def workers(sandbox: Sandbox) -> list[int]:
-    return [worker._process.pid for worker in sandbox._workers]
 
 
 def test_a_right_program_passes_and_a_wrong_one_says_why_it_fails(sandbox: Sandbox) -> None:
@@ -127,6 +56,10 @@ def test_the_standard_library_and_numpy_can_be_imported(sandbox: Sandbox) -> Non
     assert seen(sandbox, f"import {names}\ndef f(): return hashlib.md5(b'').hexdigest()[:4]") == "d41d"
     numpy = "import numpy as np\ndef f(): return np.int64(2) ** 3, np.dot([1.0, 2.0], [3.0, 4.0])"
     assert seen(sandbox, numpy) == (8, 11.0)
+    asynchronous = (
+        "import asyncio\nasync def g(): return await asyncio.sleep(0.001, 'right')\ndef f(): return asyncio.run(g())"
+    )
+    assert seen(sandbox, asynchronous) == "right"
 
 
 def test_the_tests_may_use_what_the_prompt_defines_and_call_by_name(sandbox: Sandbox) -> None:
@@ -140,49 +73,6 @@ def test_arguments_changed_in_place_are_changed_for_the_tests_too(sandbox: Sandb
     test = "x = [3, 1, [2]]\nassert candidate(x, key=1) is None\nassert x == [[2], 1, 3]"
     assert run(sandbox, "def f(x, key): x.reverse()", test).passed
     assert not run(sandbox, "def f(x, key): pass", test).passed
-
-
-def carried(value: object) -> object:
-    return values.loads(values.dumps(value, strict=True))
-
-
-def test_plain_values_arrive_as_they_were() -> None:
-    plain = [
-        None,
-        True,
-        0,
-        -(2**53),
-        2**4000,
-        0.1,
-        -0.0,
-        math.inf,
-        1j,
-        "é\ud800",
-        b"\xff",
-        bytearray(b"a"),
-        range(9, 0, -2),
-    ]
-    plain += [
-        (),
-        (1, [2.0, {}]),
-        {1: "a", (2, 3): None, "1": []},
-        {1, "a"},
-        frozenset({()}),
-        Fraction(1, 3),
-        Decimal("0.10"),
-    ]
-    for value in plain:
-        arrived = carried(value)
-        assert (type(arrived), repr(arrived)) == (type(value), repr(value))
-    assert math.isnan(carried(math.nan))  # type: ignore[arg-type]
-    assert type(carried(Counter("aab"))) is dict
-    assert repr(carried(np.float32(0.5))) == "0.5"
-    assert carried(np.bool_(True)) is True
-    assert list(carried(x for x in "ab")) == ["a", "b"]  # type: ignore[call-overload]
-    assert list(carried({"k": 1}.items())) == [("k", 1)]  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="a function cannot be passed"):
-        carried(carried)
-    assert repr(values.loads(values.dumps([carried], strict=False))) == "[<function>]"
 
 
 @pytest.mark.parametrize("forever", ["while True: pass", "import time; time.sleep(600)", "input = 0; f()"])
@@ -261,6 +151,7 @@ def test_nothing_outside_the_scratch_directory_can_be_changed(sandbox: Sandbox, 
         *(f"open({path!r}, 'w')" for path in ("../outside", "/outside", "/dev/shm/outside", os.__file__)),
         "import os; os.chroot('.')",
         "import ctypes; assert ctypes.CDLL(None).mount(b'x', b'.', b'tmpfs', 0, None) == 0",
+        "import numpy, os; os.open(numpy.__file__, os.O_RDONLY | os.O_TRUNC)",
     ]  # fmt: skip
     assert attempts(sandbox, *lines) == []
     after = victim.stat()
@@ -379,6 +270,13 @@ def test_an_object_that_equals_everything_equals_nothing(sandbox: Sandbox) -> No
         assert not run(sandbox, always.format(base=base)).passed
 
 
+def test_an_exception_of_the_program_cannot_end_a_loop_of_the_tests(sandbox: Sandbox) -> None:
+    for kind in ("StopIteration", "StopAsyncIteration", "GeneratorExit", "KeyboardInterrupt"):
+        loop = "for got, want in zip(map(lambda _: candidate(), 'ab'), ['right', 'right']): assert got == want"
+        assert run(sandbox, f"def f(): raise {kind}", loop).verdict == "failed"
+    assert run(sandbox, "def f(): raise KeyError", "try: candidate()\nexcept KeyError: pass").passed
+
+
 FORGER = """
 import os
 def f():
@@ -414,6 +312,53 @@ def test_there_is_no_network(sandbox: Sandbox) -> None:
             server.accept()
 
 
+def test_what_others_share_cannot_be_reached(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Memory of System V, sockets that have a name, who is told of a file's events; Landlock knows none of them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    shared = libc.shmget(0, 4096, 0o600)
+    address = str(tmp_path / "socket")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as named,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as abstract,
+    ):
+        for path in (*tmp_path.parents[:2], tmp_path):
+            path.chmod(0o777)
+        named.bind(address)
+        Path(address).chmod(0o666)
+        abstract.bind("\0" + address)
+        pair = "import socket as s; a, b = s.socketpair(s.AF_UNIX, s.SOCK_DGRAM); a"
+        lines = [
+            f"import ctypes; assert ctypes.CDLL(None).shmctl({shared}, 2, ctypes.create_string_buffer(256)) == 0",
+            f"import ctypes; assert ctypes.CDLL(None).shmat({shared}, None, 0) != -1",
+            f"{pair}.sendto(b'x', {address!r})",
+            f"{pair}.connect({address!r})",
+            f"{pair}.sendto(b'x', chr(0) + {address!r})",
+            "import socket as s; a, b = s.socketpair(); a.connect('x')",
+            f"import os, fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, {os.getpid()})",
+            "import os, fcntl; fcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+            "import ctypes; assert ctypes.CDLL(None).inotify_init() >= 0",
+        ]
+        try:
+            assert attempts(sandbox, *lines) == []
+            assert libc.shmctl(shared, 2, ctypes.create_string_buffer(256)) == 0, "it is still there"
+        finally:
+            libc.shmctl(shared, 0, None)
+        for receiver in (named, abstract):
+            receiver.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                receiver.recv(1)
+
+
+def test_system_calls_of_kernels_to_come_are_refused(sandbox: Sandbox) -> None:
+    ask = """
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        def f():
+            return sorted({(libc.syscall(number, 0, 0), ctypes.get_errno()) for number in range(471, 512)})
+    """
+    assert seen(sandbox, ask) == [(-1, errno.EPERM)]
+
+
 def test_other_processes_cannot_be_reached(sandbox: Sandbox) -> None:
     with subprocess.Popen(["sleep", "600"]) as victim:
         try:
@@ -435,6 +380,7 @@ def test_a_flood_of_output_goes_nowhere(sandbox: Sandbox) -> None:
     flood = f"import os\ndef f():\n    {write}\n    return 'right'"
     assert run(sandbox, flood).passed
     assert run(sandbox, "def f(): raise ValueError('x' * 10**6)").detail == "ValueError: " + "x" * 500
+    assert run(sandbox, "def f(): raise ValueError('\\ud800')").detail == r"ValueError: \ud800", "no text in UTF-8"
 
 
 def test_limits_cannot_be_raised(sandbox: Sandbox) -> None:
@@ -444,57 +390,8 @@ def test_limits_cannot_be_raised(sandbox: Sandbox) -> None:
 def test_a_test_that_passes_a_function_gets_no_verdict(sandbox: Sandbox) -> None:
     with pytest.raises(RuntimeError, match="only plain values can"):
         run(sandbox, "def f(g): return g()", "assert candidate(lambda: 1) == 1")
+    back = "assert candidate(candidate(1)) == 1"
+    assert run(sandbox, "def f(x): return lambda: x", back).verdict == "failed", "what it made itself is no such case"
     with pytest.raises(RuntimeError, match="the test itself does not run: NameError"):
         sandbox.run(Program("def f(): pass", "f", "", "nothing"))
     assert run(sandbox, "def f(): return 'right'").passed
-
-
-def test_nothing_of_it_is_left() -> None:
-    mounts, files = Path("/proc/self/mounts").read_text(), set(Path(tempfile.gettempdir()).iterdir())
-    for way in WAYS:
-        with opened(way, HASTY) as sandbox:
-            run(sandbox, "open('x', 'w').write('x')\ndef f():\n    while True: pass")
-            pids = workers(sandbox)
-        assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-    assert Path("/proc/self/mounts").read_text() == mounts
-    left = set(Path(tempfile.gettempdir()).iterdir()) - files
-    assert not [path for path in left if path.name.startswith("spectral-fast-sandbox-")]
-
-
-def test_a_lost_worker_is_an_error_and_no_verdict() -> None:
-    with Sandbox(limits=HASTY) as sandbox:
-        os.kill(workers(sandbox)[0], signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="a worker of the sandbox has failed"):
-            run(sandbox, "def f(): return 'right'")
-
-
-def test_programs_run_at_the_same_time_give_outcomes_in_their_order() -> None:
-    programs = [program(f"def f(): return {'right' if i % 3 else 'wrong'!r}") for i in range(12)]
-    with Sandbox(workers=3, limits=PATIENT) as sandbox:
-        told: list[int] = []
-        outcomes = sandbox.run_all(programs, told.append)
-    assert [outcome.passed for outcome in outcomes] == [bool(i % 3) for i in range(12)]
-    assert sum(told) == 12
-
-
-def test_it_refuses_where_it_cannot_confine(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="isolation must be one of"):
-        Sandbox(isolation="none")
-    with pytest.raises(ValueError, match="the limit seconds must be more than 0"):
-        Limits(seconds=0)
-    monkeypatch.setattr(kernel.platform, "system", lambda: "Darwin")
-    with pytest.raises(RuntimeError, match="only on Linux"):
-        Sandbox()
-
-
-def test_all_of_this_holds_for_an_ordinary_user() -> None:
-    repository = Path(spectral_fast.__file__).parents[1]
-    base, environment = Path(sys.base_prefix).resolve(), Path(sys.prefix)
-    pytest_run = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", __file__]
-    script = ordinary_user.command(*pytest_run, reachable=[base, environment, repository])
-    with tempfile.TemporaryDirectory() as home:
-        Path(home).chmod(0o777)
-        env = os.environ | {"HOME": home, "TMPDIR": home, "PYTHONPATH": str(repository)}
-        done = subprocess.run(script, cwd=repository, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from sweep_tools import PROBLEMS, FakeEngine, programs_file, sweep, tables, write_configs
 
+from spectral_fast import embedded
+from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.evaluation.comparison import compare, holm
+from spectral_fast.evaluation.engines import EngineOptions
+from spectral_fast.sweep import load_configs
 from spectral_fast.sweep.ledger import LEDGER, open_ledger
+from spectral_fast.sweep.plan import Planner
 
 LINES = [
     {"edit_mode": "baseline"},
@@ -116,8 +122,8 @@ def test_the_tables_have_the_columns_of_the_method_and_standard_errors(done: tup
         assert rows[3]["notes"] == "a <b>note</b>"
     text = (out / "summary_table.md").read_text()
     head = "| task | lora_repo_id | calib_samples | edit_mode | amp | sup | soft_temperature | soft_pivot_mode | metric"
-    assert f"{head} | n | mean | std | standard_error |" in text
-    assert "| abs_select | 1.25 | 0.8 |  |  | accuracy | 2 |" in text  # two seeds
+    assert f"{head} | n | mean | std | standard_error | run |" in text
+    assert "| abs_select | 1.25 | 0.8 |  |  | accuracy | 1 |" in text  # two lines, but the seeds make no difference
     assert "not distinguishable from the original" in text
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert lines == json.loads((out / "results.json").read_text())["lines"]
@@ -130,6 +136,42 @@ def test_other_data_or_another_adapter_is_another_run(tmp_path: Path) -> None:
     problems.write_text(problems.read_text().replace("What is <3>?", "And what is <3>?"))
     assert sweep(path, tmp_path / "out")["runs"][0]["run"] != first
     assert len((tmp_path / "out" / LEDGER).read_text().splitlines()) == 2
+
+
+def test_another_base_model_is_another_run_and_a_copy_is_not(tmp_path: Path) -> None:
+    def run(base: Path) -> str:
+        lines = [{"edit_mode": "baseline", "base_model": str(base)}]
+        [one] = sweep(write_configs(tmp_path, lines), tmp_path / "out")["runs"]
+        return one["run"]
+
+    copy = Path(shutil.copytree(embedded.base_model_dir(), tmp_path / "base"))
+    first = run(embedded.base_model_dir())
+    assert run(copy) == first
+    weights = copy / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+    assert run(copy) != first
+
+
+def test_what_has_no_effect_makes_no_other_run(tmp_path: Path) -> None:
+    copy = Path(shutil.copy(embedded.calibration_file(), tmp_path / "copy.jsonl"))
+    lines = [
+        {"edit_mode": "abs_select", "calib_samples": None},  # 32 of them
+        {"edit_mode": "abs_select", "calib_samples": 32, "calib_data": str(copy)},
+        {"edit_mode": "random_index", "seed": 1, "grad_norm": ["l2", "none"]},
+    ]
+    plan = Planner(ModelOptions(), EngineOptions(engine="transformers")).plan(
+        load_configs(write_configs(tmp_path, lines), {}), controls=1
+    )
+    assert [len(plan.of_role(role)) for role in ("baseline", "variant", "control")] == [1, 1, 1]
+
+
+def test_stability_is_judged_on_the_modules_that_are_edited(tmp_path: Path) -> None:
+    lines = [{"target_modules": [["o_proj"], ["down_proj"]], "until_stable": stable} for stable in (0.0, 0.9)]
+    plan = Planner(ModelOptions(), EngineOptions(engine="transformers")).plan(
+        load_configs(write_configs(tmp_path, lines), {}), controls=0
+    )
+    assert sorted(len({name.split(".")[-1] for name in probe.modules}) for probe in plan.probes.values()) == [1, 1, 2]
 
 
 def test_programs_with_several_samples_are_compared_by_their_shares(tmp_path: Path) -> None:
@@ -149,13 +191,18 @@ def test_programs_with_several_samples_are_compared_by_their_shares(tmp_path: Pa
         assert run["metrics"]["pass@1"] == pytest.approx(run["score"])
     variant = next(run for run in result["runs"] if run["role"] == "variant")
     assert variant["comparison"]["test"].startswith("sign flips")
+    labels = [run["label"] for run in result["runs"]]
+    assert labels[:2] == ["original, sampling_seed 1", "abs_select, sampling_seed 1"]
+    assert len(set(labels)) == 6
+    pass_2 = sweep(write_configs(tmp_path, [{**lines[0], "eval_pass_k": 2}]), tmp_path / "out", controls=0)
+    assert {line["metric"] for line in pass_2["lines"]} == {"pass@2"}  # in the method's column pass@1
     assert "return" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_torn_last_line_of_the_ledger_never_happened(tmp_path: Path) -> None:
     with open_ledger(tmp_path) as ledger:
-        ledger.append({"runs": [{"id": "a"}]})
-        ledger.append({"runs": [{"id": "b"}]})
+        ledger.append({"runs": [{"id": "a"}], "failures": []})
+        ledger.append({"runs": [{"id": "b"}], "failures": []})
         with pytest.raises(RuntimeError, match="another sweep"), open_ledger(tmp_path):
             pass
     whole = (tmp_path / LEDGER).read_bytes()
@@ -163,7 +210,7 @@ def test_a_torn_last_line_of_the_ledger_never_happened(tmp_path: Path) -> None:
         (tmp_path / LEDGER).write_bytes(whole[:cut])
         with open_ledger(tmp_path) as ledger:
             assert list(ledger.runs) == ["a"]
-            ledger.append({"runs": [{"id": "c"}]})
+            ledger.append({"runs": [{"id": "c"}], "failures": []})
         with open_ledger(tmp_path) as ledger:
             assert list(ledger.runs) == ["a", "c"]
     (tmp_path / LEDGER).write_bytes(b"not JSON\n" + whole)
@@ -179,6 +226,7 @@ def test_a_torn_last_line_of_the_ledger_never_happened(tmp_path: Path) -> None:
         ({"calib_data": "/no/data.jsonl"}, "configs.jsonl line 2: .*/no/data.jsonl"),
         ({"eval_data": "/no/data.jsonl"}, "configs.jsonl line 2: .*/no/data.jsonl"),
         ({"eval_fewshot": 3}, "configs.jsonl line 2: .*few-shot"),
+        ({"eval_stop": ""}, "configs.jsonl line 2: stop must be"),
         ({"target_modules": ["no_proj"]}, "configs.jsonl line 2: .*no_proj"),
     ],
 )

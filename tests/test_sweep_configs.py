@@ -165,6 +165,7 @@ def test_all_wrong_configurations_are_named_up_to_five(tmp_path: Path) -> None:
         ("c.jsonl", '{"seed": {"a": 1}}\n', "seed must be a value or a list of values; got dict"),
         ("c.jsonl", '{"seed": [[1]]}\n', "seed must be a value or a list of values; got list"),
         ("c.jsonl", '{"seed": ' + "[" * 100_000 + "\n", "c.jsonl line 1: "),
+        ("c.jsonl", '{"notes": "\\ud800"}\n', "c.jsonl line 1: notes is no text"),
         ("c.yaml", "a: [1\n", "is not YAML that can be read"),
         ("c.yaml", "seed: 1\nseed: 2\n", "key 'seed' stands there twice"),
         ("c.yaml", "1: 2\n", "a key must be a name; got 1"),

@@ -43,7 +43,7 @@ expected = tables(root / "undisturbed")
 random.seed(0)
 done, rounds, seen = 0, 0, set()
 while done < kills:
-    out = root / f"killed{rounds}"
+    out, before = root / f"killed{rounds}", b""
     rounds += 1
     assert rounds < 200, "the sweeps end before they can be killed"
     for _ in range(4):  # so many kills of one sweep, as far as it has that much to do
@@ -63,7 +63,7 @@ while done < kills:
     assert after.startswith(before), "what was finished was done again"
     assert len(after.splitlines()) == len((root / "undisturbed/ledger.jsonl").read_bytes().splitlines())
     assert tables(out) == expected, [name for name in expected if tables(out)[name] != expected[name]]
-    leftovers = [path for path in out.rglob(".*")]
+    leftovers = list(out.rglob(".*"))
     assert not leftovers, leftovers
 print(done, len(seen))
 """

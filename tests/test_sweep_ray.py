@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from sweep_tools import sweep, tables, write_configs
 
+from spectral_fast import embedded
 from spectral_fast.sweep.ledger import LEDGER
 
 SCRIPT = """
@@ -24,8 +26,10 @@ LINES = [{"edit_mode": "abs_select", "amp_factor": [1.1, 1.2], "keep_adapter": T
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install '.[ray]'")
-def test_two_workers_end_with_the_tables_of_one_process(tmp_path: Path) -> None:
-    configs = write_configs(tmp_path, LINES)
+def test_two_workers_end_with_the_tables_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(embedded.adapter_dir(), "adapter")  # under a relative name
+    configs = write_configs(tmp_path, [{**line, "lora_local_path": "adapter"} for line in LINES])
     result = sweep(configs, tmp_path / "here", group=2, controls=2)
     # A process of its own: Ray starts threads, and its warnings are not ours.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}

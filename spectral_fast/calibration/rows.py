@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -39,7 +40,7 @@ def read_rows(source: str, columns: Sequence[str], split: str, limit: int | None
     if path.suffix == ".parquet":
         rows = _take(_parquet(path, columns), columns, limit, f"{path} row")
     else:
-        rows = _take(_jsonl(path), columns, limit, f"{path} line")
+        rows = _take(json_lines(path), columns, limit, f"{path} line")
     if not rows:
         raise ValueError(f"{path} has no rows; want one with {', '.join(columns)} per example")
     return rows
@@ -90,8 +91,14 @@ def _gsm8k(split: str) -> Iterator[tuple[int, Row]]:
     return enumerate(data)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open("rb") as file:  # JSON knows its own encodings, and only \n ends a line
+def json_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    """The objects in a .jsonl or .jsonl.gz file, each with the number of its line; blank lines are none.
+
+    Raises:
+        ValueError: naming the line that is no object.
+    """
+    # JSON knows its own encodings, and only \n ends a line.
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

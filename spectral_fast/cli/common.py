@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 from spectral_fast.adapter.selection import SelectionOptions
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import bar
+from spectral_fast.usage import UsageError
 
 
 def add_command(commands: Any, name: str, run: Callable[..., Any], help: str, example: str) -> argparse.ArgumentParser:
@@ -45,6 +47,48 @@ def add_model_flags(parser: argparse.ArgumentParser, *, base_model_required: boo
     group = parser.add_argument_group("base model")
     group.add_argument("--base_model", required=base_model_required, help="folder or Hugging Face name")
     add_flags(group, ModelOptions)
+
+
+def add_result_flags(parser: argparse.ArgumentParser, out_dir: str) -> None:
+    """Flags of commands that evaluate one adapter: where the result goes, and what belongs to it."""
+    parser.add_argument("--out_dir", type=Path, help=out_dir)
+    parser.add_argument("--out_json", type=Path, help="write the result to this file, too")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling, if any (default: 0)")
+    parser.add_argument(
+        "--config_src",
+        type=Path,
+        help="file that says how the adapter came about; its hash is recorded with the result",
+    )
+    parser.add_argument(
+        "--allow_code_execution", action="store_true", help="run generated programs on this machine, in the sandbox"
+    )
+
+
+def config_source(args: argparse.Namespace) -> dict[str, Any]:
+    """What a record says of --config_src; nothing if it is not given."""
+    from spectral_fast.provenance import sha256_file
+
+    path = args.config_src
+    return {} if path is None else {"config_src": {"path": str(path), "sha256": sha256_file(path)}}
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Find out before long work that the results have a place.
+
+    Raises:
+        UsageError: --out_dir is a file, or --out_json a folder.
+    """
+    if args.out_dir is not None and args.out_dir.exists() and not args.out_dir.is_dir():
+        raise UsageError(f"--out_dir {args.out_dir} is a file; name a folder for the results")
+    if args.out_json is not None and args.out_json.is_dir():
+        raise UsageError(f"--out_json {args.out_json} is a folder; name a file for the result")
+
+
+def write_result(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """The result in the file --out_json, if it is given."""
+    if args.out_json is not None:
+        args.out_json.parent.mkdir(parents=True, exist_ok=True)
+        args.out_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def add_calibration_flags(parser: argparse.ArgumentParser) -> None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from spectral_fast.cli.common import add_command, add_model_flags, warn
+from spectral_fast.cli.common import (
+    add_command,
+    add_model_flags,
+    add_result_flags,
+    check_outputs,
+    config_source,
+    warn,
+    write_result,
+)
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import counter
 from spectral_fast.usage import UsageError
@@ -29,23 +36,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--lora_dir", help="adapter: a folder or a Hugging Face name")
     parser.add_argument("--base_only", action="store_true", help="evaluate the base model alone")
-    parser.add_argument("--out_dir", type=Path, help="folder for the results (default: the adapter's, or .)")
-    parser.add_argument("--out_json", type=Path, help="write the result to this file, too")
     code = [name for name, profile in PROFILES.items() if profile.task == "humaneval"]
     parser.add_argument("--eval_profile", choices=code, help="named settings; they win over the flags")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling, if any (default: 0)")
-    add_permission(parser)
+    add_result_flags(parser, "folder for the results (default: the adapter's, or .)")
     add_flags(parser.add_argument_group("task"), HumanEvalOptions)
     add_flags(parser.add_argument_group("engine"), EngineOptions)
     add_model_flags(parser, base_model_required=True)
     return parser
-
-
-def add_permission(parser: argparse.ArgumentParser) -> None:
-    """The flag without which no generated code runs."""
-    parser.add_argument(
-        "--allow_code_execution", action="store_true", help="run generated programs on this machine, in the sandbox"
-    )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -56,6 +53,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.evaluation.engines import EngineOptions, open_engine
     from spectral_fast.evaluation.humaneval import HumanEvalOptions
 
+    check_outputs(args)
     if not args.allow_code_execution:
         raise UsageError(
             "HumanEval runs programs that a model has written, which may be harmful. They run confined (see "
@@ -66,7 +64,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise UsageError("give --lora_dir for an adapter, or --base_only for the base model, and not both")
     if args.eval_profile is not None:
         decoding = ("n_generations", "temperature", "top_p", "max_tokens", "stop_words")
-        ignored = [name for name in decoding if name in vars(args)]
+        of_questions = ("fewshot", "fewshot_data", "answer_parser", "stop")  # which `eval` has
+        ignored = [name for name in decoding + of_questions if name in vars(args)]
         warn(f"--{name} is ignored: profile {args.eval_profile} sets it" for name in ignored)
     options, engine_options = take(HumanEvalOptions, vars(args)), take(EngineOptions, vars(args))
     task = options.task(args.eval_profile, args.seed)
@@ -77,15 +76,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "max_model_len": engine_options.max_model_len,
         "eval_data": options.eval_data,
         "profile": args.eval_profile,
+        **config_source(args),
     }
     out_dir = args.out_dir or folder or Path()
     with open_engine(args.base_model, take(ModelOptions, vars(args)), engine_options, [folder]) as engine:
         [result] = evaluate(engine, task, [Run(folder, out_dir, meta=about)], progress=counter)
-    if args.out_json is not None:
-        args.out_json.parent.mkdir(parents=True, exist_ok=True)
-        args.out_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result(args, result)
     metric = f"pass@{options.pass_k}"
-    error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.4f}"
     any_pass = f"{result['tasks_with_any_pass']} of {result['num_tasks']} problems solved at least once"
-    text = f"{metric} {result[metric]:.4f}{error} ({any_pass}, by {result['engine']}, isolation: {result['isolation']})"
+    score = f"{metric} {result[metric]:.4f} ± {result['standard_error']:.4f}"
+    text = f"{score} ({any_pass}, by {result['engine']}, isolation: {result['isolation']})"
     return result, f"{text}\nresults: {result['results_path']}"

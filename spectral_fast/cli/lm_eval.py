@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 from typing import Any
@@ -26,7 +27,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--dry_run", action="store_true", help="print the harness's command line and do not run it")
     parser.add_argument("extra", nargs="*", metavar="-- ARGUMENT", help="handed on to the harness as they are")
     parser.add_argument(
-        "--engine", choices=("auto", "vllm", "hf"), default="auto", help="auto takes vllm where it is installed"
+        "--engine",
+        choices=("auto", "vllm", "hf"),
+        default="auto",
+        help="auto takes vllm where that package is installed",
     )
     parser.add_argument("--max_lora_rank", type=int, help="largest rank that vllm serves (default: the adapter's)")
     add_model_flags(parser, base_model_required=True)
@@ -36,23 +40,24 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
     from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.evaluation.engines import EngineOptions
-    from spectral_fast.evaluation.lm_eval import check_harness, harness_command
+    from spectral_fast.evaluation.lm_eval import check_harness, harness_command, has_vllm
 
-    engine = "transformers" if args.engine == "hf" else args.engine
+    vllm = args.engine == "vllm" or (args.engine == "auto" and has_vllm())
+    options = take(ModelOptions, vars(args))
     command = harness_command(
         args.base_model,
-        resolve(args.lora_dir, getattr(args, "cache_dir", None)),
+        resolve(args.lora_dir, options.cache_dir),
         args.tasks,
-        take(ModelOptions, vars(args)),
-        vllm=EngineOptions(engine=engine).chosen() == "vllm",
+        options,
+        vllm=vllm,
         max_lora_rank=args.max_lora_rank,
         extra=args.extra,
     )
     if args.dry_run:
         return {"command": command}, shlex.join(command)
-    check_harness()
-    status = subprocess.run(command, check=False).returncode
+    check_harness(vllm=vllm)
+    cache = {} if options.cache_dir is None else {"HF_HUB_CACHE": options.cache_dir}
+    status = subprocess.run(command, check=False, env=os.environ | cache).returncode
     if status:
         raise RuntimeError(f"lm-evaluation-harness ended with status {status}; its own words are above")
     return {"command": command, "status": status}, "lm-evaluation-harness is done; its table is above"

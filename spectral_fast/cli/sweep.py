@@ -8,13 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from spectral_fast.cli.common import add_calibration_flags, add_command, add_model_flags
+from spectral_fast.cli.common import add_command, add_model_flags
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import counter
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
+    from spectral_fast.calibration.probe import CalibrationOptions
     from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.humaneval import HumanEvalOptions
     from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
@@ -43,7 +44,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     add_flags(task, EvaluationOptions, HumanEvalOptions)
     add_flags(parser.add_argument_group("engine"), EngineOptions)
     add_model_flags(parser, base_model_required=False)
-    add_calibration_flags(parser)
+    add_flags(parser.add_argument_group("calibration"), CalibrationOptions)
     return parser
 
 

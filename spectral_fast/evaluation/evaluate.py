@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from spectral_fast.evaluation.comparison import compare, standard_error
 from spectral_fast.evaluation.engines import Engine, Sampling
-from spectral_fast.evaluation.gsm8k import AnswerParser, Problem, build_prompts, score, stop_strings
+from spectral_fast.evaluation.gsm8k import AnswerParser, Problem, build_prompts, check_golds, score, stop_strings
 from spectral_fast.evaluation.profiles import Profile
 
 METRICS = "metrics_gsm8k.json"
@@ -57,12 +57,12 @@ class Gsm8k:
         problems: rows with question and answer, see `load_problems`.
         shots: the few-shot examples.
         profile: decoding settings.
-        answer_parser: "strict_last", "strict_first" or "harness", which also stops as the harness does.
+        answer_parser: one of `gsm8k.PARSERS`; "harness" and "exact" also stop as the harness does.
         stop: strings that end a generation.
         seed: of the sampling, if any.
 
     Raises:
-        ValueError: there are no problems, or the parser is unknown.
+        ValueError: no problems, an unknown parser, or a reference that has no answer for it, see `check_golds`.
     """
 
     problems: Sequence[Problem]
@@ -75,7 +75,8 @@ class Gsm8k:
     def __post_init__(self) -> None:
         if not self.problems:
             raise ValueError("there are no problems to evaluate on")
-        stop_strings(self.answer_parser)
+        stop_strings(self.answer_parser)  # refuses an unknown parser
+        check_golds(self.problems, self.answer_parser)
 
     @property
     def prompts(self) -> list[str]:

@@ -39,9 +39,10 @@ def load_problems(
         max_samples: number of problems, from the first on; -1 is all.
         fewshot_source: where the examples are, if not in the source.
 
-    Raises: FileNotFoundError, RuntimeError, ValueError: as `read_rows`; also if a single file shall give
-        examples as well,
-            which would be the problems themselves, or there are fewer examples than wanted.
+    Raises:
+        FileNotFoundError, RuntimeError: as `read_rows`.
+        ValueError: as `read_rows`; a single file shall give examples as well, which would be the problems themselves;
+            or there are fewer examples than wanted.
     """
     columns = ("question", "answer")
     problems = _texts(read_rows(source, columns, split, None if max_samples == -1 else max_samples))
@@ -98,6 +99,28 @@ def gold_answer(answer: str, parser: AnswerParser) -> str | None:
     if parser == "harness":  # all up to the last "#### " goes, and commas and dollar signs
         return re.sub(r"[,$]", "", answer.rpartition("#### ")[2])
     return extract_answer(answer, "strict_last")
+
+
+def check_golds(problems: Sequence[Problem], parser: AnswerParser) -> None:
+    """Refuse references with which no generated text could agree.
+
+    Raises:
+        ValueError: the parser finds no answer in a reference, or a part of a number such as 3 of 3.5.
+    """
+    for number, problem in enumerate(problems, start=1):
+        answer, gold = problem["answer"], gold_answer(problem["answer"], parser)
+        if parser == "exact":
+            fits = gold is not None
+        elif parser == "harness":
+            fits = gold is not None and re.fullmatch(r"-?[0-9.]+", gold) is not None
+        else:
+            fits = gold is not None and re.search(r"\d\.\d+\D*$", answer) is None
+        if not fits:
+            wanted = {"exact": "a text", "harness": "a number after '#### '"}.get(parser, "an integer after '####'")
+            raise ValueError(
+                f"answer_parser {parser} wants {wanted} as the answer of every problem; that of problem {number} is "
+                f"{answer[-80:]!r}: correct it, or choose another parser (exact compares any texts)"
+            )
 
 
 def score(problems: Sequence[Problem], texts: Sequence[str], parser: AnswerParser) -> list[dict[str, Any]]:

@@ -6,9 +6,7 @@ Chen et al. 2021, "Evaluating Large Language Models Trained on Code" (arXiv:2107
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.calibration.rows import json_lines
+from spectral_fast.evaluation.comparison import spread_of_mean
 from spectral_fast.evaluation.engines import Engine, Sampling
 from spectral_fast.evaluation.evaluate import decoding, write_json, write_rows
 from spectral_fast.evaluation.profiles import PROFILES, Profile
@@ -44,7 +44,7 @@ class HumanEvalOptions:
     top_p: float = option(1.0, "sample from the likeliest tokens of this probability", high=1.0, positive=True)
     max_tokens: int = option(512, "most tokens of a program", low=1)
     pass_k: int = option(1, "k of pass@k", low=1)
-    stop_words: tuple[str, ...] = option(STOP, "strings that end a program")
+    stop_words: tuple[str, ...] = option(STOP, "strings that end a program; bash's $'\\n' is a line break")
     eval_n_workers: int = option(4, "programs that are tested at the same time", low=1)
     eval_timeout: float = option(3.0, "seconds for a program and its tests", positive=True)
 
@@ -89,7 +89,6 @@ class HumanEval:
         seed: of the sampling, if any.
         workers: programs that are tested at the same time.
         limits: of each program.
-        isolation: see `Sandbox`.
 
     Raises:
         ValueError: there are no problems, or fewer programs per problem than k.
@@ -102,7 +101,6 @@ class HumanEval:
     seed: int = 0
     workers: int = 4
     limits: Limits = Limits()  # noqa: RUF009 - frozen
-    isolation: str | None = None
 
     def __post_init__(self) -> None:
         if not self.problems:
@@ -128,7 +126,7 @@ class HumanEval:
         Raises:
             RuntimeError: they cannot be confined on this machine.
         """
-        Sandbox(1, self.limits, self.isolation).close()
+        Sandbox(1, self.limits).close()
 
     def record(
         self,
@@ -181,7 +179,7 @@ class HumanEval:
         write_json(per_problem_path, per_problem)
         values = [row[metric] for row in per_problem.values()]
         counts = {
-            "standard_error": statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None,
+            "standard_error": spread_of_mean(values),
             "tasks_with_any_pass": sum(row["n_correct"] > 0 for row in per_problem.values()),
         }
         score = statistics.fmean(values)
@@ -222,7 +220,7 @@ class HumanEval:
             for problem, of_problem in zip(self.problems, texts, strict=True)
             for text in of_problem
         ]
-        with Sandbox(min(self.workers, len(programs)), self.limits, self.isolation) as sandbox:
+        with Sandbox(min(self.workers, len(programs)), self.limits) as sandbox:
             return sandbox.run_all(programs), sandbox.isolation
 
 
@@ -272,11 +270,11 @@ def load_problems(source: str = HUMANEVAL, max_samples: int = -1) -> list[dict[s
     rows: Iterable[Mapping[str, Any]]
     if source == HUMANEVAL:
         file = _package_file()
-        rows = _lines(file) if file is not None else _hub_rows()
+        rows = _rows(file) if file is not None else _hub_rows()
     elif not source.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"eval_data must be {HUMANEVAL}, a .jsonl or a .jsonl.gz file; got {source!r}")
     else:
-        rows = _lines(Path(source))
+        rows = _rows(Path(source))
     problems = {}
     for number, row in enumerate(rows, start=1):
         missing = [column for column in _COLUMNS if not isinstance(row.get(column), str)]
@@ -308,18 +306,8 @@ def _package_file() -> Path | None:
     return None
 
 
-def _lines(path: Path) -> Iterable[Mapping[str, Any]]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number} must be an object {{...}}; got {type(row).__name__}")
-            yield row
+def _rows(file: Path) -> Iterable[Mapping[str, Any]]:
+    return (row for _, row in json_lines(file))
 
 
 def _hub_rows() -> Iterable[Mapping[str, Any]]:

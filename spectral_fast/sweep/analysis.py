@@ -25,8 +25,8 @@ class Outcome:
         run: what was run.
         label: a short name, unique in the sweep but for the task and the adapter.
         scores: problem -> score.
-        comparison: with the adapter as it is; None for that one itself.
-        p_holm: p-value after Holm's correction over all variants of the sweep; None but for variants.
+        comparison: with the adapter as it is; None for that one itself, and if that one failed.
+        p_holm: p-value after Holm's correction over all variants of the sweep; None but for compared variants.
         yardstick: what its random controls did; None but for variants that have any.
     """
 
@@ -51,7 +51,7 @@ class Outcome:
     def verdict(self) -> str:
         """In words; a control has none, as it is what others are measured by."""
         if self.comparison is None or self.p_holm is None:
-            return ""
+            return "not compared, as the original failed" if self.run.role == "variant" else ""
         difference = self.comparison.difference
         words = "not distinguishable from the original"
         if self.p_holm < SIGNIFICANCE:
@@ -78,58 +78,68 @@ class Outcome:
 
 
 def analyse(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Outcome]:
-    """Run id -> outcome, in the plan's order.
+    """Run id -> outcome, in the plan's order, of the runs that did not fail.
+
+    Holm's correction counts the variants that were to be run: one that failed counts as p = 1, lest failures make
+    the others look better.
 
     Args:
         plan: what was to be run.
         records: run id -> its record in the ledger.
     """
-    scores = {name: records[name]["scores"] for name in plan.runs}
+    scores = {name: records[name]["scores"] for name in plan.runs if name in records}
     comparisons = {
         name: compare(scores[plan.baseline_of[name]], scores[name])
-        for name, run in plan.runs.items()
-        if run.role != "baseline"
+        for name in scores
+        if plan.runs[name].role != "baseline" and plan.baseline_of[name] in scores
     }
     variants = [run.id for run in plan.of_role("variant")]
-    adjusted = dict(zip(variants, holm([comparisons[name].p_value for name in variants]), strict=True))
+    p_values = [comparisons[name].p_value if name in comparisons else 1.0 for name in variants]
+    adjusted = dict(zip(variants, holm(p_values), strict=True))
     labels = label(plan.runs.values())
-    return {
-        name: Outcome(
-            run=run,
+    found = {}
+    for name in scores:
+        controls = [
+            comparisons[control].difference for control in plan.controls_of.get(name, ()) if control in comparisons
+        ]
+        found[name] = Outcome(
+            run=plan.runs[name],
             label=labels[name],
             scores=scores[name],
             comparison=comparisons.get(name),
-            p_holm=adjusted.get(name),
-            yardstick=Yardstick.of([comparisons[control].difference for control in controls])
-            if (controls := plan.controls_of.get(name))
-            else None,
+            p_holm=adjusted.get(name) if name in comparisons else None,
+            yardstick=Yardstick.of(controls) if controls else None,
         )
-        for name, run in plan.runs.items()
-    }
+    return found
 
 
 def varied(runs: Iterable[Run]) -> dict[str, list[Any]]:
     """Hyperparameter -> its values, for those that have several among these runs."""
+    return _several(run.config.hyperparameters for run in runs)
+
+
+def _several(settings: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
     values: dict[str, list[Any]] = {}
-    for run in runs:
-        for key, value in run.config.hyperparameters.items():
+    for one in settings:
+        for key, value in one.items():
             if value not in values.setdefault(key, []):
                 values[key].append(value)
     return {key: found for key, found in values.items() if len(found) > 1}
 
 
 def label(runs: Iterable[Run]) -> dict[str, str]:
-    """Run id -> mode, and the hyperparameters in which runs of that mode differ."""
-    by_mode: dict[str, list[Run]] = {}
+    """Run id -> mode, and the hyperparameters and the settings of the evaluation in which runs of that mode differ."""
+    alike: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        by_mode.setdefault(run.config.mode, []).append(run)
+        alike.setdefault((run.config.task, run.config.mode), []).append(run)
     named = {}
-    for mode, alike in by_mode.items():
-        differing = varied(alike)
-        for run in alike:
-            own = run.config.hyperparameters
+    for (_, mode), some in alike.items():
+        settings = {run.id: {**run.config.hyperparameters, **run.config.circumstances} for run in some}
+        differing = _several(settings.values())
+        for run in some:
+            own = settings[run.id]
             parts = [f"{key} {_short(own[key])}" for key in differing if key in own]
-            named[run.id] = "original" if run.role == "baseline" else ", ".join([mode, *parts])
+            named[run.id] = ", ".join(["original" if run.role == "baseline" else mode, *parts])
     return named
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,13 +36,13 @@ def on_ray(
         workers: engines; by default one per GPU of the cluster, or one where there is none.
 
     Raises:
-        RuntimeError: Ray is not installed, or the cluster cannot be reached.
+        RuntimeError: Ray is not installed, the cluster cannot be reached, or a worker died.
     """
     try:
         import ray
         from ray.util import ActorPool
     except ImportError as error:
-        raise RuntimeError("--ray needs Ray: pip install 'spectral-fast[ray]'") from error
+        raise RuntimeError(f"--ray needs Ray: pip install 'spectral-fast[ray]' ({error})") from error
     try:
         ray.init(None if address == HERE else address, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError) as error:
@@ -50,12 +51,17 @@ def on_ray(
         gpus = int(ray.cluster_resources().get("GPU", 0))
         settings = replace(settings, out_dir=settings.out_dir.resolve(), counter=silent)
         actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Actor)
-        actors = [actor.remote(settings, adapters) for _ in range(min(workers or max(gpus, 1), max(len(groups), 1)))]
+        actors = [
+            actor.remote(settings, adapters, Path.cwd())
+            for _ in range(min(workers or max(gpus, 1), max(len(groups), 1)))
+        ]
         pool = ActorPool(actors)
-        for _ in pool.map_unordered(lambda one, item: one.probe.remote(*item), list(probes.items())):
-            pass
-        yield from pool.map_unordered(lambda one, group: one.evaluate.remote(group), groups)
+        reasons = pool.map(lambda one, item: one.probe.remote(*item), list(probes.items()))
+        broken = {name: reason for name, reason in zip(probes, reasons, strict=True) if reason is not None}
+        yield from pool.map_unordered(lambda one, group: one.evaluate.remote(group, broken), groups)
         ray.get([one.close.remote() for one in actors])
+    except ray.exceptions.RayActorError as error:
+        raise RuntimeError(f"a worker of the sweep has died; start the sweep again to go on: {error}") from error
     finally:
         ray.shutdown()
 
@@ -63,5 +69,6 @@ def on_ray(
 class _Actor(Worker):
     """A worker that opens adapters and data for itself, as they stand on its node."""
 
-    def __init__(self, settings: Settings, adapters: Mapping[str, Sequence[Path]]) -> None:
+    def __init__(self, settings: Settings, adapters: Mapping[str, Sequence[Path]], directory: Path) -> None:
+        os.chdir(directory)  # which names of models, adapters and data are relative to
         super().__init__(settings, Planner(settings.models, settings.engine), adapters)

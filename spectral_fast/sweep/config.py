@@ -96,7 +96,21 @@ class Config:
         if self.policy is None:
             return {}
         own = {"edit_mode": self.mode, **asdict(self.policy), **asdict(self.selection)}
-        return own if self.calibration is None else {**own, **asdict(self.calibration)}
+        if self.calibration is None:
+            return own
+        return {**own, **asdict(self.calibration), "calib_samples": self.calibration.limit}
+
+    @property
+    def circumstances(self) -> dict[str, Any]:
+        """What else can make two runs of one policy differ: the base model, and how they are evaluated."""
+        own = {"base_model": self.base_model, "eval_profile": self.profile}
+        own |= {eval_key(name): value for name, value in asdict(self.evaluation).items()}
+        return own if self.greedy else {**own, "sampling_seed": self.seed}
+
+    @property
+    def metric(self) -> str:
+        """The name of the score."""
+        return f"pass@{self.evaluation.pass_k}" if isinstance(self.evaluation, HumanEvalOptions) else "accuracy"
 
 
 @cache

@@ -66,6 +66,10 @@ def _product(where: str, given: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
                 lists and isinstance(item, list) and all(isinstance(i, SCALARS) for i in item)
             ):
                 raise ValueError(f"{where}: {key} must be a value or a list of values; got {type(item).__name__}")
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: {key} is no text: {error}") from error
         if not values:
             raise ValueError(f"{where}: {key} is an empty list: a grid without points")
         choices[key] = values

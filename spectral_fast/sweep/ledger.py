@@ -21,8 +21,14 @@ class Ledger:
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
-        """Run id -> its record."""
+        """Run id -> its record, of those that are finished."""
         return {run["id"]: run for entry in self.entries for run in entry["runs"]}
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Run id -> why it failed the last time, of those that never ended well."""
+        failed = {run["id"]: run["error"] for entry in self.entries for run in entry["failures"]}
+        return {name: error for name, error in failed.items() if name not in self.runs}
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Write an entry, and return when it would outlive a power cut."""
@@ -66,7 +72,7 @@ def open_ledger(directory: Path) -> Iterator[Ledger]:
 def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-        if isinstance(entry, dict) and all(isinstance(run["id"], str) for run in entry["runs"]):
+        if isinstance(entry, dict) and all(isinstance(run["id"], str) for run in entry["runs"] + entry["failures"]):
             return entry
     except (ValueError, KeyError, TypeError):
         pass

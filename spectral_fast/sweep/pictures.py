@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,11 @@ def against_hyperparameters(baseline: Outcome, variants: Sequence[Outcome]) -> P
                 own = outcome.run.config.hyperparameters
                 if name in own:
                     points.setdefault(at[repr(own[name])], []).append(outcome)
-            width = 0.02 * (max(at.values()) - min(at.values()))
+            places = sorted(at.values())
+            span, gap = places[-1] - places[0], min(b - a for a, b in pairwise(places))
             for x, outcomes in points.items():
-                spread = x + width * (np.arange(len(outcomes)) - (len(outcomes) - 1) / 2)
+                step = min(0.02 * span, 0.6 * gap / len(outcomes))  # marks of one value stay apart from the next one's
+                spread = x + step * (np.arange(len(outcomes)) - (len(outcomes) - 1) / 2)
                 scores = [100 * outcome.score for outcome in outcomes]
                 errors = [100 * outcome.standard_error for outcome in outcomes]
                 panel.errorbar(spread, scores, errors, fmt="o", color=CORE, ms=4, lw=0.8, zorder=3)
@@ -78,7 +81,7 @@ def against_controls(variants: Sequence[Outcome], controls: Sequence[Outcome]) -
                 panel.plot(marks, [y - 0.25] * len(marks), "|", color=NOISE, ms=7, mew=1.5)
         marks = [_difference(control) for control in controls]
         panel.plot([100 * d for d in marks], [0] * len(marks), "|", color=NOISE, ms=11, mew=1.5)
-        panel.set_yticks(range(len(chosen) + 1), ["random controls", *(short(o.label) for o in chosen)])
+        panel.set_yticks(range(len(chosen) + 1), ["random controls", *(_tick(o.label) for o in chosen)])
         for tick in panel.get_yticklabels():
             tick.set_parse_math(False)
         panel.set_xlabel("difference to the original adapter, percentage points")
@@ -89,6 +92,11 @@ def against_controls(variants: Sequence[Outcome], controls: Sequence[Outcome]) -
         if len(chosen) < len(variants):
             caption += f" Shown are the {len(chosen)} best of {len(variants)} variants."
         return Picture.of(figure, "controls", "Variants beside random edits", caption)
+
+
+def _tick(label: str) -> str:
+    """A label with its mode, at the start, and what follows, as far as there is room."""
+    return label if len(label) <= 48 else f"{label[:16]}…{label[-31:]}"
 
 
 def _band(panel: Any, baseline: Outcome) -> None:

@@ -21,6 +21,7 @@ from spectral_fast.sweep.config import Config
 from spectral_fast.sweep.tasks import make_task
 
 CONTROLS = 5
+SAMPLED = 2**24  # bytes of a file of the base model that are hashed whole
 
 T = TypeVar("T")
 
@@ -31,6 +32,16 @@ class Source:
 
     adapter: Adapter
     fingerprint: str
+    stamp: Mapping[str, Any]
+
+    def check_unchanged(self, planned: str | None = None) -> None:
+        """Refuse to go on with other files than those that were hashed, here or (`planned`) where the plan was made.
+
+        Raises:
+            OSError: they have been written to.
+        """
+        if self.adapter.stamp() != self.stamp or planned not in (None, self.fingerprint):
+            raise OSError(f"{self.adapter.path} was changed while the sweep ran; start the sweep again")
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,11 @@ class Run:
     probe: str | None
     group: str
     family: str
+
+    @property
+    def keeps_adapter(self) -> bool:
+        """Whether the adapter that it makes stays."""
+        return self.config.keep_adapter and self.config.policy is not None
 
 
 @dataclass(frozen=True)
@@ -127,9 +143,10 @@ class Planner:
             plan.baseline_of[run.id] = baseline.id
         given = [run for run in found.values() if run.role == "control"]
         for variant in [run for run in found.values() if run.role == "variant"]:
-            likes = [self._control(variant, seed) for seed in range(1, controls + 1)]
-            mine = [run.id for run in given if likes and run.family == likes[0].family]
-            for like in likes:
+            like = self._control(variant, seed=1)
+            mine = [run.id for run in given if run.family == like.family]
+            for seed in range(1, controls + 1):
+                like = self._control(variant, seed)
                 if len(mine) < controls and like.id not in mine:
                     mine.append(found.setdefault(like.id, like).id)
                     plan.baseline_of[like.id] = plan.baseline_of[variant.id]
@@ -157,7 +174,8 @@ class Planner:
                 include_conv=s.include_conv,
                 include_embedding=s.include_embedding,
             )
-            return Source(adapter, adapter.fingerprint())
+            stamp = adapter.stamp()
+            return Source(adapter, adapter.fingerprint(), stamp)
 
         s = config.selection
         return self._once(("adapter", config.lora, s.adapter_name, s.include_conv, s.include_embedding), opened)
@@ -185,25 +203,31 @@ class Planner:
             modules = [] if config.policy is None else [module.name for module in self.modules(config)]
             base = self._once(("base", config.base_model), lambda: _base_identity(config.base_model))
             calibration = self._calibration(config)
+            group = {
+                "base_model": base,
+                "dtype": self._models.dtype,
+                "engine": self._engine.chosen(),
+                "adapter_sha256": source.fingerprint,
+                "adapter_name": config.selection.adapter_name,
+                "task": config.task,
+                "prompts_sha256": self._once(("prompts", id(task)), lambda: _hash([list(task.prompts), repr(task)])),
+                "sampling": asdict(task.sampling),
+            }
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{config.where}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{config.where}: {error}") from error
-        group = {
-            "base_model": base,
-            "dtype": self._models.dtype,
-            "engine": self._engine.chosen(),
-            "adapter_sha256": source.fingerprint,
-            "task": config.task,
-            "prompts_sha256": self._once(("prompts", id(task)), lambda: _hash([list(task.prompts), repr(task)])),
-            "sampling": asdict(task.sampling),
-        }
         policy = None if config.policy is None else {"mode": config.mode, **asdict(config.policy)}
+        if policy is not None and calibration is None:
+            del policy["grad_norm"]  # which has no effect without g
         identity = {**group, "policy": policy, "modules": modules, "calibration": calibration}
         role = "baseline" if policy is None else "control" if config.mode == RandomIndex.mode else "variant"
         probe = None
         if calibration is not None:
-            probe = _hash([calibration, base, self._models.dtype, source.fingerprint])
+            s = config.selection
+            opened = [source.fingerprint, s.adapter_name, s.include_conv, s.include_embedding]
+            settled = modules if calibration["until_stable"] else None  # by which the number of samples is decided
+            probe = _hash([calibration, base, self._models.dtype, opened, settled])
         alike = {**identity, "policy": {**policy, "seed": None} if role == "control" and policy else policy}
         return Run(_hash(identity), identity, config, role, probe, _hash(group), _hash(alike))
 
@@ -211,7 +235,10 @@ class Planner:
         data = config.calibration
         if data is None:
             return None
-        return self._once(("calibration", data), lambda: {**asdict(data), "data": _data_identity(data)})
+        return self._once(
+            ("calibration", data),
+            lambda: {**asdict(data), "calib_data": _data_identity(data), "calib_samples": data.limit},
+        )
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._memory:
@@ -221,15 +248,25 @@ class Planner:
 
 
 def _base_identity(base_model: str) -> Any:
-    """What tells one base model from another without reading its weights: the configuration, names and sizes."""
+    """What tells one base model from another without reading all of its weights: its files, large ones by samples."""
     folder = Path(base_model)
     if not folder.is_dir():
         return base_model
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{base_model} has no config.json: it is not a transformers model folder")
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
-    return {"config": sha256_file(config), "files": [[path.name, path.stat().st_size] for path in files]}
+    return [[path.name, path.stat().st_size, _sampled(path)] for path in files]
+
+
+def _sampled(path: Path) -> str:
+    """Hash of a small file, or of its first bytes and of pages all over a large one: training changes every page."""
+    size, digest = path.stat().st_size, sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(SAMPLED))
+        for start in range(SAMPLED, size, max(size // 256, 1)):
+            file.seek(start)
+            digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def _data_identity(data: Any) -> str:

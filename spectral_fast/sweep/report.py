@@ -10,13 +10,14 @@ from pathlib import Path
 
 from spectral_fast.atomic import replace_file
 from spectral_fast.edit import EditedModule
+from spectral_fast.evaluation.comparison import SIGNIFICANCE
 from spectral_fast.report import spectra_picture
 from spectral_fast.report.page import document, figure, table
-from spectral_fast.sensitivity import Sensitivity
+from spectral_fast.sensitivity import RECORD, Sensitivity
 from spectral_fast.sweep.analysis import Outcome
 from spectral_fast.sweep.pictures import against_controls, against_hyperparameters
 from spectral_fast.sweep.plan import Plan, Planner
-from spectral_fast.sweep.results import HEAD, cells
+from spectral_fast.sweep.results import FAILED, HEAD, cells, failure_cells
 from spectral_fast.sweep.tasks import read_answers
 from spectral_fast.sweep.work import PROBES, RUNS
 
@@ -26,7 +27,13 @@ LONGEST = 4000  # characters of a text that is shown
 
 
 def write_report(
-    path: Path, plan: Plan, planner: Planner, outcomes: Mapping[str, Outcome], notes: Sequence[str], out_dir: Path
+    path: Path,
+    plan: Plan,
+    planner: Planner,
+    outcomes: Mapping[str, Outcome],
+    failures: Sequence[Mapping[str, str]],
+    notes: Sequence[str],
+    out_dir: Path,
 ) -> None:
     """Write the report: tables, scores against hyperparameters and random edits, spectra, and what flipped.
 
@@ -34,12 +41,13 @@ def write_report(
         path: the file.
         plan: what was run.
         planner: with the adapters and tasks of the plan.
-        outcomes: by run id.
+        outcomes: by run id, of the runs that did not fail.
+        failures: the others, see `write_results`.
         notes: what a reader has to know.
         out_dir: the sweep's folder, with probes and generations.
     """
     variants = [outcome for outcome in outcomes.values() if outcome.run.role == "variant"]
-    apart = sum(1 for outcome in variants if "not distinguishable" not in outcome.verdict)
+    apart = sum(1 for outcome in variants if outcome.p_holm is not None and outcome.p_holm < SIGNIFICANCE)
     parts = [
         "<h1>Sweep</h1>",
         f'<p class="soft">{len(plan.lines):,} configurations, {len(outcomes):,} runs, {len(variants):,} variants, of '
@@ -48,6 +56,8 @@ def write_report(
         table("Results", HEAD, (cells(outcome) for outcome in outcomes.values())),
         *(f"<p>{escape(note)}</p>" for note in notes),
     ]
+    if failures:
+        parts += ["<h2>Failed</h2>", table("Failed", FAILED, map(failure_cells, failures), numbers=False)]
     for baseline in (outcome for outcome in outcomes.values() if outcome.run.role == "baseline"):
         mine = [o for o in outcomes.values() if plan.baseline_of.get(o.run.id) == baseline.run.id and o is not baseline]
         parts += _about(baseline, mine, planner, out_dir)
@@ -67,17 +77,20 @@ def _about(baseline: Outcome, others: Sequence[Outcome], planner: Planner, out_d
     if len(best) > SPECTRA:
         yield f'<p class="soft">Spectra of the {SPECTRA} best of {len(best)} variants.</p>'
     for outcome in best[:SPECTRA]:
-        picture = spectra_picture(_edited(outcome, planner, out_dir))
+        edited = _edited(outcome, planner, out_dir)
+        picture = None if edited is None else spectra_picture(edited)
         if picture is not None:
             yield figure(replace(picture, title=f"{outcome.label}: singular values before and after"))
     yield from _flips(baseline, variants, planner, out_dir)
 
 
-def _edited(outcome: Outcome, planner: Planner, out_dir: Path) -> dict[str, EditedModule]:
-    """What the variant's edit did, made again from the probe: a policy is a function of s and g."""
+def _edited(outcome: Outcome, planner: Planner, out_dir: Path) -> dict[str, EditedModule] | None:
+    """What the variant's edit did, made again from the probe (None if someone removed it): a function of s and g."""
     run, policy = outcome.run, outcome.run.config.policy
     assert policy is not None
     assert run.probe is not None
+    if not (out_dir / PROBES / run.probe / RECORD).is_file():
+        return None
     measured = Sensitivity.load(out_dir / PROBES / run.probe).modules
     names = [module.name for module in planner.modules(run.config)]
     return {

@@ -5,69 +5,92 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
 from spectral_fast.atomic import replace_file
-from spectral_fast.sweep.analysis import Outcome, analyse
+from spectral_fast.sweep.analysis import Outcome, analyse, label
 from spectral_fast.sweep.config import Config
-from spectral_fast.sweep.plan import Plan, Planner
+from spectral_fast.sweep.ledger import Ledger
+from spectral_fast.sweep.plan import Plan, Planner, Run
 from spectral_fast.sweep.work import ADAPTER, RUNS
 
 # The columns of the method's own collector, then what it lacks.
 SUMMARY = ["task", "lora_repo_id", "calib_samples", "edit_mode", "seed", "amp_factor", "sup_factor"]
 SUMMARY += ["soft_temperature", "soft_pivot_mode", "pass@1"]
-ADDED = ["standard_error", "n", "difference", "low", "high", "p_value", "p_holm", "verdict", "label", "run", "notes"]
+ADDED = [
+    "metric",
+    "standard_error",
+    "n",
+    "difference",
+    "low",
+    "high",
+    "p_value",
+    "p_holm",
+    "verdict",
+    "label",
+    "run",
+    "notes",
+]
+TABLES = ["results.json", "results.jsonl", "summary.csv", "summary.tsv", "summary_table.md", "report.html", "best.json"]
 MEANS = ["task", "lora_repo_id", "calib_samples", "edit_mode", "amp", "sup", "soft_temperature", "soft_pivot_mode"]
-MEANS += ["metric", "n", "mean", "std", "standard_error"]
-METRICS = {"gsm8k": "accuracy", "humaneval": "pass@1"}
+MEANS += ["metric", "n", "mean", "std", "standard_error", "run"]
 
 
 def write_results(
-    plan: Plan, planner: Planner, entries: Sequence[Mapping[str, Any]], out_dir: Path, report: str = "report.html"
+    plan: Plan, planner: Planner, ledger: Ledger, out_dir: Path, report: str = "report.html"
 ) -> dict[str, Any]:
     """Write every table and the report of a finished sweep.
 
     Args:
-        plan: what was to be run; all of it is in the ledger.
+        plan: what was to be run; all of it is in the ledger, well or failed.
         planner: with the adapters and tasks of the plan.
-        entries: the ledger's.
+        ledger: what became of it.
         out_dir: the sweep's folder.
         report: file name of the report.
 
     Returns:
-        {out_dir, report, lines, runs, notes}: as results.json has them.
+        {out_dir, report, lines, runs, failures, notes}: as results.json has them.
     """
-    records = {run["id"]: run for entry in entries for run in entry["runs"]}
+    records = ledger.runs
     outcomes = analyse(plan, records)
-    used = [entry for entry in entries if any(run["id"] in plan.runs for run in entry["runs"])]
-    rows = [_row(config, outcomes[name]) for config, name in plan.lines]
-    remarks = notes(plan, used)
+    labels = label(plan.runs.values())
+    failed = ledger.failures
+    failures = [
+        {"run": name, "label": labels[name], "where": run.config.where, "error": failed[name]}
+        for name, run in plan.runs.items()
+        if name not in outcomes
+    ]
+    used = [entry for entry in ledger.entries if any(run["id"] in outcomes for run in entry["runs"])]
+    rows = [_row(config, plan.runs[name], labels[name], outcomes.get(name)) for config, name in plan.lines]
+    remarks = notes(plan, used, len(failures))
     content = {
         "lines": rows,
         "runs": [
             {**outcome.to_dict(), "config": records[name]["config"], "metrics": records[name]["metrics"]}
             for name, outcome in outcomes.items()
         ],
+        "failures": failures,
         "notes": remarks,
     }
     replace_file(out_dir / "results.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     replace_file(out_dir / "results.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
     for name, delimiter in (("summary.csv", ","), ("summary.tsv", "\t")):
         replace_file(out_dir / name, _separated(rows, delimiter))
-    replace_file(out_dir / "summary_table.md", _markdown(plan, outcomes, remarks))
+    replace_file(out_dir / "summary_table.md", _markdown(plan, outcomes, failures, remarks))
     _note_best(plan, outcomes, out_dir)
     from spectral_fast.sweep.report import write_report
 
-    write_report(out_dir / report, plan, planner, outcomes, remarks, out_dir)
+    write_report(out_dir / report, plan, planner, outcomes, failures, remarks, out_dir)
     return {"out_dir": str(out_dir), "report": str(out_dir / report), **content}
 
 
 def as_text(result: Mapping[str, Any]) -> str:
     """The results for people at a terminal."""
-    width = max(len(run["label"]) for run in result["runs"])
+    width = max((len(run["label"]) for run in result["runs"]), default=3)
     lines = [f"{'run':<{width}}  score ± std. err.   difference, 95 % interval       p (Holm)  verdict"]
     for run in result["runs"]:
         line = f"{run['label']:<{width}}  {run['score']:6.2%} ± {run['standard_error']:.2%}"
@@ -77,23 +100,33 @@ def as_text(result: Mapping[str, Any]) -> str:
         if run["p_holm"] is not None:
             line += f"   {_p(run['p_holm']):<7}   {run['verdict']}"
         lines.append(line)
+    lines += [f"failed: {run['label']} ({run['where']}): {run['error']}" for run in result["failures"]]
     return "\n".join([*lines, f"report: {result['report']}"])
 
 
-def notes(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def notes(plan: Plan, entries: Sequence[Mapping[str, Any]], failures: int) -> list[str]:
     """What a reader of the tables has to know."""
     variants = len(plan.of_role("variant"))
-    found = [
+    found = []
+    if failures:
+        found.append(
+            f"{failures} of {len(plan.runs)} runs failed, see below; the same sweep, started again, tries them again. "
+            "In Holm's correction, variants without a comparison count as p = 1."
+        )
+    found += [
         "Every difference is to the original adapter on the same problems: 95 % interval by Newcombe's method, p by "
         "McNemar's exact test (where problems have several answers: normal interval, sign-flip test). p (Holm) is "
-        f"corrected for the {variants} variants of the sweep: below 0.05, a difference is unlikely to be luck.",
+        f"corrected for the {variants} variants of the sweep: below 0.05, a difference is unlikely to be luck. The "
+        "intervals are not corrected.",
     ]
     counts = sorted({len(controls) for controls in plan.controls_of.values()})
     if counts and counts != [0]:
         seeds = " to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))
         found.append(
-            f"Random controls are random_index edits with the counts and factors of a variant, {seeds} seeds each. A "
-            "variant within their range has no more to show than a random edit of the same size."
+            f"Random controls are random_index edits, {seeds} seeds each, with the counts and factors of a variant or, "
+            "where its mode lacks them, the defaults (counts: z_score, robust_z, spectral_gate, gd; factors: gd). A "
+            "variant within their range has shown no more than random edits do. One above all of them need not be "
+            "better: of variants that are no better than random, one in (controls + 1) is above all by luck."
         )
     engines = sorted({f"{entry['engine']}, {entry['engine_settings'].get('dtype', '')}" for entry in entries})
     found.append("Texts by " + "; ".join(engines) + ".")
@@ -114,8 +147,8 @@ def notes(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def _row(config: Config, outcome: Outcome) -> dict[str, Any]:
-    own, comparison = config.hyperparameters, outcome.comparison
+def _row(config: Config, run: Run, label: str, outcome: Outcome | None) -> dict[str, Any]:
+    own, comparison = config.hyperparameters, None if outcome is None else outcome.comparison
     low, high = (None, None) if comparison is None else comparison.interval
     return {
         "task": config.task,
@@ -124,17 +157,18 @@ def _row(config: Config, outcome: Outcome) -> dict[str, Any]:
         "edit_mode": config.mode,
         "seed": config.seed,
         **{key: own.get(key) for key in ("amp_factor", "sup_factor", "soft_temperature", "soft_pivot_mode")},
-        "pass@1": outcome.score,
-        "standard_error": outcome.standard_error,
-        "n": len(outcome.scores),
+        "pass@1": outcome and outcome.score,
+        "metric": config.metric,
+        "standard_error": outcome and outcome.standard_error,
+        "n": outcome and len(outcome.scores),
         "difference": comparison and comparison.difference,
         "low": low,
         "high": high,
         "p_value": comparison and comparison.p_value,
-        "p_holm": outcome.p_holm,
-        "verdict": outcome.verdict,
-        "label": outcome.label,
-        "run": outcome.run.id,
+        "p_holm": outcome and outcome.p_holm,
+        "verdict": outcome.verdict if outcome else "failed",
+        "label": label,
+        "run": run.id,
         "notes": config.notes,
         "hyperparameters": own,
     }
@@ -148,25 +182,37 @@ def _separated(rows: Iterable[Mapping[str, Any]], delimiter: str) -> str:
     return buffer.getvalue()
 
 
-def _markdown(plan: Plan, outcomes: Mapping[str, Outcome], remarks: Iterable[str]) -> str:
+def _markdown(
+    plan: Plan,
+    outcomes: Mapping[str, Outcome],
+    failures: Sequence[Mapping[str, str]],
+    remarks: Iterable[str],
+) -> str:
     alike: dict[str, list[tuple[Config, Outcome]]] = {}
     for config, name in plan.lines:
+        if name not in outcomes:
+            continue
         own = {key: value for key, value in config.hyperparameters.items() if key != "seed"}
         key = repr((config.task, config.label, config.mode, sorted(own.items()), config.profile, config.evaluation))
         alike.setdefault(key, []).append((config, outcomes[name]))
     means = []
     for members in alike.values():
-        config, scores = members[0][0], [outcome.score for _, outcome in members]
+        config, runs = members[0][0], {outcome.run.id: outcome for _, outcome in members}
+        scores = [outcome.score for outcome in runs.values()]
+        name = re.sub(r", (sampling_)?seed \d+", "", members[0][1].label)
         own = config.hyperparameters
         keys = ("amp_factor", "sup_factor", "soft_temperature", "soft_pivot_mode")
-        error = fmean(outcome.standard_error for _, outcome in members)
+        error = fmean(outcome.standard_error for outcome in runs.values())
         head = [config.task, config.label, own.get("calib_samples"), config.mode, *(own.get(key) for key in keys)]
-        means.append([*head, METRICS[config.task], len(scores), fmean(scores), pstdev(scores), error])
+        means.append([*head, config.metric, len(scores), fmean(scores), pstdev(scores), error, name])
     parts = ["# Means over seeds", _table(MEANS, means)]
     parts += ["# Against the original adapter", _table(HEAD, [cells(o) for o in outcomes.values()])]
+    if failures:
+        parts += ["# Failed", _table(FAILED, [failure_cells(failure) for failure in failures])]
     return "\n\n".join([*parts, *remarks]) + "\n"
 
 
+FAILED = ["run", "configuration", "error"]
 HEAD = ["run", "score", "standard error", "difference (points)", "95 % interval", "p", "p (Holm)", "random controls"]
 HEAD += ["verdict", "task", "adapter"]
 
@@ -186,9 +232,14 @@ def cells(outcome: Outcome) -> list[str]:
         "–" if outcome.p_holm is None else _p(outcome.p_holm),
         "–" if y is None else f"{100 * y.differences[0]:+.2f} to {100 * y.differences[-1]:+.2f}",
         outcome.verdict or ("random control" if outcome.run.role == "control" else "–"),
-        config.task,
+        f"{config.task}, {config.metric}",
         config.label,
     ]
+
+
+def failure_cells(failure: Mapping[str, str]) -> list[str]:
+    """A failure as the cells of a table, under `FAILED`."""
+    return [failure["label"], failure["where"], failure["error"]]
 
 
 def _p(p: float) -> str:
@@ -214,9 +265,15 @@ def _note_best(plan: Plan, outcomes: Mapping[str, Outcome], out_dir: Path) -> No
     best: dict[Path, Outcome] = {}
     for config, name in plan.lines:
         folder = out_dir / RUNS / name / ADAPTER
-        if not config.keep_adapter or not folder.is_dir():
+        if name not in outcomes or not config.keep_adapter or not folder.is_dir():
             continue
-        place = out_dir / "kept_adapters" / config.task / config.label.strip("/").replace("/", "_") / config.mode
+        place = (
+            out_dir
+            / "kept_adapters"
+            / config.task
+            / re.sub(r"[^\w.-]+", "_", config.label.strip("/."))[-100:]
+            / config.mode
+        )
         if place not in best or outcomes[name].score > best[place].score:
             best[place] = outcomes[name]
     for place, outcome in best.items():

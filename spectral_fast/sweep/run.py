@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.sweep.config import Config
-from spectral_fast.sweep.ledger import open_ledger
+from spectral_fast.sweep.ledger import LEDGER, open_ledger
 from spectral_fast.sweep.plan import CONTROLS, Plan, Planner, Run
-from spectral_fast.sweep.results import write_results
-from spectral_fast.sweep.work import PROBES, RUNS, Settings, Worker, group_size, with_group_size
+from spectral_fast.sweep.results import TABLES, write_results
+from spectral_fast.sweep.tasks import check_sandbox
+from spectral_fast.sweep.work import ADAPTER, PROBES, RUNS, Settings, Worker, group_size, with_group_size
 
 
 def run_sweep(
@@ -29,7 +31,7 @@ def run_sweep(
 
     The folder gets `ledger.jsonl`, probes/, runs/, and at the end `results.json`, `results.jsonl`, `summary.csv`,
     `summary.tsv`, `summary_table.md` and `report.html`. A run of the same configurations there goes on where an
-    earlier one was stopped.
+    earlier one was stopped; those that failed are tried again.
 
     Args:
         configs: parsed; all are checked against their adapters and data before anything is computed.
@@ -47,16 +49,22 @@ def run_sweep(
     plan = planner.plan(configs, controls)
     out_dir = settings.out_dir
     out_dir.mkdir(parents=True, exist_ok=True)
+    _check_ours(out_dir)
     with open_ledger(out_dir) as ledger:
         _remove_leftovers(out_dir)
-        done = [name for name, record in ledger.runs.items() if record["kept_adapter"] or not _to_keep(plan, name)]
+        done = [name for name in ledger.runs if name in plan.runs and _is_there(plan.runs[name], out_dir)]
         groups = plan.groups(done, group_size(settings.engine))
         todo = sum(map(len, groups))
         note(f"{_counted(plan)}; {len(plan.runs) - todo} are finished, {todo} to do in {len(groups)} groups")
         if groups:
+            tasks = [planner.task(group[0].config) for group in groups]
+            for task in {id(task): task for task in tasks}.values():
+                check_sandbox(task)
             for entry in _work(plan, planner, settings, groups, ray, workers):
                 ledger.append(entry)
-        return write_results(plan, planner, ledger.entries, out_dir)
+                for failure in entry["failures"]:
+                    note(f"run {failure['id']} failed: {failure['error']}")
+        return write_results(plan, planner, ledger, out_dir)
 
 
 def _work(
@@ -72,10 +80,10 @@ def _work(
         yield from on_ray(settings, adapters, probes, groups, ray, workers)
         return
     with closing(Worker(settings, planner, adapters)) as worker:
-        for name, probe in probes.items():
-            worker.probe(name, probe)
+        reasons = {name: worker.probe(name, probe) for name, probe in probes.items()}
+        broken = {name: reason for name, reason in reasons.items() if reason is not None}
         for group in groups:
-            yield worker.evaluate(group)
+            yield worker.evaluate(group, broken)
 
 
 def _adapters_by_base(plan: Plan, planner: Planner) -> dict[str, list[Path]]:
@@ -88,16 +96,30 @@ def _adapters_by_base(plan: Plan, planner: Planner) -> dict[str, list[Path]]:
     return found
 
 
-def _to_keep(plan: Plan, name: str) -> bool:
-    run = plan.runs.get(name)
-    return run is not None and run.config.keep_adapter and run.config.policy is not None
+def _is_there(run: Run, out_dir: Path) -> bool:
+    """Whether a run that the ledger has still has its files, with the adapter if that is to be kept."""
+    folder = out_dir / RUNS / run.id
+    return (folder / "config.json").is_file() and (not run.keeps_adapter or (folder / ADAPTER).is_dir())
+
+
+def _check_ours(out_dir: Path) -> None:
+    """Refuse to overwrite tables that no sweep has written."""
+    found = [name for name in TABLES if (out_dir / name).exists()]
+    if found and not (out_dir / LEDGER).exists():
+        raise FileExistsError(
+            errno.EEXIST, f"out_dir has {found[0]} and no {LEDGER}, so it is no sweep's; choose another", str(out_dir)
+        )
 
 
 def _remove_leftovers(out_dir: Path) -> None:
-    """Half-made folders of a sweep that was killed; the ledger's lock says that nobody is at work on them."""
+    """Half-made folders and files of a sweep that was killed; the ledger's lock says that nobody is at work on them."""
     for kind in (RUNS, PROBES):
         for folder in (out_dir / kind).glob(".*.partial"):
             shutil.rmtree(folder)
+    for folder in (out_dir, *out_dir.glob("kept_adapters/*/*/*")):
+        for name in TABLES:
+            for file in folder.glob(f".{name}.*.partial"):
+                file.unlink()
 
 
 def _counted(plan: Plan) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.evaluation.evaluate import Gsm8k, Task
-from spectral_fast.evaluation.humaneval import HumanEvalOptions
+from spectral_fast.evaluation.humaneval import HumanEval, HumanEvalOptions
 from spectral_fast.sweep.config import Config
 
 
@@ -24,6 +24,16 @@ def make_task(config: Config, seed: int) -> Task:
     problems, shots = options.load(config.profile)
     parser: Any = options.answer_parser
     return Gsm8k(problems, shots, options.profile(config.profile), answer_parser=parser, stop=options.stop, seed=seed)
+
+
+def check_sandbox(task: Task) -> None:
+    """Find out before long work whether the programs that a task has run can be confined here.
+
+    Raises:
+        RuntimeError: they cannot.
+    """
+    if isinstance(task, HumanEval):
+        task.check_sandbox()
 
 
 def read_scores(task: str, folder: Path) -> dict[str, float]:

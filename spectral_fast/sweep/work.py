@@ -64,8 +64,21 @@ class Worker:
         self._engine: Engine | None = None
         self._base_model: str | None = None
 
-    def probe(self, name: str, wanted: Probe) -> None:
-        """Measure sensitivities into probes/NAME, unless they are there."""
+    def probe(self, name: str, wanted: Probe) -> str | None:
+        """Measure sensitivities into probes/NAME, unless they are there; returns why that failed, if it did.
+
+        Raises:
+            OSError: files cannot be read or written, which is no matter of this probe alone.
+        """
+        try:
+            self._probe(name, wanted)
+        except OSError:
+            raise
+        except Exception as error:
+            return f"its probe failed: {_reason(error)}"
+        return None
+
+    def _probe(self, name: str, wanted: Probe) -> None:
         folder, config = self._settings.out_dir / PROBES / name, wanted.config
         names = wanted.modules
         if (folder / RECORD).is_file():
@@ -73,39 +86,82 @@ class Worker:
             if names <= present:
                 return
             names |= present
-        adapter = self._planner.source(config).adapter
+        source = self._planner.source(config)
+        source.check_unchanged()
+        adapter = source.adapter
         modules = [module for module in adapter.modules.values() if module.name in names]
         measured = probe(adapter, modules, config.base_model, config.calibration, self._settings.models)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # an engine in another process wants the room
-        with replace_directory(folder, overwrite=True, marker=RECORD) as new:
+        _remove(folder)
+        with replace_directory(folder) as new:
             measured.save(new)
 
-    def evaluate(self, group: Sequence[Run]) -> dict[str, Any]:
-        """Make the adapters of a group, evaluate them together, leave a folder per run; returns the ledger's entry."""
+    def evaluate(self, group: Sequence[Run], broken: Mapping[str, str]) -> dict[str, Any]:
+        """Make the adapters of a group, evaluate them together, leave a folder per run; returns the ledger's entry.
+
+        A run that fails is noted, and the others go on; where a call of the engine fails, they go on one by one, in a
+        new engine if it may be broken.
+
+        Args:
+            group: of one base model, task and decoding.
+            broken: probes that failed, and why.
+
+        Raises:
+            OSError: files cannot be read or written, e.g. since the disk is full.
+            RuntimeError, ValueError: the engine does not start.
+        """
         began = time.perf_counter()
-        task, first = self._planner.task(group[0].config), group[0].config
-        with ExitStack() as folders:
-            evaluations = []
-            for run in group:
-                target = self._settings.out_dir / RUNS / run.id
-                new = folders.enter_context(replace_directory(target, overwrite=True, marker="config.json"))
-                meta = {"base_model_id": first.base_model, "run": run.id, "mode": run.config.mode}
-                evaluations.append(Evaluation(self._adapter(run, new / ADAPTER), new, None, meta))
-            engine = self._opened(first.base_model)
-            results = evaluate(engine, task, evaluations, progress=self._settings.counter)
-            records = [
-                self._record(run, evaluation.out_dir, result)
-                for run, evaluation, result in zip(group, evaluations, results, strict=True)
-            ]
+        engine, failures = self._opened(group[0].config.base_model), list[dict[str, str]]()
+        about = {"engine": engine.name, "engine_settings": dict(engine.settings)}
+        try:
+            records = self._together(engine, group, broken, failures)
+        except OSError:
+            raise
+        except Exception as error:
+            if not isinstance(error, ValueError):  # which an engine raises before it begins
+                self.close()
+            if len(group) > 1:
+                alone = [self.evaluate([run], broken) for run in group]
+                records = [record for entry in alone for record in entry["runs"]]
+                failures = [failure for entry in alone for failure in entry["failures"]]
+            else:
+                records, failures = [], [{"id": group[0].id, "error": _reason(error)}]
         return {
             "runs": records,
+            "failures": failures,
             "versions": versions(),
-            "engine": engine.name,
-            "engine_settings": dict(engine.settings),
+            **about,
             "seconds": round(time.perf_counter() - began, 3),
             "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
+
+    def _together(
+        self, engine: Engine, group: Sequence[Run], broken: Mapping[str, str], failures: list[dict[str, str]]
+    ) -> list[dict[str, Any]]:
+        """The records of a group; adapters that cannot be made are added to the failures, and left out."""
+        task, made = self._planner.task(group[0].config), list[tuple[Run, Evaluation]]()
+        with ExitStack() as folders:
+            for run in group:
+                self._planner.source(run.config).check_unchanged(run.identity["adapter_sha256"])
+                try:
+                    with ExitStack() as own:
+                        target = self._settings.out_dir / RUNS / run.id
+                        _remove(target)
+                        new = own.enter_context(replace_directory(target))
+                        adapter = self._adapter(run, new / ADAPTER, broken)
+                        folders.enter_context(own.pop_all())
+                except OSError:
+                    raise
+                except Exception as error:
+                    failures.append({"id": run.id, "error": _reason(error)})
+                    continue
+                meta = {"base_model_id": run.config.base_model, "run": run.id, "mode": run.config.mode}
+                made.append((run, Evaluation(adapter, new, None, meta)))
+            if not made:
+                return []
+            results = evaluate(engine, task, [one for _, one in made], progress=self._settings.counter)
+            return [self._record(run, one.out_dir, result) for (run, one), result in zip(made, results, strict=True)]
 
     def close(self) -> None:
         """Stop the engine."""
@@ -113,11 +169,13 @@ class Worker:
             self._engine.close()
         self._engine = None
 
-    def _adapter(self, run: Run, folder: Path) -> Path:
+    def _adapter(self, run: Run, folder: Path, broken: Mapping[str, str]) -> Path:
         """The folder of the run's adapter: the source's, or a new one."""
         config, source = run.config, self._planner.source(run.config).adapter
         if config.policy is None:
             return source.path
+        if run.probe is not None and run.probe in broken:
+            raise RuntimeError(broken[run.probe])
         sensitivity = None if run.probe is None else Sensitivity.load(self._settings.out_dir / PROBES / run.probe)
         edit_adapter(
             source,
@@ -131,8 +189,7 @@ class Worker:
 
     def _record(self, run: Run, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
         """The run's part of the ledger; its folder is completed, and loses an adapter that nobody wants to keep."""
-        kept = run.config.keep_adapter and run.config.policy is not None
-        if not kept:
+        if not run.keeps_adapter:
             shutil.rmtree(folder / ADAPTER, ignore_errors=True)
         config = {
             "task": run.config.task,
@@ -150,7 +207,7 @@ class Worker:
         write_json(folder / "metrics.json", metrics)
         (folder / "adapter_ref.txt").write_text(f"{run.config.lora}\n", encoding="utf-8")
         scores = read_scores(run.config.task, folder)
-        return {"id": run.id, "config": config, "metrics": metrics, "kept_adapter": kept, "scores": scores}
+        return {"id": run.id, "config": config, "metrics": metrics, "scores": scores}
 
     def _opened(self, base_model: str) -> Engine:
         if self._engine is None or self._base_model != base_model:
@@ -159,6 +216,23 @@ class Worker:
             self._engine = s.open_engine(base_model, s.models, s.engine, self._adapters[base_model])
             self._base_model = base_model
         return self._engine
+
+
+def _remove(folder: Path) -> None:
+    """Remove what is to be made again, so that no half of it is ever there under its name.
+
+    Network file systems cannot exchange it with the new one in a step; a sweep that is killed now makes it again.
+    """
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old.partial")
+        folder.rename(old)
+        shutil.rmtree(old)
+
+
+def _reason(error: Exception) -> str:
+    """The error in words, for the ledger and the tables."""
+    kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
+    return kind + (str(error) or type(error).__name__)
 
 
 def group_size(engine: EngineOptions) -> int:

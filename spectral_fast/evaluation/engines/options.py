@@ -24,7 +24,10 @@ class EngineOptions:
     max_loras: int | None = option(None, "adapters that run together (vllm); else all, at most 8", low=1)
     max_lora_rank: int | None = option(None, "largest rank that is served (vllm); else that of the adapters", low=1)
     gpu_memory_utilization: float | None = option(
-        None, "share of a GPU's memory (vllm); else $VLLM_GPU_MEMORY_UTILIZATION, else vLLM's own", low=0.0, high=1.0
+        None,
+        "share of a GPU's memory (vllm); else $VLLM_GPU_MEMORY_UTILIZATION, else vLLM's own",
+        high=1.0,
+        positive=True,
     )
     enforce_eager: bool = option(False, "capture no CUDA graphs and compile nothing (vllm); $VLLM_ENFORCE_EAGER=1, too")
 
@@ -53,9 +56,12 @@ def open_engine(
     Raises:
         RuntimeError: the engine is not installed.
         FileNotFoundError: the model or an adapter is missing.
-        ValueError: the engine cannot serve an adapter, or the model not on this device.
+        ValueError: the engine cannot serve an adapter, or the model not on this device or in these bits.
     """
     if options.chosen() == "vllm":
+        for name in ("load_in_4bit", "device_map"):
+            if getattr(model_options, name) not in (False, "none"):
+                raise ValueError(f"--{name} is for --engine transformers, and the engine is vllm: choose one")
         from spectral_fast.evaluation.engines.vllm import VllmEngine
 
         return VllmEngine(base_model, model_options, options, [adapter for adapter in adapters if adapter is not None])

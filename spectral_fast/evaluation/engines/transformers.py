@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from spectral_fast.adapter import Adapter, changes_base
-from spectral_fast.calibration.model import ModelOptions, check_fit, load_model, load_tokenizer
+from spectral_fast.calibration.model import ModelOptions, check_fit, check_whole, load_model, load_tokenizer
 from spectral_fast.evaluation.engines.decoding import generate
 from spectral_fast.evaluation.engines.protocol import Progress, Sampling, one_per_prompt
 
@@ -80,8 +80,9 @@ class TransformersEngine:
             if adapter is None:
                 yield folder, self._model
                 continue
+            check_whole(adapter)
             check_fit(self._model, adapter.modules.values(), self._base_model, adapter.path)
-            with_adapter = PeftModel.from_pretrained(self._model, str(folder)).to(self._model.device).eval()
+            with_adapter = PeftModel.from_pretrained(self._model, str(folder)).eval()
             try:
                 yield folder, with_adapter
             finally:

@@ -10,8 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from spectral_fast.adapter import Adapter, changes_base
-from spectral_fast.calibration.model import ModelOptions, load_tokenizer
+from spectral_fast.calibration.model import ModelOptions, check_fit, check_whole, load_tokenizer
+from spectral_fast.calibration.skeleton import empty_model
 from spectral_fast.evaluation.engines.options import EngineOptions
 from spectral_fast.evaluation.engines.protocol import Progress, Sampling, one_per_prompt
 from spectral_fast.evaluation.engines.text import continuation, end_tokens, sample_seed, tokenise, until_stop
@@ -63,9 +66,12 @@ class VllmEngine:
             ) from error
         if not hasattr(PEFTHelper, "get_rank_and_scaling"):
             raise RuntimeError("this vLLM is too old, it ignores rank_pattern and alpha_pattern; 0.32 does not")
-        self._max_rank = options.max_lora_rank or served_rank(adapters)
+        self._max_rank = served_rank(adapters, options.max_lora_rank)
         self._tokenizer = load_tokenizer(base_model, model_options)
-        config, self._ends = _configs(base_model, model_options, self._tokenizer)
+        whole, self._ends = _configs(base_model, model_options, self._tokenizer)
+        config = whole.get_text_config()
+        self._base_model = base_model
+        self._skeleton = empty_model(whole, torch.float32, model_options.trust_remote_code)
         self._positions = getattr(config, "max_position_embeddings", None)
         self._max_model_len = min(n for n in (self._positions, options.max_model_len) if n is not None)
         self._numbers = itertools.count(1)
@@ -112,41 +118,63 @@ class VllmEngine:
         loras = {folder: self._load(folder) for folder in dict.fromkeys(folders) if folder is not None}
         ids = tokenise(self._tokenizer, prompts, sampling.max_tokens, self._positions, self._max_model_len)
         greedy = sampling.temperature == 0
-        runs = [(i, j) for i in range(len(ids)) for j in range(1 if greedy else sampling.n)]
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=ids[i]) for i, _ in runs],
-            [
-                SamplingParams(
-                    max_tokens=sampling.max_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=None if greedy else sample_seed(sampling.seed, ids[i], j),
-                    stop=list(sampling.stop),
-                    stop_token_ids=self._ends,
-                )
-                for i, j in runs
-            ],
-            lora_request=[None if (folder := folders[i]) is None else loras[folder] for i, _ in runs],
-            use_tqdm=False if progress is None else _bar(progress, sampling.n if greedy else 1),
-        )
         texts: list[list[str]] = [[] for _ in ids]
-        for (i, _), output in zip(runs, outputs, strict=True):
-            new = list(output.outputs[0].token_ids)
-            end = next((k for k, token in enumerate(new) if token in self._ends), len(new))
-            text = until_stop(continuation(self._tokenizer, ids[i][-1], new[:end]), sampling.stop)
-            texts[i] += [text] * (sampling.n if greedy else 1)
+        # The base model's prompts go apart from the others: vLLM's kernels for CPUs would give them, whose adapter has
+        # the number -1, the adapter in the last place.
+        for bare in (True, False):
+            of_these = (i for i, folder in enumerate(folders) if (folder is None) == bare)
+            runs = [(i, j) for i in of_these for j in range(1 if greedy else sampling.n)]
+            if not runs:
+                continue
+            outputs = self._answers(
+                [TokensPrompt(prompt_token_ids=ids[i]) for i, _ in runs],
+                [
+                    SamplingParams(
+                        max_tokens=sampling.max_tokens,
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        seed=None if greedy else sample_seed(sampling.seed, ids[i], j),
+                        stop=list(sampling.stop),
+                        stop_token_ids=self._ends,
+                    )
+                    for i, j in runs
+                ],
+                lora_request=None if bare else [loras[folder] for i, _ in runs if (folder := folders[i]) is not None],
+                use_tqdm=False if progress is None else _bar(progress, sampling.n if greedy else 1),
+            )
+            for (i, _), output in zip(runs, outputs, strict=True):
+                texts[i] += [self._text(ids[i], output, sampling)] * (sampling.n if greedy else 1)
         return texts
+
+    def _answers(self, *arguments: Any, **how: Any) -> Any:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return self._llm.generate(*arguments, **how)
+        except EngineDeadError as error:
+            raise RuntimeError(
+                "vLLM's own process has died; what it wrote above says why. If it was killed for memory, lower "
+                "--max_loras, --max_model_len or VLLM_CPU_KVCACHE_SPACE"
+            ) from error
+
+    def _text(self, ids: Sequence[int], output: Any, sampling: Sampling) -> str:
+        new = list(output.outputs[0].token_ids)
+        end = next((k for k, token in enumerate(new) if token in self._ends), len(new))
+        return until_stop(continuation(self._tokenizer, ids[-1], new[:end]), sampling.stop)
 
     def _load(self, folder: Path) -> Any:
         """A request's adapter; loaded now, because an adapter that does not load later would end the engine."""
         from vllm.lora.request import LoRARequest
 
-        rank = _rank(Adapter.open(folder))
+        adapter = Adapter.open(folder)
+        rank = _rank(adapter)
         if self._max_rank is None or rank > self._max_rank:
             raise ValueError(
                 f"{folder} has rank {rank}, and the engine was started for ranks up to {self._max_rank or 0}: "
                 "name the adapter when it starts, or set --max_lora_rank"
             )
+        check_whole(adapter)
+        check_fit(self._skeleton, adapter.modules.values(), self._base_model, folder)  # vLLM takes what fits of it
         number = next(self._numbers)
         request = LoRARequest(f"{folder.name}-{number}", number, str(folder.resolve()))
         try:
@@ -180,15 +208,23 @@ def _bar(progress: Progress, copies: int) -> Any:
     return partial(Bar, file=io.StringIO())
 
 
-def served_rank(adapters: Iterable[Path]) -> int | None:
-    """The least max_lora_rank of vLLM that holds all these adapters; None if there is none.
+def served_rank(adapters: Iterable[Path], asked: int | None = None) -> int | None:
+    """The least max_lora_rank of vLLM that holds all these adapters, or the rank that is asked for; None if neither.
 
     Raises:
         FileNotFoundError: an adapter is missing.
-        ValueError: vLLM cannot serve one of them.
+        ValueError: vLLM cannot serve one of them, or a rank is above the one that is asked for, or that above 512.
     """
-    largest = max((_rank(Adapter.open(folder)) for folder in adapters), default=None)
-    return None if largest is None else next(rank for rank in RANKS if rank >= largest)
+    if asked is not None and asked > RANKS[-1]:
+        raise ValueError(f"max_lora_rank must be at most {RANKS[-1]}, vLLM's largest; got {asked}")
+    largest = 0
+    for folder in adapters:
+        rank = _rank(Adapter.open(folder))
+        if asked is not None and rank > asked:
+            raise ValueError(f"{folder} has rank {rank}, above the max_lora_rank of {asked}")
+        largest = max(largest, rank)
+    wanted = asked or largest
+    return next(rank for rank in RANKS if rank >= wanted) if wanted else None
 
 
 def _rank(adapter: Adapter) -> int:
@@ -218,7 +254,7 @@ def _rank(adapter: Adapter) -> int:
 
 
 def _configs(base_model: str, options: ModelOptions, tokenizer: Any) -> tuple[Any, list[int]]:
-    """The text model's config and the tokens that end a text, as transformers reads them."""
+    """The model's config and the tokens that end a text, as transformers reads them."""
     from transformers import AutoConfig, GenerationConfig
 
     where: dict[str, Any] = {"cache_dir": options.cache_dir}
@@ -227,7 +263,7 @@ def _configs(base_model: str, options: ModelOptions, tokenizer: Any) -> tuple[An
         generation = GenerationConfig.from_pretrained(base_model, **where)
     except OSError:  # it is optional
         generation = GenerationConfig.from_model_config(config)
-    return config.get_text_config(), end_tokens(generation, tokenizer)
+    return config, end_tokens(generation, tokenizer)
 
 
 def _dtype(options: ModelOptions) -> str:
@@ -252,6 +288,6 @@ def _memory(options: EngineOptions, config: Any, max_model_len: int) -> dict[str
         return {}
     import psutil
 
-    per_token = 2 * config.num_hidden_layers * config.hidden_size * 4  # bytes at most: float32, no shared heads
+    per_token = 2 * config.num_hidden_layers * config.hidden_size * 4  # bytes, for float32 and heads of their own
     useful = SEQUENCES * max_model_len * per_token
     return {"kv_cache_memory_bytes": min(useful, int(SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available))}

@@ -18,28 +18,43 @@ _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446
 
-# Refused system calls: name, number on x86-64, number on 64-bit Arm (None where it has none).
-# Processes and threads; programs; other processes; sockets; memory beyond RLIMIT_AS; privileges and mounts; limits and
-# scheduling; attributes of files, which Landlock leaves free.
-_REFUSED = """
-fork 57 -, vfork 58 -, clone 56 220, clone3 435 435, execve 59 221, execveat 322 281,
-ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, kcmp 312 272,
-kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240,
-pidfd_open 434 434, pidfd_send_signal 424 424, pidfd_getfd 438 438,
-socket 41 198, io_uring_setup 425 425, io_uring_enter 426 426, io_uring_register 427 427,
-memfd_create 319 279, memfd_secret 447 447, shmget 29 194, msgget 68 186, semget 64 190, mq_open 240 180,
-bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, prctl 157 167, seccomp 317 277, personality 135 92,
-mount 165 40, umount2 166 39, pivot_root 155 41, chroot 161 51, unshare 272 97, setns 308 268, mount_setattr 442 442,
-open_tree 428 428, move_mount 429 429, fsopen 430 430, fsconfig 431 431, fsmount 432 432, fspick 433 433,
-keyctl 250 219, add_key 248 217, request_key 249 218, quotactl 179 60, quotactl_fd 443 443, acct 163 89,
-name_to_handle_at 303 264, open_by_handle_at 304 265,
-prlimit64 302 261, setrlimit 160 164, setpriority 141 140, sched_setaffinity 203 122, sched_setscheduler 144 119,
-sched_setparam 142 118, sched_setattr 314 274, ioprio_set 251 30, migrate_pages 256 238, move_pages 279 239,
-truncate 76 45, chmod 90 -, fchmod 91 52, fchmodat 268 53, fchmodat2 452 452, chown 92 -, lchown 94 -, fchown 93 55,
-fchownat 260 54, utime 132 -, utimes 235 -, futimesat 261 -, utimensat 280 88,
-setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7, removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16,
-setxattrat 463 463, removexattrat 466 466, file_setattr 469 469, mknod 133 -, mknodat 259 33
+# The system calls that a program may make: name, number on x86-64, number on 64-bit Arm (None where it has none).
+# Memory; files; waiting; time; its own signals; itself. All others are refused, those of kernels to come, too.
+_ALLOWED = """
+brk 12 214, mmap 9 222, munmap 11 215, mremap 25 216, mprotect 10 226, madvise 28 233, msync 26 227, mincore 27 232,
+read 0 63, write 1 64, pread64 17 67, pwrite64 18 68, readv 19 65, writev 20 66, preadv 295 69, pwritev 296 70,
+preadv2 327 286, pwritev2 328 287, lseek 8 62, close 3 57, close_range 436 436, dup 32 23, dup2 33 -, dup3 292 24,
+pipe 22 -, pipe2 293 59, creat 85 -, stat 4 -, fstat 5 80, lstat 6 -, newfstatat 262 79, statx 332 291, statfs 137 43,
+fstatfs 138 44, access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78, getdents64 217 61,
+getcwd 79 17, chdir 80 49, fchdir 81 50, umask 95 166, rename 82 -, renameat 264 38, renameat2 316 276, mkdir 83 -,
+mkdirat 258 34, rmdir 84 -, unlink 87 -, unlinkat 263 35, link 86 -, linkat 265 37, symlink 88 -, symlinkat 266 36,
+ftruncate 77 46, fallocate 285 47, fsync 74 82, fdatasync 75 83, fadvise64 221 223, sendfile 40 71,
+copy_file_range 326 285,
+select 23 -, pselect6 270 72, poll 7 -, ppoll 271 73, epoll_create 213 -, epoll_create1 291 20, epoll_ctl 233 21,
+epoll_wait 232 -, epoll_pwait 281 22, epoll_pwait2 441 441, eventfd2 290 19, sendto 44 206, recvfrom 45 207,
+time 201 -, gettimeofday 96 169, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101,
+times 100 153, alarm 37 -, getitimer 36 102, setitimer 38 103,
+rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigpending 127 136, rt_sigtimedwait 128 137,
+rt_sigsuspend 130 133, sigaltstack 131 132, restart_syscall 219 128, pause 34 -,
+getpid 39 172, getppid 110 173, gettid 186 178, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177,
+getresuid 118 148, getresgid 120 150, getgroups 115 158, getrlimit 97 163, getrusage 98 165, sysinfo 99 179,
+uname 63 160, sched_yield 24 124, sched_getaffinity 204 123, getcpu 309 168, getrandom 318 278, futex 202 98,
+exit 60 93, exit_group 231 94
 """
+# Allowed with some arguments: per call the conditions that all must hold, (position, mask, values under the mask).
+_ALL, _TRUNCATE, _WRITE, _READ_WRITE = 0xFFFFFFFF, 0o1000, 1, 2
+_NOT_BY_READING = (_TRUNCATE | 3, (0, _WRITE, _READ_WRITE, _TRUNCATE | _WRITE, _TRUNCATE | _READ_WRITE))
+_CONDITIONS = {
+    # A file that is opened for reading is not truncated thereby: the first versions of Landlock would not mind.
+    "open 2 -": ((1, *_NOT_BY_READING),),
+    "openat 257 56": ((2, *_NOT_BY_READING),),
+    # Descriptors, their flags, and locks; no owner of a file, who would get signals by it, and no leases.
+    "fcntl 72 25": ((1, _ALL, (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)),),
+    # isatty, the size of a terminal, bytes to read, non-blocking, inheritable and not.
+    "ioctl 16 29": ((1, _ALL, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),),
+    # A pair of Unix streams (asyncio wants one), which lead nowhere else; datagrams could be sent to other sockets.
+    "socketpair 53 199": ((0, _ALL, (1,)), (1, _ALL ^ 0o2004000, (1,))),
+}
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
@@ -140,27 +155,30 @@ def landlock(readable: Sequence[str], listable: Sequence[str]) -> None:
 
 
 def filter_system_calls() -> None:
-    """Refuse the dangerous system calls, with EPERM, for good; needs `drop_capabilities` before.
+    """Refuse all system calls but the allowed ones, with EPERM, for good; needs `drop_capabilities` before.
 
     Raises:
         OSError: the kernel has no seccomp filters.
     """
-    column = ("x86_64", "aarch64").index(platform.machine())
-    entries = [entry.split() for entry in _REFUSED.split(",")]
-    numbers = sorted(int(entry[1 + column]) for entry in entries if entry[1 + column] != "-")
-    load, jump_equal, jump_at_least, give = 0x20, 0x15, 0x35, 0x06
+    load, jump_equal, give, conjunction = 0x20, 0x15, 0x06, 0x54
     allow, kill, refuse = 0x7FFF0000, 0x80000000, 0x00050000 | 1
-    n = len(numbers)
     program = [
         (load, 0, 0, 4),
         (jump_equal, 1, 0, _AUDIT_ARCHITECTURE[platform.machine()]),
         (give, 0, 0, kill),  # a 32-bit call, whose numbers are others
         (load, 0, 0, 0),
-        (jump_at_least, n + 1, 0, 0x40000000),  # the x32 numbers
-        *((jump_equal, n - i, 0, number) for i, number in enumerate(numbers)),
-        (give, 0, 0, allow),
-        (give, 0, 0, refuse),
     ]
+    for entry, conditions in _CONDITIONS.items():
+        test = []
+        for position, mask, values in conditions:
+            test += [(load, 0, 0, 16 + 8 * position), (conjunction, 0, 0, mask)]
+            test += [(jump_equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+            test += [(give, 0, 0, refuse)]
+        for number in _numbers(entry):
+            program += [(jump_equal, 0, len(test) + 1, number), *test, (give, 0, 0, allow)]
+    allowed = _numbers(_ALLOWED)
+    program += [(jump_equal, len(allowed) - i, 0, number) for i, number in enumerate(allowed)]
+    program += [(give, 0, 0, refuse), (give, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *line) for line in program))
 
     class Program(ctypes.Structure):
@@ -168,6 +186,11 @@ def filter_system_calls() -> None:
 
     holder = Program(len(program), ctypes.addressof(code))
     _prctl(_SECCOMP, _FILTER, ctypes.addressof(holder))
+
+
+def _numbers(calls: str) -> list[int]:
+    column = 1 + ("x86_64", "aarch64").index(platform.machine())
+    return [int(call.split()[column]) for call in calls.split(",") if call.split()[column] != "-"]
 
 
 def _prctl(option: int, *values: int) -> None:

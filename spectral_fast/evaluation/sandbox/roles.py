@@ -10,6 +10,8 @@ from typing import Any
 from . import channel, values
 
 _LONGEST_DETAIL = 500
+# Those that take more than a text, and those at which a loop over map(candidate, …) would end as if all were well.
+_NOT_RAISED = (UnicodeError, StopIteration, StopAsyncIteration)
 
 
 def run_program(source: str, entry_point: str, calls: int, replies: int) -> None:
@@ -125,7 +127,7 @@ def _result(replies: int) -> dict[str, Any]:
         return result
     name, text = map(str, result["raised"])
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError):
+    if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _NOT_RAISED):
         raise kind(text)
     raise ProgramError(f"{name}: {text}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -92,29 +92,20 @@ class Sandbox:
             answer = worker.ask(first, {"helpers": program.helpers, "test": program.test}, self.limits.seconds)
         finally:
             self._free.put(worker)
-        outcome = Outcome(answer["verdict"], answer["detail"])
+        detail = answer["detail"].encode("utf-8", "backslashreplace").decode()  # it may have lone surrogates
+        outcome = Outcome(answer["verdict"], detail)
         if outcome.verdict == "error":
             raise RuntimeError(f"no verdict on a program with {program.entry_point}: {outcome.detail}")
         return outcome
 
-    def run_all(self, programs: Sequence[Program], progress: Callable[[int], object] | None = None) -> list[Outcome]:
+    def run_all(self, programs: Sequence[Program]) -> list[Outcome]:
         """Run many programs, as many at a time as there are workers; outcomes in their order.
 
         Raises:
             RuntimeError: as `run`; the programs that have not started are left out.
         """
-        outcomes = []
         with ThreadPoolExecutor(len(self._workers)) as pool:
-            pending = [pool.submit(self.run, program) for program in programs]
-            try:
-                for future in pending:
-                    outcomes.append(future.result())
-                    if progress is not None:
-                        progress(1)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        return outcomes
+            return list(pool.map(self.run, programs))
 
     def close(self) -> None:
         """End the workers; nothing of them is left."""

@@ -8,7 +8,7 @@ JSON, since decoding it runs no code.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -74,18 +74,18 @@ def _encode(v: Any, strict: bool) -> Any:
         return {"range": [_encode(part, strict) for part in (v.start, v.stop, v.step)]}
     if isinstance(v, (Fraction, Decimal)):
         return {"Fraction" if isinstance(v, Fraction) else "Decimal": str(v)}
-    if isinstance(v, _ITERATED):
+    if isinstance(v, (Iterator, KeysView, ValuesView, ItemsView)):
         return {"iterator": [_encode(item, strict) for item in v]}
     if type(v).__module__ == "numpy" and getattr(v, "ndim", None) == 0:
         return _encode(v.item(), strict)
+    if isinstance(v, Opaque):  # it comes from a program, and goes back to it
+        return {"opaque": v.kind}
     if strict:
         raise TypeError(f"a {type(v).__name__} cannot be passed to a program in the sandbox, only plain values can")
     return {"opaque": type(v).__name__}
 
 
 _COLLECTIONS: tuple[Any, ...] = (tuple, set, frozenset)
-_NONE: dict[str, Any] = {}
-_ITERATED: Any = (Iterator, type(_NONE.keys()), type(_NONE.values()), type(_NONE.items()))
 
 _DECODERS: Mapping[str, Any] = {
     "int": lambda text: int(text, 16),

@@ -129,8 +129,8 @@ def _libraries() -> list[str]:
 def _hidden() -> list[str]:
     """Installed packages among them: one of them may well be the data set with its solutions."""
     prefix = Path(sys.base_prefix).resolve()
-    folders = {path.resolve() for lib in (prefix / "lib", Path("/usr/lib")) for path in lib.glob("python3*/*-packages")}
-    return sorted(str(folder) for folder in folders)
+    places = [root / lib for root in (prefix, Path("/usr")) for lib in ("lib", "lib64")]
+    return sorted({str(path.resolve()) for place in places for path in place.glob("python3*/*-packages")})
 
 
 def _package_folders() -> list[Path]:

@@ -43,6 +43,7 @@ def main() -> None:
     gc.freeze()  # a collection would copy every page that it looks at
     while _more():
         channel.send(ANSWERS, _judged(way, view))
+    _remove(Path(view.work))
 
 
 def _judged(way: str, view: View) -> bytes:
@@ -64,6 +65,14 @@ def _more() -> bool:
     poll.register(REQUESTS, select.POLLIN)
     [(_, event)] = poll.poll()
     return bool(event & select.POLLIN)
+
+
+def _remove(work: Path) -> None:
+    """Take away the worker's directory: an evaluator that was killed will not."""
+    for link in (work / "packages").iterdir():
+        link.unlink()
+    for folder in (work / "packages", work / "scratch", work):
+        folder.rmdir()
 
 
 def _answer(**content: Any) -> None:
