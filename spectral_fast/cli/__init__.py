@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("SPECTRAL_FAST_DEBUG"):
             raise
         print(f"spectral-fast {args.command}: error: {error}", file=sys.stderr)
