@@ -15,9 +15,9 @@ from spectral_fast.report import spectra_picture
 from spectral_fast.report.page import document, figure, table
 from spectral_fast.sensitivity import RECORD, Sensitivity
 from spectral_fast.sweep.analysis import Outcome
+from spectral_fast.sweep.cells import FAILED, HEAD, cells, failure_cells
 from spectral_fast.sweep.pictures import against_controls, against_hyperparameters
 from spectral_fast.sweep.plan import Plan, Planner
-from spectral_fast.sweep.results import FAILED, HEAD, cells, failure_cells
 from spectral_fast.sweep.tasks import read_answers
 from spectral_fast.sweep.work import PROBES, RUNS
 

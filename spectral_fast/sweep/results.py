@@ -13,9 +13,11 @@ from typing import Any
 
 from spectral_fast.atomic import replace_file
 from spectral_fast.sweep.analysis import Outcome, analyse, label
+from spectral_fast.sweep.cells import FAILED, HEAD, cells, failure_cells, p_text
 from spectral_fast.sweep.config import Config
 from spectral_fast.sweep.ledger import Ledger
 from spectral_fast.sweep.plan import Plan, Planner, Run
+from spectral_fast.sweep.report import write_report
 from spectral_fast.sweep.work import ADAPTER, RUNS
 
 # The columns of the method's own collector, then what it lacks.
@@ -82,8 +84,6 @@ def write_results(
         replace_file(out_dir / name, _separated(rows, delimiter))
     replace_file(out_dir / "summary_table.md", _markdown(plan, outcomes, failures, remarks))
     _note_best(plan, outcomes, out_dir)
-    from spectral_fast.sweep.report import write_report
-
     write_report(out_dir / report, plan, planner, outcomes, failures, remarks, out_dir)
     return {"out_dir": str(out_dir), "report": str(out_dir / report), **content}
 
@@ -98,7 +98,7 @@ def as_text(result: Mapping[str, Any]) -> str:
             low, high = run["comparison"]["interval"]
             line += f"   {run['comparison']['difference']:+7.2%} ({low:+.2%} to {high:+.2%})"
         if run["p_holm"] is not None:
-            line += f"   {_p(run['p_holm']):<7}   {run['verdict']}"
+            line += f"   {p_text(run['p_holm']):<7}   {run['verdict']}"
         lines.append(line)
     lines += [f"failed: {run['label']} ({run['where']}): {run['error']}" for run in result["failures"]]
     return "\n".join([*lines, f"report: {result['report']}"])
@@ -210,40 +210,6 @@ def _markdown(
     if failures:
         parts += ["# Failed", _table(FAILED, [failure_cells(failure) for failure in failures])]
     return "\n\n".join([*parts, *remarks]) + "\n"
-
-
-FAILED = ["run", "configuration", "error"]
-HEAD = ["run", "score", "standard error", "difference (points)", "95 % interval", "p", "p (Holm)", "random controls"]
-HEAD += ["verdict", "task", "adapter"]
-
-
-def cells(outcome: Outcome) -> list[str]:
-    """An outcome as the cells of a table, under `HEAD`."""
-    config, c, y = outcome.run.config, outcome.comparison, outcome.yardstick
-    numbers = ["–"] * 3
-    if c is not None:
-        low, high = c.interval
-        numbers = [f"{100 * c.difference:+.2f}", f"{100 * low:+.2f} to {100 * high:+.2f}", _p(c.p_value)]
-    return [
-        outcome.label,
-        f"{outcome.score:.2%}",
-        f"{outcome.standard_error:.2%}",
-        *numbers,
-        "–" if outcome.p_holm is None else _p(outcome.p_holm),
-        "–" if y is None else f"{100 * y.differences[0]:+.2f} to {100 * y.differences[-1]:+.2f}",
-        outcome.verdict or ("random control" if outcome.run.role == "control" else "–"),
-        f"{config.task}, {config.metric}",
-        config.label,
-    ]
-
-
-def failure_cells(failure: Mapping[str, str]) -> list[str]:
-    """A failure as the cells of a table, under `FAILED`."""
-    return [failure["label"], failure["where"], failure["error"]]
-
-
-def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
