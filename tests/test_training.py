@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftConfig
 from safetensors.torch import load_file
 
@@ -25,8 +24,6 @@ from spectral_fast.calibration.model import ModelOptions, load_tokenizer
 from spectral_fast.cli import main
 from spectral_fast.training import callbacks, load, train
 from spectral_fast.training.callbacks import BatchTimeCallback, SystemMonitor
-from spectral_fast.training.data import load_split
-from spectral_fast.training.options import DataArguments
 
 BASE = str(embedded.base_model_dir())
 WORDS = ["--max_steps", "4", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--logging_steps", "2"]
@@ -113,6 +110,12 @@ def test_a_resumed_run_ends_with_the_same_weights(trained: Path, tmp_path: Path)
         got, wanted = weights(begun), weights(trained)
         assert all(torch.equal(got[key], wanted[key]) for key in wanted)
         shutil.rmtree(begun / "checkpoint-4")
+    with pytest.raises(
+        ValueError, match=r"checkpoint-2 has target_modules = \['down_proj', 'q_proj'\], this run \['q_"
+    ):
+        run(begun, *words, str(trained / "checkpoint-2"), lora_target_modules=["q_proj", "up_proj"])
+    with pytest.raises(ValueError, match="checkpoint-2 holds an adapter, and use_peft is off"):
+        run(begun, *words, str(trained / "checkpoint-2"), use_peft=False)
     log = (begun / "run.log").read_text()
     assert log.count("trainable_parameters") == 3
     assert (log.count('step 2: {"loss"'), log.count('step 4: {"loss"')) == (1, 3)  # nothing was done again
@@ -128,6 +131,10 @@ def test_an_earlier_run_is_replaced_only_if_that_is_asked_for(trained: Path, tmp
     (out / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"checkpoint-2 is there from an earlier run: --overwrite it"):
         run(out)
+    with pytest.raises(ValueError, match=r"the training diverged: .* is not finite after step 6; lower learning_rate"):
+        run(out, "--max_steps", "6", "--learning_rate", "1e30", overwrite=True, lora_target_modules=["all-linear"])
+    assert not (out / "final_checkpoint").exists()  # neither of this run nor of the one before
+    assert not (out / "system_monitoring").exists()
     run(out, "--max_steps", "1", overwrite=True)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
     assert (out / "notes.txt").read_text() == "mine"
@@ -136,10 +143,14 @@ def test_an_earlier_run_is_replaced_only_if_that_is_asked_for(trained: Path, tmp
         run(out, overwrite=True)
 
 
-def test_several_gpus_are_refused(tmp_path: Path) -> None:
+def test_several_gpus_and_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(None, FLAGS, ["--output_dir", str(tmp_path / "run")])
     settings.training._n_gpu = 2
     with pytest.raises(RuntimeError, match="works on one GPU, and 2 are seen: CUDA_VISIBLE_DEVICES=0"):
+        train(settings)
+    settings.training._n_gpu = 0
+    monkeypatch.setattr(type(settings.training), "world_size", 2)
+    with pytest.raises(RuntimeError, match="one process, and 2 were started"):
         train(settings)
 
 
@@ -156,6 +167,9 @@ def test_nothing_is_written_before_the_inputs_are_known_to_be_right(tmp_path: Pa
     with pytest.raises(ValueError, match="nowhere_proj"):
         run(out, lora_target_modules=["nowhere_proj"])
     assert not out.exists()
+    out.write_text("mine")
+    with pytest.raises(NotADirectoryError, match="output_dir must be a folder"):
+        run(out)
 
 
 @pytest.mark.parametrize(("name", "vectors"), [("use_rslora", 0), ("use_dora", 8)])
@@ -220,56 +234,8 @@ def test_ranks_follow_a_sensitivity_file(tmp_path: Path) -> None:
 
 
 def save(rows: list[dict[str, Any]], file: Path) -> str:
-    if file.suffix == ".parquet":
-        Dataset.from_list(rows).to_parquet(str(file))
-    else:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
-
-
-def split(source: str, limit: int | None = None, **options: Any) -> list[dict[str, Any]]:
-    return list(load_split(source, "train", limit, DataArguments(**options), "text", None))
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-@pytest.mark.parametrize(
-    ("row", "form"),
-    [
-        ({"text": "a", "id": 1}, {"text": "a"}),
-        ({"prompt": "a", "completion": "b", "text": "c"}, {"prompt": "a", "completion": "b"}),
-        ({"question": "a", "answer": 3}, {"prompt": "Question: a\nAnswer:", "completion": " 3"}),
-        ({"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": "user", "content": "a"}]}),
-    ],
-)
-def test_every_form_of_data_is_known_by_its_columns(
-    tmp_path: Path, suffix: str, row: dict[str, Any], form: dict[str, Any]
-) -> None:
-    file = save([row, row, row], tmp_path / f"train{suffix}")
-    assert split(file, 2) == [form, form]
-    assert split(str(tmp_path)) == [form, form, form]  # a folder, by the name of the split
-
-
-def test_data_that_cannot_be_trained_on_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has columns a, b; want messages; prompt and completion; text; question"):
-        split(save([{"a": 1, "b": 2}], tmp_path / "columns.jsonl"))
-    with pytest.raises(ValueError, match=r"row 1 has no answer"):
-        split(save([{"question": "a", "answer": "b"}, {"question": "a"}], tmp_path / "hole.jsonl"))
-    assert split(save([{"q": "a", "r": "b"}], tmp_path / "named.jsonl"), question_column="q", answer_column="r")
-    (tmp_path / "broken.jsonl").write_text('{"text": ')
-    with pytest.raises(ValueError, match=r"broken\.jsonl cannot be read as \.jsonl"):
-        split(str(tmp_path / "broken.jsonl"))
-
-
-def test_a_data_set_of_the_hub_without_a_network_is_an_error_of_the_environment(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
-    for name in ("gsm8k", "someone/something"):
-        with pytest.raises(RuntimeError, match=f"{name} is neither a file or folder here nor to be had.*no route"):
-            split(name)
 
 
 def rows_of_the_trainer(monkeypatch: pytest.MonkeyPatch, out: Path, *words: str, **flags: Any) -> list[Any]:
@@ -311,6 +277,23 @@ def test_messages_go_through_a_chat_template_from_a_file(tmp_path: Path, monkeyp
     got = rows_of_the_trainer(monkeypatch, tmp_path / "run", *words, train_dataset_path=file)
     tokenizer = load_tokenizer(BASE, ModelOptions())
     assert tokenizer.decode(got[0]["input_ids"]) == "user: 1+1<eos>assistant: 2<eos>"
+    assert got[0]["labels"] == got[0]["input_ids"]
+
+
+def test_prompts_of_messages_and_their_tools_reach_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [{"role": "user", "content": "1+1"}], [{"role": "assistant", "content": "2"}]
+    row = {"prompt": turns[0], "completion": turns[1], "tools": '[{"name": "add"}]'}
+    file = save([row] * 4, tmp_path / "train.jsonl")
+    with pytest.raises(ValueError, match=r"has messages, and .* no chat template: give chat_template_path"):
+        run(tmp_path / "run", train_dataset_path=file)
+    (tmp_path / "chat.jinja").write_text("{{ tools[0]['name'] + ': ' }}" + TEMPLATE)
+    words = ["--chat_template_path", str(tmp_path / "chat.jinja")]
+    got = rows_of_the_trainer(monkeypatch, tmp_path / "run", *words, train_dataset_path=file)
+    tokenizer = load_tokenizer(BASE, ModelOptions())
+    assert tokenizer.decode(got[0]["input_ids"]) == "add: user: 1+1<eos>assistant: 2<eos>"
+    assert tokenizer.decode([label for label in got[0]["labels"] if label != -100]) == "2<eos>"
 
 
 def test_packed_rows_are_trained_on(tmp_path: Path) -> None:

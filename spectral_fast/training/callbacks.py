@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback
 
+from spectral_fast.training.folder import MONITORING
+
 WINDOW, EVERY = 100, 50
 
 
@@ -72,7 +74,7 @@ class SystemMonitor:
     """
 
     def __init__(self, output_dir: Path, interval: float = 1.0) -> None:
-        self.file, self.interval = output_dir / "system_monitoring" / "usage.jsonl", interval
+        self.file, self.interval = output_dir / MONITORING / "usage.jsonl", interval
 
     def __enter__(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,9 @@ def load_split(
     """A `datasets.Dataset` in one of TRL's forms.
 
     The form follows from the columns, in this order: `messages`; `prompt` and `completion`; the text field; question
-    and answer, which become the prompt "Question: {q}", newline, "Answer:" and its completion, as in calibration.
+    and answer, which become the prompt "Question: {q}", newline, "Answer:" and its completion, as in calibration (but
+    after the tokenizer's beginning-of-sequence token, where it has one). Labels are the completion, or all of a text
+    and of messages. Prompts and completions may be messages, too; a column `tools` goes with messages.
 
     Args:
         source: a .parquet or .jsonl file, a folder with {split}.parquet or {split}.jsonl, "gsm8k", or a hub name.
@@ -31,7 +33,8 @@ def load_split(
     Raises:
         FileNotFoundError: there is no such file.
         RuntimeError: it is to be had from the hub only, which cannot be reached.
-        ValueError: it is broken or empty, its columns are none of these forms, or a row lacks one of them.
+        ValueError: it is broken or empty, its columns are none of these forms, or a row lacks one of them or has
+            something else there.
     """
     data = _load(source, split, options.dataset_config, cache_dir)
     if limit is not None:
@@ -44,12 +47,20 @@ def load_split(
     if columns is None:
         wanted = "; ".join(" and ".join(form) for form in forms)
         raise ValueError(f"{source} ({split}) has columns {', '.join(data.column_names)}; want {wanted}")
+    kinds = {"messages": (list,), "prompt": (str, list), "completion": (str, list), text_field: (str,)}
     for column in columns:
-        empty = next((i for i, value in enumerate(data[column]) if value is None), None)
-        if empty is not None:
-            raise ValueError(f"{source} ({split}), row {empty} has no {column}")
-    data = data.select_columns(list(columns))
-    return data.map(_prompted, fn_kwargs={"columns": columns}, remove_columns=columns) if columns == forms[-1] else data
+        kind = object if columns == question_answer else kinds[column]
+        for i, value in enumerate(data[column]):
+            if value is None:
+                raise ValueError(f"{source} ({split}), row {i} has no {column}")
+            if not isinstance(value, kind):
+                wanted = "a list of messages" if column == "messages" else "text"
+                raise ValueError(f"{source} ({split}), row {i}: {column} must be {wanted}; got {value!r:.60}")
+    tools = {"tools"} & set(data.column_names) if columns in forms[:2] else set()
+    data = data.select_columns([*columns, *tools])
+    if columns != question_answer:
+        return data
+    return data.map(_prompted, fn_kwargs={"columns": columns}, remove_columns=columns)
 
 
 def _prompted(row: dict[str, Any], columns: tuple[str, str]) -> dict[str, str]:
@@ -67,8 +78,9 @@ def _load(source: str, split: str, config: str | None, cache_dir: str | None) ->
         file = data_file(source, split)
         try:
             return load_dataset(_READERS[file.suffix], data_files=str(file), split="train", cache_dir=cache_dir)
-        except DatasetGenerationError as error:
-            raise ValueError(f"{file} cannot be read as {file.suffix}: {error.__cause__ or error}") from error
+        except (DatasetGenerationError, StopIteration, ValueError) as error:  # the latter two where it is empty
+            why = str(error.__cause__ or error) or "it is empty"
+            raise ValueError(f"{file} cannot be read as {file.suffix}: {why}") from error
     name, config = ("openai/gsm8k", "main") if source == GSM8K else (source, config)
     try:
         return load_dataset(name, config, split=split, cache_dir=cache_dir)

@@ -15,10 +15,11 @@ from typing import Any
 from spectral_fast.atomic import replace_file
 from spectral_fast.training.settings import Settings
 
-PARAMETERS, FINAL = "training_params.json", "final_checkpoint"
+PARAMETERS, FINAL, MONITORING = "training_params.json", "final_checkpoint", "system_monitoring"
 _LAST_WRITTEN = "trainer_state.json"  # without it a checkpoint is what a killed run left of one
 # What must not differ between a checkpoint and the run that goes on with it.
-_SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
+_RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+_SAME = (*_RANKS, "use_dora", "use_rslora", "target_modules", "modules_to_save")
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ class RunFolder:
         Raises:
             FileExistsError: it holds an earlier run, which is neither resumed nor to be replaced, or something else.
             FileNotFoundError: the checkpoint to resume from is not there.
+            NotADirectoryError: it is a file.
         """
         path, wanted = Path(settings.training.output_dir), settings.training.resume_from_checkpoint
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"output_dir must be a folder, or nothing yet; {path} is a file")
         if wanted is not None and wanted.lower() != "false":
             return cls(path, _checkpoint(path, wanted))
         occupied = [*_checkpoints(path), *(path / name for name in (FINAL, PARAMETERS))]
@@ -56,28 +60,37 @@ class RunFolder:
         return cls(path, None)
 
     def check(self, config: Any) -> None:
-        """Refuse to go on with an adapter of other ranks.
+        """Refuse to go on with another adapter.
+
+        Args:
+            config: PEFT's, with the modules that the model has for it; None for a whole model.
 
         Raises:
-            ValueError: naming what differs from PEFT's `config`.
+            ValueError: naming what differs.
         """
         from peft import PeftConfig
 
-        if self.checkpoint is None or config is None:
+        if self.checkpoint is None:
+            return
+        adapter = (self.checkpoint / "adapter_config.json").is_file()
+        if adapter != (config is not None):
+            held, peft = ("an adapter", "off") if adapter else ("a whole model", "on")
+            raise ValueError(f"{self.checkpoint} holds {held}, and use_peft is {peft}; give the same")
+        if config is None:
             return
         old = PeftConfig.from_pretrained(str(self.checkpoint))
         for name in _SAME:
             before, now = getattr(old, name, None), getattr(config, name)
             if before != now:
-                raise ValueError(
-                    f"{self.checkpoint} has {name} = {str(before)[:80]}, this run {str(now)[:80]}; give the same"
-                )
+                told = [str(sorted(value) if isinstance(value, set) else value)[:80] for value in (before, now)]
+                raise ValueError(f"{self.checkpoint} has {name} = {told[0]}, this run {told[1]}; give the same")
 
     def begin(self, settings: Settings) -> None:
-        """Delete the checkpoints of a run that is replaced, and write the settings."""
-        if self.checkpoint is None:
-            for old in _checkpoints(self.path):
-                shutil.rmtree(old)
+        """Delete what a run that is replaced has left, and write the settings."""
+        if self.checkpoint is None and (self.path / PARAMETERS).is_file():
+            for old in (*_checkpoints(self.path), self.path / FINAL, self.path / MONITORING):
+                if old.exists():
+                    shutil.rmtree(old)
         self.path.mkdir(parents=True, exist_ok=True)
         content = {
             "loramodel_args": asdict(settings.model),

@@ -32,7 +32,8 @@ def train(
 
     Args:
         settings: see `settings.load`.
-        overwrite: replace what an earlier run left in `output_dir`; its checkpoints are deleted.
+        overwrite: replace what an earlier run left in `output_dir`; its checkpoints, the final one and its monitor's
+            file are deleted when this one begins.
         progress: called with a description and the number of steps; a context that gives a function to be told how
             many more are done.
 
@@ -41,19 +42,23 @@ def train(
         eval_loss without held-out data, no rank_pattern without an adapter.
 
     Raises:
-        RuntimeError: several GPUs are in sight.
-        FileExistsError, FileNotFoundError: as `RunFolder.of`.
+        RuntimeError: several processes were started, or several GPUs are in sight.
+        ValueError: the weights are no longer finite at the end; no final checkpoint is written then.
+        FileExistsError, FileNotFoundError, NotADirectoryError: as `RunFolder.of`.
         FileNotFoundError, RuntimeError, ValueError: as `load_split`, `load_model`, `lora_config` and `quantization`.
     """
     model = settings.model
     if settings.training.n_gpu > 1:
         raise RuntimeError(f"training works on one GPU, and {settings.training.n_gpu} are seen: CUDA_VISIBLE_DEVICES=0")
+    if settings.training.world_size > 1:
+        raise RuntimeError(
+            f"training is one process, and {settings.training.world_size} were started: leave out the launcher"
+        )
     quantized = quantization(model)
     folder = RunFolder.of(settings, overwrite)
     tokenizer = load_tokenizer(model.name, model.loading())
     rows, held_out = _data(settings, tokenizer)
     config = lora_config(model, settings.ranks)
-    folder.check(config)
     how = {"attn_implementation": model.attn_implementation, "quantization_config": quantized}
     base = load_model(model.name, model.loading(), **{k: v for k, v in how.items() if v is not None})
     keep_differentiable(base, always=True)
@@ -71,6 +76,7 @@ def train(
         processing_class=tokenizer,
         peft_config=config,
     )
+    folder.check(config)  # in which PEFT has put the modules that "all-linear" means
     trainer.remove_callback(PrinterCallback)
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     ranks = {} if config is None else {"rank_pattern": config.rank_pattern or {"": config.r}}
@@ -85,6 +91,7 @@ def train(
         began = time.perf_counter()
         done = trainer.train(resume_from_checkpoint=folder.checkpoint and str(folder.checkpoint))
         seconds = time.perf_counter() - began
+        _check_finite(trainer)
         measured = {} if held_out is None else {"eval_loss": trainer.evaluate()["eval_loss"]}
         final = folder.path / FINAL
         with replace_directory(final, overwrite=True) as directory:
@@ -103,8 +110,21 @@ def train(
     }
 
 
+def _check_finite(trainer: Any) -> None:
+    """What diverged cannot be used, and the trainer's log counts losses that are not finite as zero."""
+    trained = ((name, p) for name, p in trainer.model.named_parameters() if p.requires_grad)
+    broken = next((name for name, p in trained if not p.isfinite().all()), None)
+    if broken is not None:
+        raise ValueError(
+            f"the training diverged: {broken} is not finite after step {trainer.state.global_step}; lower "
+            f"learning_rate, which was {trainer.args.learning_rate:g}"
+        )
+
+
 def _data(settings: Settings, tokenizer: Any) -> tuple[Any, Any]:
     """Rows to train on, and held-out ones or None."""
+    from trl import is_conversational
+
     data, template = settings.data, settings.training.chat_template_path
     if data.train_dataset_path is None:
         raise ValueError("no data: give train_dataset_path, in the file or as a flag")
@@ -112,7 +132,7 @@ def _data(settings: Settings, tokenizer: Any) -> tuple[Any, Any]:
         raise ValueError(f"chat_template_path {template} must end in {' or '.join(_TEMPLATES)}")
     how = (data, settings.training.dataset_text_field, settings.model.cache_dir)
     rows = load_split(data.train_dataset_path, data.train_split, data.train_samples, *how)
-    if "messages" in rows.column_names and not (tokenizer.chat_template or template):
+    if is_conversational(rows[0]) and not (tokenizer.chat_template or template):
         raise ValueError(
             f"{data.train_dataset_path} has messages, and {settings.model.name} no chat template: give "
             f"chat_template_path, a file that ends in {' or '.join(_TEMPLATES)}"
