@@ -119,6 +119,8 @@ def test_a_resumed_run_ends_with_the_same_weights(trained: Path, tmp_path: Path)
     log = (begun / "run.log").read_text()
     assert log.count("trainable_parameters") == 3
     assert (log.count('step 2: {"loss"'), log.count('step 4: {"loss"')) == (1, 3)  # nothing was done again
+    with pytest.raises(ValueError, match=r"checkpoint-4 is at step 4 of max_steps = 4: it is the end already"):
+        run(begun, *words, str(trained / "checkpoint-4"))
     with pytest.raises(FileNotFoundError, match="has no checkpoint to resume from"):
         run(tmp_path / "new", *words, "true")
     with pytest.raises(FileNotFoundError, match="is no whole checkpoint of a trainer"):

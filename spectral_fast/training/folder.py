@@ -42,12 +42,20 @@ class RunFolder:
             FileExistsError: it holds an earlier run, which is neither resumed nor to be replaced, or something else.
             FileNotFoundError: the checkpoint to resume from is not there.
             NotADirectoryError: it is a file.
+            ValueError: no step is left to go on with.
         """
         path, wanted = Path(settings.training.output_dir), settings.training.resume_from_checkpoint
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"output_dir must be a folder, or nothing yet; {path} is a file")
         if wanted is not None and wanted.lower() != "false":
-            return cls(path, _checkpoint(path, wanted))
+            checkpoint = _checkpoint(path, wanted)
+            step = json.loads((checkpoint / _LAST_WRITTEN).read_text(encoding="utf-8"))["global_step"]
+            if 0 < settings.training.max_steps <= step:  # the trainer would do one more
+                raise ValueError(
+                    f"{checkpoint} is at step {step} of max_steps = {settings.training.max_steps}: it is the end "
+                    "already; take it as it is, or raise max_steps"
+                )
+            return cls(path, checkpoint)
         occupied = [*_checkpoints(path), *(path / name for name in (FINAL, PARAMETERS))]
         existing = next((file for file in occupied if file.exists()), None)
         if existing is not None and not overwrite:
