@@ -13,12 +13,13 @@ from spectral_fast.atomic import check_out_dir, replace_directory
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.calibration.probe import CalibrationOptions, probe
 from spectral_fast.edit import edit_adapter
-from spectral_fast.evaluation.adapters import Counter, evaluate_adapters
+from spectral_fast.evaluation.adapters import evaluate_adapters
 from spectral_fast.evaluation.comparison import compare
 from spectral_fast.evaluation.engines import EngineOptions
 from spectral_fast.evaluation.evaluate import read_correct
 from spectral_fast.evaluation.profiles import EvaluationOptions
 from spectral_fast.policies import AbsSelect
+from spectral_fast.progress import Counter
 from spectral_fast.sensitivity import RECORD
 from spectral_fast.statistics import Stability
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+# What library functions take to tell of progress: a description and a total give a context with a function of counts.
+Counter = Callable[[str, int], AbstractContextManager[Callable[[int], object] | None]]
 
 
 def bar(description: str) -> Callable[[Sequence[T]], Iterable[T]]:

@@ -304,10 +304,20 @@ def test_runs_on_other_problems_are_not_compared(tmp_path: Path) -> None:
         write_metrics(baseline, edited, tmp_path, {})
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate_gsm8k(Scripted(["#### 4"]), PROBLEMS[:1], [], Profile(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    lone_surrogate = "\ud800"  # cannot be encoded
-    with pytest.raises(UnicodeEncodeError):
-        evaluate_gsm8k(Scripted([lone_surrogate]), PROBLEMS[:1], [], Profile(), tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate_gsm8k(Scripted(["#### 5"]), PROBLEMS[:1], [], Profile(), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_text_that_is_no_unicode_is_written_as_an_escape(tmp_path: Path) -> None:
+    result = evaluate_gsm8k(Scripted(["\ud800 #### 4"]), PROBLEMS[:1], [], Profile(), tmp_path)
+    [row] = [json.loads(line) for line in Path(result["predictions_path"]).read_text().splitlines()]
+    assert row["generation"] == "\ud800 #### 4"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.evaluation.engines import Engine, EngineOptions, open_engine
 from spectral_fast.evaluation.evaluate import Gsm8k, Task
 from spectral_fast.evaluation.profiles import EvaluationOptions
+from spectral_fast.progress import Counter
 from spectral_fast.provenance import versions
-
-Counter = Callable[[str, int], AbstractContextManager[Callable[[int], object] | None]]
 
 
 @dataclass(frozen=True)

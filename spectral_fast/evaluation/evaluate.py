@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from spectral_fast.atomic import replace_file
 from spectral_fast.evaluation.comparison import compare, standard_error
 from spectral_fast.evaluation.engines import Engine, Sampling
 from spectral_fast.evaluation.gsm8k import AnswerParser, Problem, build_prompts, check_golds, score, stop_strings
@@ -179,21 +179,15 @@ def read_correct(predictions_path: Path | str) -> dict[tuple[int, str | None], b
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A JSON file that appears whole or not at all."""
-    _write_lines(path, [json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)])
+    """A JSON file that appears whole or not at all, in a folder that is made if it is missing."""
+    _write(path, [json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)])
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
     """A JSON object per line, written as `write_json` does."""
-    _write_lines(path, [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows])
+    _write(path, [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows])
 
 
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write beside the file and rename, so that a reader sees the old file or the new one, whole."""
+def _write(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(path, "".join(f"{line}\n" for line in lines))

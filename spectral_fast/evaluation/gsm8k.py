@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from spectral_fast.calibration.data import prompt_and_completion
 from spectral_fast.calibration.rows import read_rows
 
 AnswerParser = Literal["strict_last", "strict_first", "harness", "exact"]
@@ -61,8 +62,9 @@ def load_problems(
 
 def build_prompts(problems: Sequence[Problem], shots: Sequence[Problem]) -> list[str]:
     """One prompt per problem: the shots with their worked answers, then the question."""
-    prefix = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
-    return [f"{prefix}Question: {problem['question']}\nAnswer:" for problem in problems]
+    worked = (prompt_and_completion(shot["question"], shot["answer"]) for shot in shots)
+    prefix = "".join(f"{prompt}{completion}\n\n" for prompt, completion in worked)
+    return [prefix + prompt for prompt, _ in (prompt_and_completion(p["question"], "") for p in problems)]
 
 
 def stop_strings(parser: AnswerParser) -> tuple[str, ...]:

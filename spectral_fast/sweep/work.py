@@ -21,13 +21,13 @@ from spectral_fast.evaluation.adapters import Run as Evaluation
 from spectral_fast.evaluation.adapters import evaluate
 from spectral_fast.evaluation.engines import Engine, EngineOptions, open_engine
 from spectral_fast.evaluation.evaluate import write_json
+from spectral_fast.progress import Counter
 from spectral_fast.provenance import versions
 from spectral_fast.sensitivity import RECORD, Sensitivity
 from spectral_fast.sweep.plan import Planner, Probe, Run
 from spectral_fast.sweep.tasks import read_scores
 
 PROBES, RUNS, ADAPTER = "probes", "runs", "adapter"
-Counter = Callable[[str, int], AbstractContextManager[Callable[[int], object] | None]]
 OpenEngine = Callable[[str, ModelOptions, EngineOptions, Sequence[Path]], Engine]
 
 

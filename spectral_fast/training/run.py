@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 from spectral_fast.atomic import replace_directory
 from spectral_fast.calibration.model import load_model, load_tokenizer
 from spectral_fast.calibration.quantised import keep_differentiable
+from spectral_fast.progress import Counter
 from spectral_fast.provenance import versions
 from spectral_fast.training.adapter import lora_config, quantization
 from spectral_fast.training.data import load_split
 from spectral_fast.training.folder import FINAL, RunFolder
 from spectral_fast.training.settings import Settings
 
-Counter = Callable[[str, int], AbstractContextManager[Callable[[int], object] | None]]
 _TEMPLATES = (".jinja", ".j2")  # TRL takes other files for tokenizers
 
 
