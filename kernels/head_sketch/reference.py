@@ -1,0 +1,31 @@
+"""The two passes by their definitions; sums in float32, or in float64 where the input is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_logits(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A full logsumexp and a stable sort of every row: equal logits stay in the order of their ids."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    values, ids = wide.sort(dim=1, descending=True, stable=True)
+    values, ids = values[:, :top_k].contiguous(), ids[:, :top_k].contiguous()
+    gold = wide.gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(labels < 0, -torch.inf)
+    ignored = labels == -100
+    return (
+        wide.logsumexp(1).masked_fill(ignored, 0),
+        gold.masked_fill(ignored, 0),
+        values.masked_fill(ignored[:, None], 0),
+        ids.masked_fill(ignored[:, None], 0),
+    )
+
+
+def tensor_sketch(hidden: Tensor, errors: Tensor, buckets: Tensor, bucket_h: Tensor, sign_h: Tensor, m: int) -> Tensor:
+    """Products of spectra, summed over the tokens, and one inverse transform of the sum."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    s_h = torch.zeros(len(hidden), m, dtype=wide, device=hidden.device)
+    s_h.index_add_(1, bucket_h.long(), hidden.to(wide) * sign_h)
+    s_e = torch.zeros_like(s_h).scatter_add_(1, buckets.long(), errors.to(wide))
+    z: Tensor = torch.fft.irfft((torch.fft.rfft(s_h) * torch.fft.rfft(s_e)).sum(0), n=m)
+    return z
