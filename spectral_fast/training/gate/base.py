@@ -47,7 +47,8 @@ class Gate(ABC):
         Args:
             loss: its mean over the tokens.
             hidden: what enters the output embedding, (batch, tokens, d_hidden).
-            logits: what leaves it, (batch, tokens, vocab_size).
+            logits: what leaves it, (batch, tokens, vocab_size); or, where logits are not formed, its weight
+                (vocab_size, d_hidden).
             labels: (batch, tokens), -100 where there is none.
             mean: of a small tensor over the ranks.
         """

@@ -190,9 +190,12 @@ class HeadGradientGate(Gate):
 
     def decide(self, loss: float, hidden: Tensor, logits: Tensor, labels: Tensor, mean: Mean = alone) -> bool:  # noqa: ARG002
         """By novelty; the mean of the ranks' sketches is scaled to length 1."""
-        z = self.embed(hidden, logits, labels)
+        z = self._embedded(hidden, logits, labels)
         self._z = z if mean is alone else unit(mean(z))
         return self.accept(self.novelty(self._z))
+
+    def _embedded(self, hidden: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        return (self.embed if logits.ndim == hidden.ndim else self.embed_from_weight)(hidden, logits, labels)
 
     def accepted(self) -> None:
         """`update` by the sketch of the last `decide`."""

@@ -69,7 +69,7 @@ class NoveltyAndLossGate(HeadGradientGate):
 
     def decide(self, loss: float, hidden: Tensor, logits: Tensor, labels: Tensor, mean: Mean = alone) -> bool:
         """By both; the novelty's draw is made in any case."""
-        z = self.embed(hidden, logits, labels)
+        z = self._embedded(hidden, logits, labels)
         together = mean(torch.cat([z.new_tensor([loss]), z]))
         self._loss, self._z = float(together[0]), z if mean is alone else unit(together[1:])
         novel = self.accept(self.novelty(self._z))
