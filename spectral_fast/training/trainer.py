@@ -236,7 +236,7 @@ class _Gated:
         file = Path(checkpoint) / STATE
         if not file.is_file():
             raise FileNotFoundError(
-                f"{checkpoint} is of a training without a gate: it has no {STATE}; leave the gate out"
+                f"{checkpoint} is of a training without a gate, it has no {STATE}: leave the gate out"
             )
         state = torch.load(file, weights_only=True)
         self.gate.load_state_dict(state["gate"])
