@@ -88,7 +88,7 @@ class FrequentDirections:
             self.basis = 1.5 * self.basis - 0.5 * (self.basis @ self.basis.mT) @ self.basis
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor, float]:
-        """p = Uᵀz, the unit vector r and ρ of z = U p + ρ r; ρ = 0 if nothing but rounding is left of z."""
+        """Coordinates p = Uᵀz, the unit vector r and ρ of z = U p + ρ r; ρ = 0 if nothing but rounding is left of z."""
         p = self.basis @ z
         rest = z - p @ self.basis
         first, again = float(rest.norm()), self.basis @ rest

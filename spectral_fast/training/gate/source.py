@@ -21,4 +21,5 @@ def head_sketch(hidden: Tensor, logits: Tensor, labels: Tensor, hashes: Hashes, 
     s_h = h.new_zeros(len(h), hashes.m).index_add_(1, hashes.bucket_h, h * hashes.sign_h)
     s_e = h.new_zeros(len(h), hashes.m).scatter_add_(1, hashes.bucket_e[ids].long(), errors * hashes.sign_e[ids])
     product = (torch.fft.rfft(s_h) * torch.fft.rfft(s_e)).sum(0)
-    return torch.fft.irfft(product, n=hashes.m)
+    z: Tensor = torch.fft.irfft(product, n=hashes.m)
+    return z
