@@ -1,0 +1,88 @@
+"""Gated training by several processes: one decision for all, and the gradient of one process with as many rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gated_tools import SIZES, Scripted, rows, trainer, weights
+
+from spectral_fast.training import HeadGradientGate
+from spectral_fast.training.gate import Gate, LossFloorGate
+
+RANKS = 2
+CASES: dict[str, dict[str, Any]] = {
+    "the last of a window rejected": {"gradient_accumulation_steps": 2},
+    "whole windows rejected": {"gradient_accumulation_steps": 1},
+    "ranks that disagree": {"gradient_accumulation_steps": 2},
+    "by loss": {"gradient_accumulation_steps": 2},
+    "by novelty": {"gradient_accumulation_steps": 2, "max_steps": 8},
+}
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import test_gated_ranks as tests
+tests.work(Path(sys.argv[1]))
+"""
+
+
+def gate(case: str, rank: int) -> Gate:
+    if case == "by loss":
+        return LossFloorGate(0.5, burn_in=1)
+    if case == "by novelty":
+        return HeadGradientGate(**SIZES, target_novelty=0.5, burn_in=2)
+    if case == "ranks that disagree" and rank > 0:
+        return Scripted("nyny")
+    return Scripted("ynyn" if case != "whole windows rejected" else "nny")
+
+
+def train(case: str, out: Path, rank: int, size: int) -> dict[str, Any]:
+    """The rows of a step are the same, whether one process has four of them or two have two."""
+    how = {"per_device_train_batch_size": 4 // size, "train_sampling_strategy": "sequential", **CASES[case]}
+    made = trainer(out / case, gate(case, rank), rows(32), **how)
+    made.train()
+    return {"weights": weights(made), "history": vars(made.history), "rate": made.lr_scheduler.get_last_lr()}
+
+
+def work(out: Path) -> None:
+    rank = int(os.environ["RANK"])
+    torch.save({case: train(case, out, rank, RANKS) for case in CASES}, out / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    out = tmp_path_factory.mktemp("ranks")
+    (out / "script.py").write_text(SCRIPT)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [*run, str(out / "script.py"), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_have_the_same_weights_and_took_the_same_decisions(by_ranks: list[Any], case: str) -> None:
+    first, second = (results[case] for results in by_ranks)
+    assert first["history"] == second["history"]
+    assert all(torch.equal(a, second["weights"][name]) for name, a in first["weights"].items())
+    assert 0 < sum(first["history"]["accepts"]) < len(first["history"]["accepts"])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "by novelty"])
+def test_ranks_train_as_one_process_with_all_their_rows(by_ranks: list[Any], case: str, tmp_path: Path) -> None:
+    got, wanted = by_ranks[0][case], train(case, tmp_path, 0, 1)
+    assert got["history"]["accepts"] == wanted["history"]["accepts"]
+    assert got["history"]["optimizer_steps"] == wanted["history"]["optimizer_steps"]
+    assert got["history"]["losses"] == pytest.approx(wanted["history"]["losses"], rel=1e-5)
+    assert got["rate"] == wanted["rate"]
+    for name, value in wanted["weights"].items():
+        torch.testing.assert_close(got["weights"][name], value, rtol=1e-3, atol=1e-4)
