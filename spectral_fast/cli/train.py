@@ -15,7 +15,7 @@ from spectral_fast.progress import counter
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.training.settings import SECTIONS
+    from spectral_fast.training.settings import PREFIXES, SECTIONS
 
     parser = add_command(
         commands,
@@ -28,18 +28,19 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="YAML of flags' names; flags win, --no_NAME for false")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in output_dir")
     for name, cls in SECTIONS.items():
-        group = parser.add_argument_group(name)
-        add_flags(group, cls)
-        _add_opposites(group, cls)
+        group, prefix = parser.add_argument_group(name), PREFIXES.get(name, "")
+        add_flags(group, cls, prefix=prefix)
+        _add_opposites(group, cls, prefix)
     return parser
 
 
-def _add_opposites(group: Any, cls: Any) -> None:
+def _add_opposites(group: Any, cls: Any, prefix: str) -> None:
     """Flags that put a boolean back to its default, which the file has changed."""
     for f in fields(cls):
         if isinstance(f.default, bool):
-            opposite, action = (f"--{f.name}", "store_true") if f.default else (f"--no_{f.name}", "store_false")
-            group.add_argument(opposite, dest=f.name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            name = prefix + f.name
+            opposite, action = (f"--{name}", "store_true") if f.default else (f"--no_{name}", "store_false")
+            group.add_argument(opposite, dest=name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -55,6 +56,12 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"trained {result['trainable_parameters']:,} parameters for {result['steps']} steps, {loss}",
         f"-> {result['final_checkpoint']}",
     ]
+    if "gate" in result:
+        lines.insert(
+            1,
+            "the gate accepted {accepted_steps} of {total_steps} micro-batches ({acceptance_rate:.1%}), which made "
+            "{optimizer_steps} steps of the optimizer".format(**result["gate"]),
+        )
     if settings.model.use_peft:
         lines.append(
             f"next: spectral-fast eval --base_model {settings.model.name} --lora_dir {result['final_checkpoint']}"

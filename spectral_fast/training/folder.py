@@ -16,6 +16,8 @@ from spectral_fast.atomic import replace_file
 from spectral_fast.training.settings import Settings
 
 PARAMETERS, FINAL, MONITORING = "training_params.json", "final_checkpoint", "system_monitoring"
+LOG_HISTORY, GATE_METRICS = "log_history.json", "gate_metrics.json"
+GATE_STATE = "gate.pt"  # in a checkpoint
 _LAST_WRITTEN = "trainer_state.json"  # without it a checkpoint is what a killed run left of one
 # What must not differ between a checkpoint and the run that goes on with it.
 _RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -54,6 +56,12 @@ class RunFolder:
                 raise ValueError(
                     f"{checkpoint} is at step {step} of max_steps = {settings.training.max_steps}: it is the end "
                     "already; take it as it is, or raise max_steps"
+                )
+            gated = (checkpoint / GATE_STATE).is_file()
+            if gated != settings.slora.enable:
+                held, now = ("a", "off") if gated else ("no", "on")
+                raise ValueError(
+                    f"{checkpoint} is of a training with {held} gate, and slora_enable is {now}; give the same"
                 )
             return cls(path, checkpoint)
         occupied = [*_checkpoints(path), *(path / name for name in (FINAL, PARAMETERS))]
@@ -99,14 +107,21 @@ class RunFolder:
             for old in (*_checkpoints(self.path), self.path / FINAL, self.path / MONITORING):
                 if old.exists():
                     shutil.rmtree(old)
+            for name in (LOG_HISTORY, GATE_METRICS):
+                (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         content = {
             "loramodel_args": asdict(settings.model),
             "training_args": settings.training.to_dict(),  # without the user's tokens
             "data_args": {**asdict(settings.data), "log_file_path": str(self._log_file(settings))},
             "rank_assignment_args": asdict(settings.ranks),
+            **({"gate_args": asdict(settings.slora)} if settings.slora.enable else {}),
         }
         replace_file(self.path / PARAMETERS, json.dumps(content, indent=4) + "\n")
+
+    def end(self, entries: list[dict[str, Any]]) -> None:
+        """Write what the trainer has logged, since before a resumption, too."""
+        replace_file(self.path / LOG_HISTORY, json.dumps(entries) + "\n")
 
     @contextmanager
     def log(self, settings: Settings) -> Iterator[logging.Logger]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from spectral_fast.calibration.model import DTYPES, ModelOptions
 from spectral_fast.options import check, option
+from spectral_fast.training.gate import KINDS, Gate, open_gate
+from spectral_fast.training.gate.frequent_directions import MODES
+from spectral_fast.training.gate.head_gradient import SOURCE
 
 ALL_LINEAR = "all-linear"  # PEFT's name
 
@@ -103,3 +106,40 @@ class LoggingArguments:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+@dataclass(frozen=True)
+class GateArguments:
+    """A gate before the backward pass: which micro-batches are learned from. As flags, all begin with slora_."""
+
+    enable: bool = option(False, "ask a gate before each backward pass")
+    gate: str = option("novelty", "what it looks at; random is a control", choices=KINDS)
+    target_novelty: float = option(0.3, "share of micro-batches to accept, by any gate", positive=True, high=1.0)
+    burn_in: int = option(2000, "micro-batches that are all accepted at first", low=0)
+    seed: int = option(0, "seed of the gate's hashes and draws")
+    m: int = option(512, "length of a gradient's sketch", low=1)
+    k: int = option(64, "most directions that are remembered", low=1)
+    target_novelty_scaler: float = option(10.0, "how sharply novelty decides", positive=True)
+    novelty_ema_rate: float = option(0.01, "step of the threshold on novelty", low=0.0)
+    reorth_every: int = option(128, "updates after which the directions' rounding errors are taken off", low=1)
+    k_topk: int = option(64, "largest logits of a token that its error is made of", low=1)
+    fd_mode: str | None = option(
+        None, "Frequent Directions (liberty, the default), or the original's without weights", choices=MODES
+    )
+    compat: str | None = option(None, "source for all choices of the original", choices=(SOURCE,))
+    max_optimizer_steps: int | None = option(
+        None,
+        "optimizer steps to end after, and over which the learning rate's schedule goes (default: max_steps)",
+        low=1,
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.k > self.m:
+            raise ValueError(f"there are at most m directions: k must be <= m = {self.m}; got {self.k}")
+
+    def open(self, d_hidden: int, vocab_size: int) -> Gate:
+        """The gate for an output embedding of these sizes."""
+        given = asdict(self)
+        kind, _, _ = given.pop("gate"), given.pop("enable"), given.pop("max_optimizer_steps")
+        return open_gate(kind, d_hidden, vocab_size, **given)

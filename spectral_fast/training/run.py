@@ -16,6 +16,7 @@ from spectral_fast.provenance import versions
 from spectral_fast.training.adapter import lora_config, quantization
 from spectral_fast.training.data import load_split
 from spectral_fast.training.folder import FINAL, RunFolder
+from spectral_fast.training.options import GateArguments
 from spectral_fast.training.settings import Settings
 
 _TEMPLATES = (".jinja", ".j2")  # TRL takes other files for tokenizers
@@ -27,7 +28,8 @@ def train(
     """Train as the settings say, by TRL's SFTTrainer.
 
     Writes, in `output_dir`: training_params.json, {run_name}.log, checkpoints as asked for, and at the end
-    final_checkpoint/, an adapter as PEFT has it (a whole model without `use_peft`) with its tokenizer.
+    final_checkpoint/, an adapter as PEFT has it (a whole model without `use_peft`) with its tokenizer, and
+    log_history.json, all that the trainer logged. With a gate also gate_metrics.json: what it decided.
 
     Args:
         settings: see `settings.load`.
@@ -37,8 +39,9 @@ def train(
             many more are done.
 
     Returns:
-        {output_dir, final_checkpoint, steps, train_loss, eval_loss, seconds, trainable_parameters, rank_pattern}; no
-        eval_loss without held-out data, no rank_pattern without an adapter.
+        {output_dir, final_checkpoint, steps, train_loss, eval_loss, seconds, trainable_parameters, rank_pattern, gate};
+        no eval_loss without held-out data, no rank_pattern without an adapter, no gate without one. With a gate `steps`
+        counts the rejected ones, too; gate has what was accepted.
 
     Raises:
         RuntimeError: several processes were started, or several GPUs are in sight.
@@ -66,14 +69,17 @@ def train(
     from trl import SFTTrainer
 
     from spectral_fast.training.callbacks import BatchTimeCallback, LogCallback, ProgressCallback, SystemMonitor
+    from spectral_fast.training.trainer import gated
 
-    trainer = SFTTrainer(
+    gate = _gate(settings.slora, base)
+    trainer = (gated(SFTTrainer) if gate else SFTTrainer)(
         model=base,
         args=settings.training,
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=config,
+        **gate,
     )
     folder.check(config)  # in which PEFT has put the modules that "all-linear" means
     trainer.remove_callback(PrinterCallback)
@@ -96,6 +102,7 @@ def train(
         with replace_directory(final, overwrite=True) as directory:
             trainer.model.save_pretrained(directory)
             trainer.processing_class.save_pretrained(directory)
+        folder.end(trainer.state.log_history)
         log.info("done: %s", final)
     return {
         "output_dir": str(folder.path),
@@ -106,7 +113,18 @@ def train(
         "seconds": seconds,
         "trainable_parameters": parameters,
         **ranks,
+        **({"gate": trainer.history.summary()} if gate else {}),
     }
+
+
+def _gate(slora: GateArguments, base: Any) -> dict[str, Any]:
+    """What a gated trainer takes beside the rest; nothing without a gate."""
+    from spectral_fast.training.head import Head
+
+    if not slora.enable:
+        return {}
+    head = Head(base)
+    return {"gate": slora.open(head.d_hidden, head.vocab_size), "max_optimizer_steps": slora.max_optimizer_steps}
 
 
 def _check_finite(trainer: Any) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from spectral_fast.options import take
-from spectral_fast.training.options import DataArguments, LoggingArguments, LoraModelConfig
+from spectral_fast.training.options import DataArguments, GateArguments, LoggingArguments, LoraModelConfig
+from spectral_fast.training.original import LORA, in_our_words
 from spectral_fast.training.ranks import RankAssignmentConfig
 
 # Sections of the file; TRL's SFTConfig is one more.
@@ -19,8 +20,11 @@ SECTIONS: dict[str, type] = {
     "model": LoraModelConfig,
     "data": DataArguments,
     "ranks": RankAssignmentConfig,
+    "slora": GateArguments,
     "logging": LoggingArguments,
 }
+# What keys of a section begin with at the top of the file and as flags: seed is the training's.
+PREFIXES = {"slora": "slora_"}
 TRAINING = "training"
 # The model is loaded before the trainer has it: these would be without effect.
 _WITHOUT_EFFECT = ("model_init_kwargs", "disable_tqdm")
@@ -36,6 +40,7 @@ class Settings:
         training: TRL's SFTConfig.
         data: rows to train on.
         ranks: how ranks are assigned.
+        slora: the gate, if there is one.
         logging: what is recorded.
     """
 
@@ -43,6 +48,7 @@ class Settings:
     training: Any
     data: DataArguments
     ranks: RankAssignmentConfig
+    slora: GateArguments
     logging: LoggingArguments
 
     def __post_init__(self) -> None:
@@ -52,6 +58,12 @@ class Settings:
             raise ValueError("adaptive_ranks is for an adapter, and use_peft is off; leave out one of the two")
         if self.training.packing and self.training.train_sampling_strategy == "group_by_length":
             raise ValueError("group_by_length and packing exclude each other: packed rows are all of one length")
+        micro_batches = self.training.max_steps * self.training.gradient_accumulation_steps
+        if self.slora.enable and 0 < micro_batches <= self.slora.burn_in:
+            raise ValueError(
+                f"slora_burn_in = {self.slora.burn_in} micro-batches are all accepted, and max_steps gives "
+                f"{micro_batches}: the gate would never decide; lower slora_burn_in"
+            )
 
     @property
     def run_name(self) -> str:
@@ -63,7 +75,8 @@ def load(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = (
     """Settings from a file and flags, of which the flags win.
 
     Args:
-        config: YAML of keys and values, all at the top or each in its section (model, training, data, ranks, logging).
+        config: YAML of keys and values, all at the top or each in its section (model, training, data, ranks, slora,
+            logging). Keys of slora begin with slora_ at the top; in the section they need not.
         flags: those of the classes in `SECTIONS`, parsed.
         words: the rest of the command line: fields of TRL's SFTConfig as flags.
 
@@ -74,7 +87,10 @@ def load(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = (
     """
     given = {} if config is None else _read(config)
     values = {key: value for key, value in given.items() if _owners()[key] != TRAINING} | dict(flags)
-    parts: dict[str, Any] = {name: take(cls, values) for name, cls in SECTIONS.items()}
+    gate = next((key for key in values if key.startswith(PREFIXES["slora"])), None)
+    if gate is not None and "slora_enable" not in values:
+        raise ValueError(f"{gate} is for a gate, and slora_enable is not said: turn it on, or off, or leave both out")
+    parts: dict[str, Any] = {name: take(cls, values, PREFIXES.get(name, "")) for name, cls in SECTIONS.items()}
     sft = {key: value for key, value in given.items() if _owners()[key] == TRAINING}
     return Settings(training=_sft_config(sft, words), **parts)
 
@@ -96,7 +112,7 @@ def sft_config_class() -> Any:
 def _owners() -> dict[str, str]:
     """Key -> section; where a class of ours and TRL's have the same, it is ours that counts."""
     sft = {f.name: TRAINING for f in fields(sft_config_class()) if f.init and f.name not in _WITHOUT_EFFECT}
-    return sft | {f.name: section for section, cls in SECTIONS.items() for f in fields(cls)}
+    return sft | {PREFIXES.get(s, "") + f.name: s for s, cls in SECTIONS.items() for f in fields(cls)}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -108,15 +124,21 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must hold keys and values; got {type(content).__name__}")
     keys: dict[str, Any] = {}
     for key, value in content.items():
-        inside = key in (*SECTIONS, TRAINING)
+        inside = key in (*SECTIONS, TRAINING, LORA)
         if inside and not isinstance(value, dict):
             raise ValueError(f"{path}: section {key} must hold keys and values; got {value!r}")
-        for name, item in value.items() if inside else [(key, value)]:
-            owner = _owners().get(name)
+        ours, others = in_our_words(key, value) if inside else ({}, {key: value})
+        found = list(ours.items())
+        for name, item in others.items():
+            full = f"{PREFIXES.get(key, '')}{name}"
+            full = full if full in _owners() else name
+            owner = _owners().get(full)
             if owner is None:
                 raise ValueError(f"{path}: unknown key {name!r}{_meant(str(name), _owners())}")
             if inside and owner != key:
                 raise ValueError(f"{path}: {name} is a key of section {owner}, not of {key}")
+            found.append((full, item))
+        for name, item in found:
             if name in keys:
                 raise ValueError(f"{path}: {name} stands there twice, in a section and outside")
             keys[name] = item

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from spectral_fast.atomic import replace_file
+from spectral_fast.training.folder import GATE_METRICS, GATE_STATE
 from spectral_fast.training.gate import Gate, HeadGradientGate
 from spectral_fast.training.head import Head
 
-METRICS, STATE = "gate_metrics.json", "gate.pt"
 _PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -226,17 +226,17 @@ class _Gated:
         """With the gate's state, which is there before the file that makes a checkpoint whole."""
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         if self.args.should_save:
-            torch.save({"gate": self.gate.state_dict(), "history": vars(self.history)}, Path(output_dir) / STATE)
-            self.history.write(Path(self.args.output_dir) / METRICS)
+            torch.save({"gate": self.gate.state_dict(), "history": vars(self.history)}, Path(output_dir) / GATE_STATE)
+            self.history.write(Path(self.args.output_dir) / GATE_METRICS)
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is None:
             return
-        file = Path(checkpoint) / STATE
+        file = Path(checkpoint) / GATE_STATE
         if not file.is_file():
             raise FileNotFoundError(
-                f"{checkpoint} is of a training without a gate, it has no {STATE}: leave the gate out"
+                f"{checkpoint} is of a training without a gate, it has no {GATE_STATE}: leave the gate out"
             )
         state = torch.load(file, weights_only=True)
         self.gate.load_state_dict(state["gate"])
@@ -249,7 +249,7 @@ class _Gated:
 
     def _finalize_training(self: Any, *args: Any) -> Any:
         if self.args.should_save:
-            self.history.write(Path(self.args.output_dir) / METRICS)
+            self.history.write(Path(self.args.output_dir) / GATE_METRICS)
         return super()._finalize_training(*args)  # type: ignore[misc]
 
 
