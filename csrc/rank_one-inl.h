@@ -147,21 +147,23 @@ class RankOneEigen {
     double sign = 1;
     std::size_t origin = i;
     set_gaps(origin, sign);
-    if (i > 0 && at(gap / 2, sign).f < 0) {
+    double low = 0, high = i > 0 ? gap / 2 : gap, x = high;
+    Value here = at(x, sign);
+    if (i > 0 && here.f < 0) {
       sign = -1;
       origin = i - 1;
       set_gaps(origin, sign);
+      here.f = -here.f;
     }
-    double low = 0, high = i > 0 ? gap / 2 : gap, x = high;
     constexpr int kMost = 100;
     for (int step = 0; step < kMost; ++step) {
-      const Value here = at(x, sign);
       if (std::abs(here.f) <= kEpsilon * here.size) break;
       (here.f < 0 ? low : high) = x;
       const double next = i > 0 ? between(here, x, w_[origin], gap) : x * here.slope * x / (here.f + here.slope * x);
       const double tried = next > low && next < high ? next : low > 0 ? std::sqrt(low) * std::sqrt(high) : high / 1024;
       if (std::abs(tried - x) <= kEpsilon * x) break;
       x = tried;
+      here = at(x, sign);
     }
     for (std::size_t j = 0; j < ld_; j += kDoubles) store(differences_ + i * ld_ + j, (load<Vd>(gaps_ + j) - x) * sign);
     roots_[i] = d_[origin] + sign * x;
