@@ -34,6 +34,29 @@ void segment_products(const SensitivityTask& task, std::size_t segments, int thr
   parallel_for(cost, threads, [&](std::size_t t) { chosen.segment_products(task, t); });
 }
 
+void top_logits(const TopLogitsTask& task, std::size_t rows, int threads) {
+  const Kernels& chosen = kernels();
+  std::vector<double> cost;
+  for (std::size_t t = 0; t < rows; ++t)
+    cost.push_back(task.labels[t] == kIgnored ? 0.0 : 4.0 * static_cast<double>(task.vocabulary));
+  parallel_for(cost, threads, [&](std::size_t t) { chosen.top_logits(task, t); });
+}
+
+void tensor_sketch(TensorSketchTask task, float* z, int threads) {
+  const Kernels& chosen = kernels();
+  const std::size_t runs = (task.tokens + kTokensOfSketch - 1) / kTokensOfSketch;
+  std::vector<float> sums(runs * task.m);
+  task.sums = sums.data();
+  const double of_token = static_cast<double>(2 * task.features + task.width * task.m / 8);
+  parallel_for(std::vector<double>(runs, kTokensOfSketch * of_token), threads,
+               [&](std::size_t run) { chosen.tensor_sketch(task, run); });
+  for (std::size_t i = 0; i < task.m; ++i) {
+    double total = 0;
+    for (std::size_t run = 0; run < runs; ++run) total += static_cast<double>(sums[run * task.m + i]);
+    z[i] = static_cast<float>(total);
+  }
+}
+
 void jacobi_svd(const double* m, double* wt, double* s, double* vt, SvdStatus* status, std::size_t count, std::size_t r,
                 int threads) {
   const Kernels& chosen = kernels();

@@ -162,6 +162,66 @@ void segment_products(std::int64_t p, std::int64_t q, std::int64_t dtype, const 
   spectral_fast::segment_products(task, static_cast<std::size_t>(segments), threads);
 }
 
+void top_logits(std::int64_t logits, std::int64_t dtype, py::ssize_t vocabulary, const Array<std::int64_t>& labels,
+                Array<float>& logsumexp, Array<float>& gold, Array<float>& values, Array<std::int64_t>& ids,
+                int threads) {
+  expect_threads(threads);
+  const auto rows = labels.size(), top = values.ndim() == 2 ? values.shape(1) : 0;
+  expect_shape("labels", labels, {rows});
+  expect_shape("logsumexp", logsumexp, {rows});
+  expect_shape("gold", gold, {rows});
+  expect_shape("values", values, {rows, top});
+  expect_shape("ids", ids, {rows, top});
+  if (top < 1 || top > vocabulary) throw std::invalid_argument("values must have from 1 to vocabulary columns");
+  if (std::any_of(labels.data(), labels.data() + rows, [&](std::int64_t id) {
+        return id >= vocabulary || (id < 0 && id != spectral_fast::kIgnored && id != spectral_fast::kElsewhere);
+      }))
+    throw std::invalid_argument("labels must be ids below vocabulary, -1 or -100");
+  if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be from 0 to 2, got " + std::to_string(dtype));
+  const spectral_fast::TopLogitsTask task{address<const void>(logits), static_cast<DType>(dtype),
+                                          size_of(vocabulary),         size_of(top),
+                                          labels.data(),               logsumexp.mutable_data(),
+                                          gold.mutable_data(),         values.mutable_data(),
+                                          ids.mutable_data()};
+  py::gil_scoped_release release;
+  spectral_fast::top_logits(task, static_cast<std::size_t>(rows), threads);
+}
+
+void expect_buckets(const char* name, const Array<std::int32_t>& buckets, py::ssize_t m) {
+  if (std::any_of(buckets.data(), buckets.data() + buckets.size(),
+                  [m](std::int32_t bucket) { return bucket < 0 || bucket >= m; }))
+    throw std::invalid_argument(std::string(name) + " must be from 0 to m - 1");
+}
+
+void tensor_sketch(std::int64_t hidden, std::int64_t dtype, const Array<float>& errors,
+                   const Array<std::int32_t>& buckets, const Array<std::int32_t>& bucket_h, const Array<float>& sign_h,
+                   Array<float>& z, int threads) {
+  expect_threads(threads);
+  const auto tokens = errors.ndim() == 2 ? errors.shape(0) : 0, width = errors.ndim() == 2 ? errors.shape(1) : 0;
+  expect_shape("errors", errors, {tokens, width});
+  expect_shape("buckets", buckets, {tokens, width});
+  expect_shape("bucket_h", bucket_h, {bucket_h.size()});
+  expect_shape("sign_h", sign_h, {bucket_h.size()});
+  expect_shape("z", z, {z.size()});
+  expect_buckets("buckets", buckets, z.size());
+  expect_buckets("bucket_h", bucket_h, z.size());
+  if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be from 0 to 2, got " + std::to_string(dtype));
+  const spectral_fast::TensorSketchTask task{address<const void>(hidden),
+                                             static_cast<DType>(dtype),
+                                             size_of(tokens),
+                                             size_of(bucket_h.size()),
+                                             size_of(width),
+                                             size_of(z.size()),
+                                             errors.data(),
+                                             buckets.data(),
+                                             bucket_h.data(),
+                                             sign_h.data(),
+                                             nullptr};
+  float* out = z.mutable_data();
+  py::gil_scoped_release release;
+  spectral_fast::tensor_sketch(task, out, threads);
+}
+
 void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Array<double>& vt,
                 Array<std::int32_t>& status, int threads) {
   expect_threads(threads);
@@ -178,6 +238,21 @@ void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Arr
   py::gil_scoped_release release;
   spectral_fast::jacobi_svd(in, left, values, right, outcome, static_cast<std::size_t>(count),
                             static_cast<std::size_t>(r), threads);
+}
+
+double frequent_directions(const Array<double>& basis, const Array<double>& squares, const Array<double>& z,
+                           Array<double>& out, Array<double>& out_squares) {
+  const auto k = squares.size(), m = z.size();
+  expect_shape("basis", basis, {k, m});
+  expect_shape("squares", squares, {k});
+  expect_shape("z", z, {m});
+  expect_shape("out", out, {k, m});
+  expect_shape("out_squares", out_squares, {k});
+  const spectral_fast::FrequentDirectionsTask task{basis.data(), squares.data(),     z.data(),
+                                                   size_of(k),   size_of(m),         out.mutable_data(),
+                                                   out_squares.mutable_data()};
+  py::gil_scoped_release release;
+  return spectral_fast::kernels().frequent_directions(task);
 }
 
 py::dict isa() {
@@ -209,8 +284,19 @@ PYBIND11_MODULE(_C, module) {
   module.def("segment_products", &segment_products, py::arg("p"), py::arg("q"), py::arg("dtype"),
              py::arg("starts").noconvert(), py::arg("out").noconvert(), py::arg("threads"),
              "out[t] = sum of p[n] * q[n] over starts[t] <= n < starts[t + 1].");
+  module.def("top_logits", &top_logits, py::arg("logits"), py::arg("dtype"), py::arg("vocabulary"),
+             py::arg("labels").noconvert(), py::arg("logsumexp").noconvert(), py::arg("gold").noconvert(),
+             py::arg("values").noconvert(), py::arg("ids").noconvert(), py::arg("threads"),
+             "Logsumexp, logit at the label, and the largest logits with their ids, of every row.");
+  module.def("tensor_sketch", &tensor_sketch, py::arg("hidden"), py::arg("dtype"), py::arg("errors").noconvert(),
+             py::arg("buckets").noconvert(), py::arg("bucket_h").noconvert(), py::arg("sign_h").noconvert(),
+             py::arg("z").noconvert(), py::arg("threads"),
+             "Sum over the tokens of the circular convolution of two CountSketches.");
   module.def("jacobi_svd", &jacobi_svd, py::arg("m").noconvert(), py::arg("wt").noconvert(), py::arg("s").noconvert(),
              py::arg("vt").noconvert(), py::arg("status").noconvert(), py::arg("threads"),
              "Left vectors, singular values and right vectors of each matrix of a batch m (count, r, r).");
+  module.def("frequent_directions", &frequent_directions, py::arg("basis").noconvert(), py::arg("squares").noconvert(),
+             py::arg("z").noconvert(), py::arg("out").noconvert(), py::arg("out_squares").noconvert(),
+             "A vector folded into a weighted subspace; the eigenvalue that was taken off, NaN if z is not finite.");
   module.def("isa", &isa, "The instruction set in use, those of this processor, and those of this build.");
 }

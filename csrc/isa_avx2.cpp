@@ -17,6 +17,9 @@ extern const Kernels kKernels{"avx2",
                               lowrank_svd,
                               recompose,
                               segment_products_of,
-                              jacobi_svd};
+                              top_logits_of,
+                              tensor_sketch_of,
+                              jacobi_svd,
+                              frequent_directions};
 }  // namespace spectral_fast::avx2
 #endif

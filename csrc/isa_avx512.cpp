@@ -21,6 +21,9 @@ extern const Kernels kKernels{"avx512",
                               lowrank_svd,
                               recompose,
                               segment_products_of,
-                              jacobi_svd};
+                              top_logits_of,
+                              tensor_sketch_of,
+                              jacobi_svd,
+                              frequent_directions};
 }  // namespace spectral_fast::avx512
 #endif

@@ -17,5 +17,8 @@ extern const Kernels kKernels{
     lowrank_svd,
     recompose,
     segment_products_of,
-    jacobi_svd};
+    top_logits_of,
+    tensor_sketch_of,
+    jacobi_svd,
+    frequent_directions};
 }  // namespace spectral_fast::baseline

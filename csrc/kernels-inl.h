@@ -7,9 +7,12 @@
 #include "gram-inl.h"
 #include "eigen-inl.h"
 #include "jacobi-inl.h"
+#include "rank_one-inl.h"
+#include "frequent_directions-inl.h"
 #include "lowrank_svd-inl.h"
 #include "recompose-inl.h"
 #include "sensitivity-inl.h"
+#include "head_sketch-inl.h"
 // clang-format on
 
 // A workspace per thread, freed when the thread ends.
@@ -24,6 +27,11 @@ inline void recompose(RecomposeTask& task) {
     recompose_as<double>(task, work);
   else
     recompose_as<float>(task, work);
+}
+
+inline double frequent_directions(const FrequentDirectionsTask& task) {
+  thread_local FrequentDirections fold;
+  return fold(task);
 }
 
 // The matrices take turns: see SymmetricEigen. None changes another's bits.

@@ -61,6 +61,42 @@ struct SensitivityTask {
   float* out;
 };
 
+// Of every row of logits (tokens x vocabulary, any type but float64): logsumexp, the logit at its label, and the `top`
+// largest in descending order with their ids, of equal ones the lowest. A label may be kElsewhere (gold is then
+// -infinity), or kIgnored: the row is not read, and all outputs are 0.
+struct TopLogitsTask {
+  const void* logits;
+  DType dtype;
+  std::size_t vocabulary, top;
+  const std::int64_t* labels;
+  float *logsumexp, *gold, *values;
+  std::int64_t* ids;
+};
+constexpr std::int64_t kIgnored = -100, kElsewhere = -1;
+
+// z = sum over tokens t of s_h(t) * s_e(t), a circular convolution of length m: s_h has sign_h[i] hidden[t][i] in bucket
+// bucket_h[i], s_e has errors[t][w] in bucket buckets[t][w]. Tokens whose errors are all 0 are not read. The sum of each
+// run of kTokensOfSketch tokens is left in a row of sums.
+struct TensorSketchTask {
+  const void* hidden;
+  DType dtype;
+  std::size_t tokens, features, width, m;
+  const float* errors;
+  const std::int32_t *buckets, *bucket_h;
+  const float* sign_h;
+  float* sums;
+};
+constexpr std::size_t kTokensOfSketch = 32;
+
+// U^T = basis (k x m, row-major) has as many orthonormal rows as `squares` (k, descending) has positive values, and zeros
+// below; z is m values. out and out_squares are the same for U diag(squares) U^T + z z^T: the k largest eigenvalues less
+// the next one.
+struct FrequentDirectionsTask {
+  const double *basis, *squares, *z;
+  std::size_t k, m;
+  double *out, *out_squares;
+};
+
 // How many small matrices one thread works on at once.
 constexpr std::size_t kTogether = 2;
 
@@ -71,9 +107,13 @@ struct Kernels {
   void (*lowrank_svd)(SvdTask&);
   void (*recompose)(RecomposeTask&);
   void (*segment_products)(const SensitivityTask&, std::size_t segment);
+  void (*top_logits)(const TopLogitsTask&, std::size_t row);
+  void (*tensor_sketch)(const TensorSketchTask&, std::size_t run);
   // Of at most kTogether matrices.
   void (*jacobi_svd)(const double* m, double* wt, double* s, double* vt, SvdStatus* status, std::size_t count,
                      std::size_t r);
+  // Returns the eigenvalue that was taken off, or NaN, with outputs untouched, if z is not finite.
+  double (*frequent_directions)(const FrequentDirectionsTask&);
 };
 
 extern const Kernels* const kImplementations[];  // best first
@@ -90,6 +130,9 @@ const Kernels& kernels();
 void lowrank_svd(std::vector<SvdTask>& tasks, int threads);
 void recompose(std::vector<RecomposeTask>& tasks, int threads);
 void segment_products(const SensitivityTask& task, std::size_t segments, int threads);
+void top_logits(const TopLogitsTask& task, std::size_t rows, int threads);
+// The sums of the task are its own business: z (m) is their total.
+void tensor_sketch(TensorSketchTask task, float* z, int threads);
 
 // M = W diag(s) V^T of each of `count` row-major r x r matrices m: s (r, descending, not negative), left and right
 // vectors in the rows of wt and vt. A row of wt whose s is zero is zero; V is orthogonal in any case. A matrix with a

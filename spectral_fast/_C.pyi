@@ -18,6 +18,27 @@ def segment_products(
     out: NDArray[np.float32],
     threads: int,
 ) -> None: ...
+def top_logits(
+    logits: int,
+    dtype: int,
+    vocabulary: int,
+    labels: NDArray[np.int64],
+    logsumexp: NDArray[np.float32],
+    gold: NDArray[np.float32],
+    values: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    threads: int,
+) -> None: ...
+def tensor_sketch(
+    hidden: int,
+    dtype: int,
+    errors: NDArray[np.float32],
+    buckets: NDArray[np.int32],
+    bucket_h: NDArray[np.int32],
+    sign_h: NDArray[np.float32],
+    z: NDArray[np.float32],
+    threads: int,
+) -> None: ...
 def jacobi_svd(
     m: NDArray[np.float64],
     wt: NDArray[np.float64],
@@ -26,3 +47,10 @@ def jacobi_svd(
     status: NDArray[np.int32],
     threads: int,
 ) -> None: ...
+def frequent_directions(
+    basis: NDArray[np.float64],
+    squares: NDArray[np.float64],
+    z: NDArray[np.float64],
+    out: NDArray[np.float64],
+    out_squares: NDArray[np.float64],
+) -> float: ...

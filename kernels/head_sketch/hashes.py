@@ -46,8 +46,13 @@ class Hashes:
 
     def to(self, device: torch.device | str) -> Hashes:
         """The same hashes on a device."""
-        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **tensors)
+        return replace(
+            self,
+            bucket_h=self.bucket_h.to(device),
+            sign_h=self.sign_h.to(device),
+            bucket_e=self.bucket_e.to(device),
+            sign_e=self.sign_e.to(device),
+        )
 
 
 def _drawn(size: int, m: int, seed: int) -> tuple[Tensor, Tensor]:

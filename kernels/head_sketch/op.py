@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -189,12 +190,46 @@ def _tensor_sketch(hidden: Tensor, errors: Tensor, buckets: Tensor, bucket_h: Te
     return z
 
 
+def _cpu_top(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from spectral_fast import _C
+
+    logits, labels = native.readable(logits), labels.contiguous()
+    rows, vocabulary = logits.shape
+    lse, gold, values = torch.empty(rows), torch.empty(rows), torch.empty(rows, top_k)
+    ids = torch.empty(rows, top_k, dtype=torch.int64)
+    outputs = (lse.numpy(), gold.numpy(), values.numpy(), ids.numpy())
+    threads = torch.get_num_threads()
+    _C.top_logits(logits.data_ptr(), native.CODES[logits.dtype], vocabulary, labels.numpy(), *outputs, threads)
+    return lse, gold, values, ids
+
+
+def _cpu_sketch(hidden: Tensor, errors: Tensor, buckets: Tensor, bucket_h: Tensor, sign_h: Tensor, m: int) -> Tensor:
+    from spectral_fast import _C
+
+    hidden, z = native.readable(hidden), torch.empty(m)
+    tables = (errors.float().contiguous(), buckets.contiguous(), bucket_h.contiguous(), sign_h.contiguous())
+    arrays = (x.numpy() for x in tables)
+    _C.tensor_sketch(hidden.data_ptr(), native.CODES[hidden.dtype], *arrays, z.numpy(), torch.get_num_threads())
+    return z
+
+
+def _refuses(elsewhere: Callable[[Iterable[Tensor]], str | None]) -> Callable[..., str | None]:
+    def refuses(*tensors: Tensor) -> str | None:
+        if any(x.dtype == torch.float64 for x in tensors):
+            return "sums are in float32, and float64 came"
+        return elsewhere(tensors)
+
+    return refuses
+
+
 register(
     "top_logits",
+    Backend("cpu", _refuses(native.refuses), _cpu_top),
     Backend("reference", lambda *_: None, reference.top_logits),
 )
 register(
     "tensor_sketch",
+    Backend("cpu", _refuses(native.refuses), _cpu_sketch),
     Backend("reference", lambda *_: None, reference.tensor_sketch),
 )
 
