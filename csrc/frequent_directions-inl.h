@@ -18,12 +18,15 @@ class FrequentDirections {
     pad(z, m, ld, rest);
     const double length = std::sqrt(dot(rest, rest, ld));
     if (!std::isfinite(length)) return std::numeric_limits<double>::quiet_NaN();
-    // Twice is enough; if a second time takes half of what the first has left, that was rounding.
     project(rows, r, ld, rest, p, false);
-    const double once = std::sqrt(dot(rest, rest, ld));
-    project(rows, r, ld, rest, p, true);
     double left = std::sqrt(dot(rest, rest, ld));
-    if (left < once / 2) left = 0;
+    // Twice is enough, and once where much is left; if a second time takes half of it, it was rounding.
+    if (left < length / 2) {
+      const double once = left;
+      project(rows, r, ld, rest, p, true);
+      left = std::sqrt(dot(rest, rest, ld));
+      if (left < once / 2) left = 0;
+    }
     std::copy_n(squares, r, d);
     std::size_t n = r;
     if (left > 0) {

@@ -35,7 +35,12 @@ def frequent_directions(basis: Tensor, squares: Tensor, z: Tensor) -> tuple[Tens
 
 def _frequent_directions(basis: Tensor, squares: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tensors = basis, squares, z
-    if squares.ndim != 1 or z.ndim != 1 or basis.shape != (len(squares), len(z)) or len({x.device for x in tensors}) > 1:
+    if (
+        squares.ndim != 1
+        or z.ndim != 1
+        or basis.shape != (len(squares), len(z))
+        or len({x.device for x in tensors}) > 1
+    ):
         told = ", ".join(f"{tuple(x.shape)} on {x.device}" for x in tensors)
         raise ValueError(f"basis must be (k, m), squares (k,), z (m,), on one device; got {told}")
     if any(x.dtype != torch.float64 for x in tensors):

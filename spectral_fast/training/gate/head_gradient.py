@@ -157,7 +157,7 @@ class HeadGradientGate(Gate):
 
     def novelty(self, z: Tensor) -> float:
         """1 − ‖Uᵀz‖² of a sketch of length 1: 1 if nothing is remembered, 0 for a sketch of zeros."""
-        if len(self.sketch.basis) == 0:
+        if self.sketch.updates == 0:
             self.last_novelty = 1.0
         elif float(z.norm()) < NOTHING:
             self.last_novelty = 0.0
