@@ -331,3 +331,23 @@ def test_losses_shown_are_means_over_the_tokens_of_each_micro_batch(tmp_path: Pa
         wanted = [model(**collate(data[i : i + 2])).loss.item() for i in range(0, 8, 2)]
     assert [shown[0] for shown in made.gate.shown] == pytest.approx(wanted, rel=1e-5)
     assert not math.isclose(wanted[0], wanted[1], rel_tol=1e-3)
+
+
+def test_a_scaler_of_gradients_is_left_alone_by_a_rejected_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fp16 on a GPU has one: it may be asked for a step only after gradients."""
+
+    def ended(scaler: Any) -> Any:
+        made = trainer(tmp_path, Scripted("nyyn"), max_steps=8)
+        made.accelerator.scaler, made.accelerator.native_amp = scaler, scaler is not None
+        made.train()
+        return made
+
+    plain = ended(None)
+    monkeypatch.setattr("accelerate.Accelerator.mixed_precision", "fp16")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    scaled = ended(scaler)
+    assert scaler.get_scale() == 4096.0  # grown after each two of the four steps
+    assert logged(scaled, "learning_rate") == logged(plain, "learning_rate")
+    assert logged(scaled, "grad_norm") == pytest.approx(logged(plain, "grad_norm"), rel=0.02)  # the model was fp16

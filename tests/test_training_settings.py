@@ -10,6 +10,8 @@ import pytest
 
 from spectral_fast.cli import main
 from spectral_fast.training import Settings, load
+from spectral_fast.training.gate import KINDS
+from spectral_fast.training.options import GateArguments
 
 README = Path(__file__).parents[1] / "README.md"
 OUT = ["--output_dir", "run"]
@@ -78,6 +80,65 @@ def test_one_module_needs_no_list(tmp_path: Path) -> None:
     assert of(tmp_path, "lora_target_modules: all-linear").model.adapts_all
 
 
+ORIGINAL = """
+model: {name: some/model, use_flash_attention_2: false, load_in_4bit: false, bnb_4bit_compute_dtype: bfloat16,
+        bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: false}
+training: {output_dir: run, num_train_epochs: 1, max_steps: 1000, per_device_train_batch_size: 16,
+           gradient_accumulation_steps: 4, gradient_checkpointing: false, learning_rate: 2e-5,
+           lr_scheduler_type: cosine, warmup_ratio: 0.03, weight_decay: 0.01, bf16: false, max_grad_norm: 1.0,
+           logging_steps: 10, save_strategy: steps, save_steps: 2000, save_total_limit: 2, evaluation_strategy: steps,
+           eval_steps: 300, load_best_model_at_end: false, seed: 42, dataloader_num_workers: 4,
+           dataloader_pin_memory: false, remove_unused_columns: false}
+lora: {r: 8, lora_alpha: 16, lora_dropout: 0.0, target_modules: [q_proj, v_proj], bias: none, task_type: CAUSAL_LM}
+slora: {enable: true, m: 256, k: 32, target_novelty: 0.08, target_novelty_scaler: 10.0, novelty_ema_rate: 0.01,
+        burn_in: 200, seed: 7, reorth_every: 12, k_topk: 32}
+data: {dataset_name: some/data, train_split: "train[:1000]", eval_split: "train[1000:1100]", max_seq_length: 256,
+       prompt_field: q, response_field: a}
+logging: {use_wandb: false, wandb_project: slora, wandb_run_name: first, report_to: none}
+"""
+
+
+def test_the_yaml_of_the_original_is_read_as_it_stands(tmp_path: Path) -> None:
+    settings = load(write(tmp_path, ORIGINAL), {})
+    model, training, data, gate = settings.model, settings.training, settings.data, settings.slora
+    assert (model.name, model.attn_implementation, model.bits) == ("some/model", None, None)
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (8, 16, 0.0)
+    assert model.lora_target_modules == ("q_proj", "v_proj")
+    assert (training.warmup_steps, training.eval_strategy, training.max_length) == (0.03, "steps", 256)
+    assert (training.seed, training.report_to, settings.run_name) == (42, [], "first")
+    assert (data.train_dataset_path, data.val_dataset_path) == ("some/data", "some/data")
+    assert (data.train_split, data.val_split) == ("train[:1000]", "train[1000:1100]")
+    assert (data.question_column, data.answer_column) == ("q", "a")
+    assert (gate.enable, gate.gate, gate.m, gate.k, gate.seed, gate.burn_in) == (True, "novelty", 256, 32, 7, 200)
+    assert (gate.target_novelty, gate.target_novelty_scaler, gate.reorth_every, gate.k_topk) == (0.08, 10.0, 12, 32)
+
+
+def test_other_words_of_the_original_are_understood(tmp_path: Path) -> None:
+    text = "model: {use_flash_attention_2: true}\nslora: {enable: false, novelty_scaler: 20}"
+    settings = of(tmp_path, text)
+    assert settings.model.attn_implementation == "flash_attention_2"
+    assert (settings.slora.enable, settings.slora.target_novelty_scaler) == (False, 20.0)
+
+
+def test_keys_of_the_gate_have_a_prefix_outside_of_its_section(tmp_path: Path) -> None:
+    flat = of(tmp_path, "slora_enable: true\nslora_seed: 3\nslora_m: 99\nseed: 4")
+    inside = of(tmp_path, "slora: {enable: true, seed: 3, m: 99}\ntraining: {seed: 4}")
+    for settings in (flat, inside):
+        assert (settings.slora.enable, settings.slora.seed, settings.slora.m, settings.training.seed) == (
+            True,
+            3,
+            99,
+            4,
+        )
+    assert not of(tmp_path, "slora: {enable: true, m: 99}", slora_enable=False).slora.enable
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_open_every_gate(kind: str) -> None:
+    gate = GateArguments(enable=True, gate=kind, m=32, k=4, burn_in=5, target_novelty=0.4).open(16, 50)
+    assert (gate.target, gate.burn_in) == (0.4, 5)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -103,6 +164,22 @@ def test_one_module_needs_no_list(tmp_path: Path) -> None:
         ("max_seq_length: 256", "is max_length meant"),
         ("model_init_kwargs: {revision: main}", "unknown key 'model_init_kwargs'"),
         ("run_name: a/b", "has no slashes; got 'a/b'"),
+        ("slora: {m: 64}", "slora_m is for a gate, and slora_enable is not said"),
+        ("slora: {enable: true, m: 8, k: 9}", "k must be <= m = 8; got 9"),
+        ("slora: {enable: true, gate: luck}", "gate must be one of novelty, loss_floor, both, random; got 'luck'"),
+        ("slora: {enable: true, target_novelty: 0}", "target_novelty must be > 0"),
+        ("slora: {enable: true, burnin: 3}", "unknown key 'burnin'; is slora_burn_in meant"),
+        ("slora: {enable: true, max_steps: 3}", "max_steps is a key of section training, not of slora"),
+        ("slora: {enable: true, slora_seed: 3, seed: 4}", "seed stands there twice"),
+        (
+            "slora: {enable: true}\nmax_steps: 2000",
+            "burn_in = 2000 micro-batches .* max_steps gives 2000: the gate would",
+        ),
+        ("lora: {bias: all}", "bias of section lora can be none only, got 'all'"),
+        ("lora: {r: 4}\nlora_r: 4", "lora_r stands there twice"),
+        ("model: {bnb_4bit_compute_dtype: float16}", "can be bfloat16 only, got 'float16': give dtype"),
+        ("logging: {use_wandb: true, wandb_project: slora}", "told by the environment: WANDB_PROJECT=slora"),
+        ("name: gpt2", "unknown key 'name'"),
         ("a: [", "is not YAML that can be read"),
     ],
 )
@@ -114,11 +191,25 @@ def test_a_file_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, compl
 def test_a_flag_takes_back_what_the_file_turns_on_or_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Settings] = []
     monkeypatch.setattr("spectral_fast.training.train", lambda settings, **_: seen.append(settings))
-    file = write(tmp_path, "use_dora: true\nuse_peft: false\noutput_dir: run\ngradient_checkpointing: true")
+    file = write(
+        tmp_path,
+        "use_dora: true\nuse_peft: false\noutput_dir: run\ngradient_checkpointing: true\nslora: {enable: true}",
+    )
     monkeypatch.setenv("SPECTRAL_FAST_DEBUG", "1")
     with pytest.raises(TypeError):  # there is no result to print
-        main(["train", "--config", str(file), "--no-use-dora", "--use_peft", "--no_gradient_checkpointing"])
+        main(
+            [
+                "train",
+                "--config",
+                str(file),
+                "--no-use-dora",
+                "--use_peft",
+                "--no_gradient_checkpointing",
+                "--no_slora_enable",
+            ]
+        )
     assert not seen[0].model.use_dora
+    assert not seen[0].slora.enable
     assert seen[0].model.use_peft
     assert not seen[0].training.gradient_checkpointing
 

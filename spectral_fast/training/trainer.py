@@ -39,13 +39,14 @@ class History:
     Attributes:
         novelties, losses, accepts: one each per micro-batch; losses are means over the tokens.
         optimizer_steps: windows of which something was accepted.
+        told: whether the logs say what the gate was made with.
     """
 
     def __init__(self) -> None:
         self.novelties: list[float] = []
         self.losses: list[float] = []
         self.accepts: list[bool] = []
-        self.optimizer_steps = 0
+        self.optimizer_steps, self.told = 0, False
 
     def summary(self) -> dict[str, Any]:
         """Counts and shares, as gate_metrics.json has them."""
@@ -104,7 +105,6 @@ class _Gated:
                 f"{has[0]}, {has[1]}"
             )
         self._items = self._window_accepted = 0
-        self._told = False
 
     def _refuse_what_is_not_plain(self: Any) -> None:
         args, kind = self.args, self.accelerator.distributed_type
@@ -130,13 +130,9 @@ class _Gated:
 
         self.accelerator.backward = if_accepted
 
-    def _prepare_for_training(self: Any, *args: Any) -> Any:
-        prepared = super()._prepare_for_training(*args)  # type: ignore[misc]
-        self.optimizer.__class__ = _WindowOptimizer
-        return prepared
-
     def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> Any:
         """Over `max_optimizer_steps`, if these are set."""
+        self.optimizer.__class__ = _WindowOptimizer  # before the schedule, which takes hold of the optimizer's `step`
         return super().create_scheduler(self.max_optimizer_steps or num_training_steps, optimizer)  # type: ignore[misc]
 
     def training_step(self: Any, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -217,8 +213,8 @@ class _Gated:
         """With the gate's entries beside the loss."""
         if "loss" in logs and self.history.accepts:
             logs.update(self.history.logs() | {f"gate/{name}": x for name, x in self.gate.metrics().items()})
-            if not self._told:
-                self._told = True
+            if not self.history.told:
+                self.history.told = True
                 logs.update({f"gate/{name}": x for name, x in _made(self.gate).items()})
         super().log(logs, start_time)  # type: ignore[misc]
 
