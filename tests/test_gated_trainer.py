@@ -206,6 +206,14 @@ def test_trls_trainer_takes_a_gate_without_forming_logits(tmp_path: Path) -> Non
     assert (tmp_path / "gate_metrics.json").is_file()
 
 
+def test_all_choices_of_the_original_work_in_trls_trainer_too(tmp_path: Path) -> None:
+    gate = HeadGradientGate(**SIZES, target_novelty=0.5, burn_in=2, compat="source")
+    made = sft(tmp_path, gate, max_steps=4)
+    made.train()
+    assert made.history.novelties[0] == 1
+    assert all(0 < novelty < 1 for novelty in made.history.novelties[1:])
+
+
 def test_a_resumed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def made(out: str, **more: Any) -> Any:
         gate = NoveltyAndLossGate(**SIZES, target_novelty=0.6, burn_in=2, seed=3)

@@ -139,7 +139,7 @@ class _Gated:
         """The trainer's own, but for the gate before its backward pass; and what ends a window."""
         if "labels" not in inputs:
             raise ValueError(f"a gate wants labels; the batch has {', '.join(inputs)}")
-        self._labels = inputs["labels"].to(self.args.device)
+        self._labels = inputs["labels"]
         # Of the window's loss, this micro-batch's part is micro / window, by tokens or by micro-batches.
         self._micro, self._window = 1, self.current_gradient_accumulation_steps
         if num_items_in_batch is not None and self.loss_is_scaled_for_ga is not False:
@@ -159,7 +159,7 @@ class _Gated:
                 f"which was {self.args.learning_rate:g}"
             )
         hidden, logits = self._head.seen(whole=getattr(self.gate, "compat", False))
-        accepted = self.gate.decide(mean, hidden, logits, self._labels, self._over_ranks)
+        accepted = self.gate.decide(mean, hidden, logits, self._labels.to(hidden.device), self._over_ranks)
         if self.args.world_size > 1:
             first = torch.tensor([accepted], dtype=torch.int32, device=self.args.device)
             dist.broadcast(first, 0)
