@@ -1,0 +1,281 @@
+"""Gated training against training on all, and on a random share: ``python -m benchmarks.gate``, or ``make gate``.
+
+LoRA adapters of the embedded model are trained by `spectral_fast.training` on two-step problems, for each seed once
+without a gate, once with each gate, and once with a random gate that accepts as much, all on the same micro-batches in
+the same order at a constant learning rate. So a curve of the loss on held-out data can be cut anywhere: at as many
+accepted micro-batches, or at as much data seen. A gate and its random control have both in common.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import fmean, stdev
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.machine import commit, hardware
+from benchmarks.timing import ROOT
+from spectral_fast import ModelOptions, embedded
+from spectral_fast.atomic import replace_file
+from spectral_fast.embedded.problems import stream
+from spectral_fast.evaluation.adapters import evaluate_adapters
+from spectral_fast.evaluation.comparison import compare
+from spectral_fast.evaluation.engines import EngineOptions
+from spectral_fast.evaluation.evaluate import read_correct
+from spectral_fast.evaluation.profiles import EvaluationOptions
+from spectral_fast.training import load, train
+
+RESULTS = ROOT / "benchmarks" / "results" / "gate.csv"
+PICTURE = ROOT / "docs" / "pictures" / "gate.png"
+ALL, RANDOM = "all", "random"
+GATES = {"novelty": "novelty", "loss_floor": "loss floor", "both": "novelty and loss floor"}
+LABELS = {ALL: "no gate", **GATES, RANDOM: "random, as many as by novelty"}
+COLOURS = {ALL: "#222222", "novelty": "#0072b2", "loss_floor": "#009e73", "both": "#cc79a7", RANDOM: "#d55e00"}
+BATCH, STEPS, SEEDS, BURN_IN, TARGET = 4, 240, 3, 32, 0.4
+SAME = 0.03  # shares that differ by no more have one random control
+EVERY, HELD_OUT, PROBLEMS = 24, 96, 256
+TRAINING = (
+    f"--num_train_epochs 1 --per_device_train_batch_size {BATCH} --learning_rate 3e-3 --warmup_steps 10 "
+    "--lr_scheduler_type constant_with_warmup --no_gradient_checkpointing --save_strategy no --logging_steps 20 "
+    "--eval_strategy steps --per_device_eval_batch_size 16"
+)
+# The threshold has 240 micro-batches to settle in, not tens of thousands: it moves in larger steps.
+GATE = {"slora_burn_in": BURN_IN, "slora_novelty_ema_rate": 0.05}
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}  # of Student's t, by degrees of freedom
+
+
+@dataclass(frozen=True)
+class Run:
+    """One adapter.
+
+    Attributes:
+        arm: one of `LABELS`.
+        seed: of the data and of the adapter.
+        share: of the micro-batches after the burn-in that were accepted.
+        curve: (micro-batches seen, accepted, loss on held-out data).
+        seconds: of the training, with its evaluations.
+        correct: held-out problem -> solved.
+    """
+
+    arm: str
+    seed: int
+    share: float
+    curve: list[tuple[int, int, float]]
+    seconds: float
+    correct: dict[Any, bool]
+
+    def dumps(self) -> str:
+        """As JSON."""
+        return json.dumps({**vars(self), "correct": list(self.correct.items())})
+
+    @classmethod
+    def loads(cls, text: str) -> Run:
+        """The inverse of `dumps`."""
+        fields = json.loads(text)
+        correct = {tuple(key): solved for key, solved in fields["correct"]}
+        return cls(**fields | {"curve": [tuple(point) for point in fields["curve"]], "correct": correct})
+
+    @property
+    def end(self) -> tuple[int, int, float]:
+        """The last of the curve."""
+        return self.curve[-1]
+
+    def loss_at(self, accepted: int) -> float:
+        """On held-out data after so many accepted micro-batches, between the two measurements around."""
+        return float(np.interp(accepted, [a for _, a, _ in self.curve], [loss for *_, loss in self.curve]))
+
+
+def run(arm: str, seed: int, folder: Path, steps: int, problems: int, share: float | None = None) -> Run:
+    """Train and evaluate one adapter; `share` is what a random gate shall accept."""
+    data, out = folder / "train.jsonl", folder / "run"
+    rows = islice(stream(2, seed=1000 + seed, held_out=False), steps * BATCH)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags: dict[str, Any] = {
+        "model_name_or_path": str(embedded.base_model_dir()),
+        "train_dataset_path": str(data),
+        "val_dataset_path": str(embedded.heldout_file()),
+        "val_samples": HELD_OUT,
+        "cache_dir": str(folder / "cache"),
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.0,
+    }
+    if arm != ALL:
+        own = {"slora_enable": True, "slora_gate": arm, "slora_seed": seed, "slora_target_novelty": share or TARGET}
+        flags |= {**GATE, **own, "slora_burn_in": min(BURN_IN, steps - 1)}
+    words = [*TRAINING.split(), "--seed", str(seed), "--max_steps", str(steps), "--eval_steps", str(min(EVERY, steps))]
+    trained = train(load(None, flags, [*words, "--output_dir", str(out)]))
+    accepts = [True] * steps
+    if arm != ALL:
+        accepts = json.loads((out / "gate_metrics.json").read_text(encoding="utf-8"))["accept_history"]
+    history = json.loads((out / "log_history.json").read_text(encoding="utf-8"))
+    losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    [result] = evaluate_adapters(
+        flags["model_name_or_path"],
+        {None: Path(trained["final_checkpoint"])},
+        folder,
+        ModelOptions(),
+        EvaluationOptions(eval_data=flags["val_dataset_path"], max_samples=problems, fewshot=0, max_tokens=110),
+        EngineOptions(engine="transformers"),
+    ).values()
+    return Run(
+        arm=arm,
+        seed=seed,
+        share=fmean(accepts[BURN_IN:] or accepts),
+        curve=[(step, sum(accepts[:step]), loss) for step, loss in sorted(losses.items())],
+        seconds=trained["seconds"],
+        correct=read_correct(result["predictions_path"]),
+    )
+
+
+def table(pairs: Sequence[tuple[Run, Run, Run]]) -> Iterator[dict[str, Any]]:
+    """A row per run with a gate, beside that of its seed on all data and its random control; and one per gate.
+
+    Args:
+        pairs: (run, its random control, the run on all).
+    """
+    for found, control, every in pairs:
+        yield _row(found.seed, [(found, control, every)])
+    for arm in GATES:
+        yield _row("all", [pair for pair in pairs if pair[0].arm == arm])
+
+
+def _row(seed: int | str, pairs: Sequence[tuple[Run, Run, Run]]) -> dict[str, Any]:
+    def mean(of: Any) -> float:
+        return fmean(of(*pair) for pair in pairs)
+
+    differences = [found.end[2] - control.end[2] for found, control, _ in pairs]
+    low, high = interval(differences)
+    answers = [
+        {(run.seed, key): solved for run in runs for key, solved in run.correct.items()}
+        for runs in zip(*pairs, strict=True)
+    ]
+    compared = compare(answers[1], answers[0])
+    return {
+        "gate": pairs[0][0].arm,
+        "seed": seed,
+        "seen": f"{mean(lambda x, *_: x.end[0]):.0f}",
+        "accepted": f"{mean(lambda x, *_: x.end[1]):.1f}",
+        "accepted_by_control": f"{mean(lambda _, y, __: y.end[1]):.1f}",
+        "share_after_burn_in": f"{mean(lambda x, *_: x.share):.3f}",
+        "loss": f"{mean(lambda x, *_: x.end[2]):.4f}",
+        "random": f"{mean(lambda _, y, __: y.end[2]):.4f}",
+        "all_at_equal_steps": f"{mean(lambda x, _, z: z.loss_at(x.end[1])):.4f}",
+        "all_at_equal_data": f"{mean(lambda _, __, z: z.end[2]):.4f}",
+        "minus_random": f"{fmean(differences):+.4f}",
+        "low": f"{low:+.4f}",
+        "high": f"{high:+.4f}",
+        "accuracy": f"{compared.edited:.4f}",
+        "accuracy_random": f"{compared.baseline:.4f}",
+        "accuracy_all": f"{fmean(answers[2].values()):.4f}",
+        "accuracy_low": f"{compared.interval[0]:+.4f}",
+        "accuracy_high": f"{compared.interval[1]:+.4f}",
+        "seconds": f"{mean(lambda x, *_: x.seconds):.0f}",
+        "seconds_all": f"{mean(lambda _, __, z: z.seconds):.0f}",
+    }
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """95 % for the mean of paired differences, by Student's t; NaN for a single one."""
+    if len(differences) < 2:
+        return math.nan, math.nan
+    half = T_975[len(differences) - 1] * stdev(differences) / math.sqrt(len(differences))
+    return fmean(differences) - half, fmean(differences) + half
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """Whether the gate beats skipping at random, in words."""
+    told = f"{GATES[row['gate']]}: loss {row['minus_random']} against random skipping ({row['low']} to {row['high']})"
+    better, worse = float(row["high"]) < 0, float(row["low"]) > 0
+    return f"{told}: {'better' if better else 'worse' if worse else 'not told apart'}"
+
+
+def draw(runs: Sequence[Run], file: Path) -> None:
+    """Loss on held-out data against accepted steps, and against data seen: a line per seed."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    from spectral_fast.report.drawing import STYLE, WIDTH
+
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(WIDTH, 3.8))
+        for panel, (axis, name) in zip(figure.subplots(1, 2, sharey=True), ((1, "accepted"), (0, "seen")), strict=True):
+            for run in runs:
+                label = LABELS[run.arm] if run.seed == runs[0].seed else None
+                points = run.curve[1:]
+                panel.plot(
+                    [p[axis] for p in points], [p[2] for p in points], color=COLOURS[run.arm], lw=1.0, label=label
+                )
+            panel.set_xlabel(f"micro-batches {name}")
+            panel.set_yscale("log")
+        figure.axes[0].set_ylabel("loss on held-out problems")
+        figure.axes[1].legend()
+        figure.savefig(file)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate, compare; print the table, write it, draw the curves."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
+    parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"micro-batches of {BATCH} (default: {STEPS})")
+    parser.add_argument("--problems", type=int, default=PROBLEMS, help="held-out problems to answer (default: 256)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write (default: %(default)s)")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="PNG to write (default: %(default)s)")
+    parser.add_argument("--keep", type=Path, help="folder with a file per run: what is there is not done again")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+
+    def done(arm: str, seed: int, share: float | None = None) -> Run:
+        name = f"{arm}-{seed}-{args.steps}" + ("" if share is None else f"-{share:.3f}")
+        kept = None if args.keep is None else args.keep / f"{name}.json"
+        if kept is not None and kept.is_file():
+            return Run.loads(kept.read_text(encoding="utf-8"))
+        with TemporaryDirectory() as folder:
+            found = run(arm, seed, Path(folder), args.steps, args.problems, share)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(kept, found.dumps())
+        told = f"{arm}, seed {seed}: {found.end[1]} of {found.end[0]} accepted, {found.share:.3f} after the burn-in"
+        print(f"{told}; loss {found.end[2]:.4f}, {found.seconds:.0f} s", file=sys.stderr, flush=True)
+        return found
+
+    pairs, drawn = [], []
+    for seed in range(args.first, args.first + args.seeds):
+        every, controls = done(ALL, seed), list[Run]()
+        for arm in GATES:
+            found = done(arm, seed)
+            near = [x for x in controls if abs(x.share - found.share) <= SAME]
+            if not near:
+                near = [done(RANDOM, seed, min(max(found.share, 0.01), 1.0))]
+                controls += near
+            pairs.append((found, near[0], every))
+            drawn.append(found)
+        drawn += [every, controls[0]]
+    words = ["python -m benchmarks.gate", *(argv if argv is not None else sys.argv[1:])]
+    made = {"batch": BATCH, "burn_in": BURN_IN, "target": TARGET, "commit": commit(), "command": " ".join(words)}
+    rows = [{**row, **made, **hardware()} for row in table(pairs)]
+    for row in rows:
+        print("  ".join(f"{row[name]!s:>10}" for name in list(row)[:20]))
+    print(*map(verdict, rows[-len(GATES) :]), sep="\n")
+    with args.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(drawn, args.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
