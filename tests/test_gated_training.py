@@ -88,6 +88,9 @@ def test_a_checkpoint_is_gone_on_from_with_its_gate_only(trained: tuple[Path, di
     shutil.copytree(trained[0] / "checkpoint-3", tmp_path / "checkpoint-3", ignore=shutil.ignore_patterns("gate.pt"))
     with pytest.raises(ValueError, match="checkpoint-3 is of a training with no gate, and slora_enable is on"):
         run(tmp_path / "run", "--resume_from_checkpoint", str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match=r"of max_optimizer_steps = 1: it is the end already"):
+        run(tmp_path / "run", *words, slora_max_optimizer_steps=1)
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_replaced_run_leaves_no_decisions(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

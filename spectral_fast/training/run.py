@@ -82,6 +82,8 @@ def train(
         **gate,
     )
     folder.check(config)  # in which PEFT has put the modules that "all-linear" means
+    if gate and folder.checkpoint is not None:
+        trainer.take_up(folder.checkpoint)
     trainer.remove_callback(PrinterCallback)
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     ranks = {} if config is None else {"rank_pattern": config.rank_pattern or {"": config.r}}

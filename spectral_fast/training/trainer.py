@@ -227,9 +227,17 @@ class _Gated:
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is None:
-            return
-        file = Path(checkpoint) / GATE_STATE
+        if checkpoint is not None:
+            self.take_up(Path(checkpoint))
+
+    def take_up(self: Any, checkpoint: Path) -> None:
+        """Set the gate to where it was at a checkpoint; `train` does, so that calling this before is a check only.
+
+        Raises:
+            FileNotFoundError: it is of a training without a gate.
+            ValueError: its gate was made with other sizes or another seed, or its training was at its end.
+        """
+        file = checkpoint / GATE_STATE
         if not file.is_file():
             raise FileNotFoundError(
                 f"{checkpoint} is of a training without a gate, it has no {GATE_STATE}: leave the gate out"
