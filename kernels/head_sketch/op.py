@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectral_fast.backends import Backend, define, pick, register
-from spectral_fast.kernels import native
+from spectral_fast.kernels import gpu, native
 from spectral_fast.kernels.head_sketch import reference
 from spectral_fast.kernels.head_sketch.hashes import Hashes
 
@@ -23,8 +23,8 @@ class Top(NamedTuple):
     Attributes:
         logsumexp: over the whole row, (tokens,) float32.
         gold: logit of the label, (tokens,) float32.
-        values: the largest logits, descending, (tokens, k) float32.
-        ids: where they are, (tokens, k) int64; of equal logits the lowest ids, in their order.
+        values: the largest logits, in the order of their ids, (tokens, k) float32.
+        ids: where they are, ascending, (tokens, k) int64; of equal logits the lowest ones.
     """
 
     logsumexp: Tensor
@@ -157,10 +157,10 @@ def _check_labels(labels: Tensor, tokens: int, vocabulary: int) -> None:
 
 def _merged(a: Top, b: Top, top_k: int) -> Top:
     """Of two parts of the vocabulary, `a` of the lower ids."""
-    values, order = torch.cat([a.values, b.values], 1).sort(dim=1, descending=True, stable=True)
-    ids = torch.cat([a.ids, b.ids], 1).gather(1, order)
+    values, ids = torch.cat([a.values, b.values], 1), torch.cat([a.ids, b.ids], 1)
+    kept = values.argsort(dim=1, descending=True, stable=True)[:, :top_k].sort(1).values
     lse = torch.logaddexp(a.logsumexp, b.logsumexp)
-    return Top(lse, torch.maximum(a.gold, b.gold), values[:, :top_k], ids[:, :top_k])
+    return Top(lse, torch.maximum(a.gold, b.gold), values.gather(1, kept), ids.gather(1, kept))
 
 
 def _sketch(hidden: Tensor, labels: Tensor, top: Top, hashes: Hashes) -> Tensor:
@@ -181,11 +181,13 @@ def _top_logits(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Ten
     if logits.device != labels.device:
         raise ValueError(f"logits and labels must be on one device, got {logits.device}, {labels.device}")
     _check_labels(labels, *logits.shape)
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = pick("top_logits", logits).call(logits, labels, top_k)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = pick("top_logits", logits, labels).call(logits, labels, top_k)
     return result
 
 
 def _tensor_sketch(hidden: Tensor, errors: Tensor, buckets: Tensor, bucket_h: Tensor, sign_h: Tensor, m: int) -> Tensor:
+    if not len(hidden):
+        return hidden.new_zeros(m, dtype=_wide(hidden))
     z: Tensor = pick("tensor_sketch", hidden, errors).call(hidden, errors, buckets, bucket_h, sign_h, m)
     return z
 
@@ -222,14 +224,28 @@ def _refuses(elsewhere: Callable[[Iterable[Tensor]], str | None]) -> Callable[..
     return refuses
 
 
+def _gpu_top(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from spectral_fast.kernels.head_sketch.gpu import top_logits
+
+    return top_logits(*args)
+
+
+def _gpu_sketch(*args: Any) -> Tensor:
+    from spectral_fast.kernels.head_sketch.gpu import tensor_sketch
+
+    return tensor_sketch(*args)
+
+
 register(
     "top_logits",
     Backend("cpu", _refuses(native.refuses), _cpu_top),
+    Backend("gpu", _refuses(gpu.refuses_together), _gpu_top),
     Backend("reference", lambda *_: None, reference.top_logits),
 )
 register(
     "tensor_sketch",
     Backend("cpu", _refuses(native.refuses), _cpu_sketch),
+    Backend("gpu", _refuses(gpu.refuses_together), _gpu_sketch),
     Backend("reference", lambda *_: None, reference.tensor_sketch),
 )
 

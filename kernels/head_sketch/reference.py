@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def top_logits(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A full logsumexp and a stable sort of every row: equal logits stay in the order of their ids."""
+    """A full logsumexp and a stable sort of every row, in which equal logits stay in the order of their ids."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    values, ids = wide.sort(dim=1, descending=True, stable=True)
-    values, ids = values[:, :top_k].contiguous(), ids[:, :top_k].contiguous()
+    ids = wide.argsort(dim=1, descending=True, stable=True)[:, :top_k].sort(1).values
+    values = wide.gather(1, ids)
     gold = wide.gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(labels < 0, -torch.inf)
     ignored = labels == -100
     return (
@@ -24,6 +24,7 @@ def top_logits(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tens
 def tensor_sketch(hidden: Tensor, errors: Tensor, buckets: Tensor, bucket_h: Tensor, sign_h: Tensor, m: int) -> Tensor:
     """Products of spectra, summed over the tokens, and one inverse transform of the sum."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
+    hidden = hidden.masked_fill(~errors.bool().any(1, keepdim=True), 0)
     s_h = torch.zeros(len(hidden), m, dtype=wide, device=hidden.device)
     s_h.index_add_(1, bucket_h.long(), hidden.to(wide) * sign_h)
     s_e = torch.zeros_like(s_h).scatter_add_(1, buckets.long(), errors.to(wide))
