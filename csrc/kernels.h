@@ -62,7 +62,7 @@ struct SensitivityTask {
 };
 
 // Of every row of logits (tokens x vocabulary, any type but float64): logsumexp, the logit at its label, and the `top`
-// largest in descending order with their ids, of equal ones the lowest. A label may be kElsewhere (gold is then
+// largest in the order of their ids, of equal ones those with the lowest. A label may be kElsewhere (gold is then
 // -infinity), or kIgnored: the row is not read, and all outputs are 0.
 struct TopLogitsTask {
   const void* logits;
