@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 Shape = tuple[int, int]
 
@@ -188,7 +188,32 @@ class Spectra:
         return "the head" if layer == "lm_head" else "a layer" if layer.startswith("model.layers.0.") else None
 
 
-Case = Adapter | Cores | Projections | Calibration | Spectra
+@dataclass(frozen=True)
+class Head:
+    """A micro-batch at the output embedding, and the gate that looks at it; with the model that it comes from."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    m: int
+    k: int
+    top_k: int
+    dtype: str
+    decoder: Calibration | None = None
+
+    rank: ClassVar[None] = None
+
+    def __str__(self) -> str:
+        sizes = f"hidden {self.hidden}, vocabulary {self.vocabulary}, m = {self.m}, k = {self.k}, top {self.top_k}"
+        return f"{self.tokens} tokens, {sizes}, {self.dtype}"
+
+    @classmethod
+    def of(cls, decoder: Mapping[str, Any] | None, **own: Any) -> Head:
+        """From JSON's fields."""
+        return cls(**own, decoder=decoder and Calibration(**decoder))
+
+
+Case = Adapter | Cores | Projections | Calibration | Spectra | Head
 
 
 @dataclass(frozen=True)
@@ -197,8 +222,9 @@ class Task:
 
     Attributes:
         work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores), "sensitivity" (from
-            projections), "edit" (file to file), "calibrate" (samples through a model), "cost of g" (a pass with and
-            without), "stream", "stream or memory", "ranks", or "spectra" (of base weights, with exponents).
+            projections), "gate" (sketch and novelty), "edit" (file to file), "calibrate" (samples through a model),
+            "cost of g" (a pass with and without), "stream", "stream or memory", "ranks", or "spectra" (of base
+            weights, with exponents).
         case: what it is done to.
         peers: names in ``peers.REBUILD``, ``peers.SVD``, ``peers.SENSITIVITY`` or ``calibration.RUNS``.
         rounds: repeats of each implementation, at most.
@@ -228,6 +254,7 @@ class Task:
             **dict.fromkeys(("rebuild", "edit"), Adapter),
             "svd": Cores,
             "sensitivity": Projections,
+            "gate": lambda **own: Head.of(**own),
             "spectra": lambda **own: Spectra.loads(json.dumps(own)),
         }
         return cls(**fields | {"case": kinds.get(fields["work"], Calibration)(**case)})
@@ -275,6 +302,11 @@ WIDE = Task(
     (SVDVALS, SIDE_BY_SIDE, WEIGHTWATCHER),
     rounds=1,
 )
+ORIGINAL, WHOLE = "the original's in torch", "the same with a full logsumexp"
+PASS = "forward pass"
+LLAMA_16 = Calibration("16 layers of 2048", 16, 2048, 5632, 16, 32000, 0, 8, "bfloat16")
+LOOK = Task("gate", Head(512, 2048, 32000, 512, 64, 64, "bfloat16", LLAMA_16), (ORIGINAL, WHOLE, PASS), 15, budget=20)
+LOOK_32 = Task("gate", Head(512, 2048, 32000, 512, 64, 64, "float32"), (ORIGINAL, WHOLE), rounds=15, budget=20)
 TINY_LLAMA = Calibration("3 layers of 128", 3, 128, 320, 4, 32000, 5, 8, "bfloat16")
 
 FULL = (
@@ -294,6 +326,8 @@ FULL = (
     Task("svd", Cores(160, 128), CORES, rounds=5, budget=4),
     Task("sensitivity", Projections(80, 32, 6400, 64, "bfloat16"), SEGMENTS, rounds=9, budget=3),
     Task("sensitivity", Projections(80, 32, 6400, 16, "float32"), SEGMENTS, rounds=9, budget=3),
+    LOOK,
+    LOOK_32,
     EDIT_70B,
     CALIBRATE,
     COST,
@@ -310,6 +344,7 @@ QUICK = (
     _rebuild(TINY, ALL_LINEAR, 4, "float32", *PER_MODULE, rounds=2, budget=1),
     Task("svd", Cores(6, 16), CORES, rounds=2, budget=1),
     Task("sensitivity", Projections(3, 5, 200, 16, "bfloat16"), SEGMENTS, rounds=2, budget=1),
+    replace(LOOK, case=Head(12, 128, 32000, 64, 8, 16, "bfloat16", TINY_LLAMA), rounds=2),
     Task("edit", Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), (), rounds=1),
     replace(CALIBRATE, case=TINY_LLAMA, rounds=1),
     replace(COST, case=TINY_LLAMA, rounds=2),

@@ -137,6 +137,23 @@ FIGURES = (
         4,
         at_least=True,
     ),
+    *(
+        Figure(
+            f"gate.embed + novelty, {task.case}: the original's method in torch / ours",
+            task,
+            times_faster(cases.ORIGINAL),
+            5,
+            at_least=True,
+        )
+        for task in (cases.LOOK, cases.LOOK_32)
+    ),
+    Figure(
+        "the same in bfloat16, in % of the forward pass of a Llama with 16 layers of 2048 on those tokens",
+        cases.LOOK,
+        lambda table: 100 * times_as_long(OURS, cases.PASS)(table),
+        2,
+        at_least=False,
+    ),
     Figure(
         f"edit, {cases.EDIT_70B.case}, without start-up / cp + sync",
         cases.EDIT_70B,

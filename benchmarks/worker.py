@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import calibration, floors, peers, streamed, workloads
+from benchmarks import calibration, floors, head, peers, streamed, workloads
 from benchmarks.cases import Task
 from benchmarks.machine import software
 from benchmarks.records import Measurement, Table
@@ -22,6 +22,7 @@ PREPARE: dict[str, Callable[[Any, Sequence[str]], Workload]] = {
     "rebuild": workloads.rebuild,
     "svd": workloads.svd,
     "sensitivity": workloads.sensitivity,
+    "gate": head.looks,
     "calibrate": calibration.calibrations,
     "cost of g": calibration.cost_of_g,
     "stream or memory": streamed.stream_or_memory,
