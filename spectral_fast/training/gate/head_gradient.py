@@ -96,7 +96,7 @@ class HeadGradientGate(Gate):
         self.scaler = 10.0 if given is None else float(given)
         if not (self.scaler > 0 and novelty_ema_rate >= 0):
             raise ValueError(
-                f"wanted target_novelty_scaler > 0 and novelty_ema_rate >= 0; got {self.scaler:g}, {novelty_ema_rate}"
+                f"target_novelty_scaler must be > 0 and novelty_ema_rate >= 0; got {self.scaler:g}, {novelty_ema_rate}"
             )
         if min(d_hidden, vocab_size, k_topk) < 1:
             raise ValueError(f"d_hidden, vocab_size and k_topk must be >= 1; got {d_hidden}, {vocab_size}, {k_topk}")
@@ -246,9 +246,7 @@ class HeadGradientGate(Gate):
         if hidden.ndim not in (2, 3) or hidden.shape[-1] != self.d_hidden:
             raise ValueError(f"hidden must be (batch, tokens, {self.d_hidden}); got {tuple(hidden.shape)}")
         if labels.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"labels must be {tuple(hidden.shape[:-1])}, as hidden states are; got {tuple(labels.shape)}"
-            )
+            raise ValueError(f"labels must be {tuple(hidden.shape[:-1])}, as hidden is; got {tuple(labels.shape)}")
 
     def _aligned(self, labels: Tensor) -> Tensor:
         """A label per row of logits."""
