@@ -305,6 +305,8 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
 def test_what_does_not_go_with_a_gate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="made for d_hidden = 48, vocab_size = 96; the model has 48, 97"):
         trainer(tmp_path, HeadGradientGate(HIDDEN, VOCABULARY - 1))
+    with pytest.raises(TypeError, match="gate must be a Gate, such as HeadGradientGate; got 3"):
+        GatedTrainer(gate=3)
     with pytest.raises(ValueError, match="auto_find_batch_size does not go with a gate"):
         trainer(tmp_path, Scripted("y"), auto_find_batch_size=True)
     unlabelled = [{"input_ids": torch.tensor(row["input_ids"][:6])} for row in rows()]

@@ -49,9 +49,23 @@ class _WindowOptimizer(AcceleratedOptimizer):  # type: ignore[misc]
 
 
 class _Gated:
-    """What `gated` puts before a trainer."""
+    """A trainer that asks a gate before each backward pass.
+
+    Args:
+        gate: a `Gate`.
+        max_optimizer_steps: steps of the optimizer after which the training ends, and over which the learning rate's
+            schedule goes; without it both follow `max_steps` or the epochs, which count windows, rejected ones too.
+        others: those of the trainer without a gate.
+
+    Raises:
+        TypeError: `gate` is none.
+        RuntimeError: the training is by DeepSpeed, FSDP, or one process with several GPUs.
+        ValueError: the gate is of other sizes than the model, or an option does not go with one.
+    """
 
     def __init__(self: Any, *args: Any, gate: Gate, max_optimizer_steps: int | None = None, **kwargs: Any) -> None:
+        if not isinstance(gate, Gate):
+            raise TypeError(f"gate must be a Gate, such as HeadGradientGate; got {gate!r:.80}")
         super().__init__(*args, **kwargs)
         self._refuse_what_is_not_plain()
         self.gate, self.history, self.max_optimizer_steps = gate, History(), max_optimizer_steps
@@ -100,7 +114,7 @@ class _Gated:
         self._labels = inputs["labels"]
         # Of the window's loss, this micro-batch's part is micro / window, by tokens or by micro-batches.
         self._micro, self._window = 1, self.current_gradient_accumulation_steps
-        if num_items_in_batch is not None and self.loss_is_scaled_for_ga is not False:
+        if num_items_in_batch is not None and getattr(self, "loss_is_scaled_for_ga", None) is not False:
             self._micro = int(self._get_num_items_in_batch([inputs], self.args.device))
             self._window = int(num_items_in_batch)
         with self.accelerator.no_sync(model), self._head.watch():
@@ -234,15 +248,9 @@ def _made(gate: Gate) -> dict[str, float]:
 def gated(trainer: type) -> Any:
     """A trainer with a gate, made from transformers' Trainer or a class made from it, such as TRL's SFTTrainer.
 
-    It takes two arguments more: `gate`, a `Gate`, and `max_optimizer_steps`, after which the training ends and over
-    which the schedule of the learning rate goes; without it both follow `max_steps` or the epochs, which count windows,
-    the rejected ones too. It leaves gate_metrics.json in `output_dir`, and the gate's state in every checkpoint.
+    It leaves gate_metrics.json in `output_dir`, and the gate's state in every checkpoint.
 
     Args:
-        trainer: the class; its own arguments stay as they are.
-
-    Raises:
-        RuntimeError: as it is made: for DeepSpeed, FSDP, or one process with several GPUs.
-        ValueError: likewise: for a gate of other sizes than the model's, or options that do not go with one.
+        trainer: the class. What is returned takes its arguments, `gate`, and `max_optimizer_steps`.
     """
     return type(f"Gated{trainer.__name__}", (_Gated, trainer), {"__doc__": _Gated.__doc__})
