@@ -16,6 +16,7 @@ from spectral_fast._version import __version__
 from spectral_fast.calibration.ranks import launched
 from spectral_fast.cli import (
     active_channels,
+    analyze,
     bench,
     demo,
     edit,
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         sweep,
         ranks,
         train,
+        analyze,
         toy,
         predictors,
         prune_finetune,
