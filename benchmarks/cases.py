@@ -213,7 +213,22 @@ class Head:
         return cls(**own, decoder=decoder and Calibration(**decoder))
 
 
-Case = Adapter | Cores | Projections | Calibration | Spectra | Head
+@dataclass(frozen=True)
+class Stream:
+    """Vectors of length m, of which k directions are kept."""
+
+    k: int
+    m: int
+    vectors: int
+    dtype: str = "float64"
+
+    rank: ClassVar[None] = None
+
+    def __str__(self) -> str:
+        return f"{self.vectors} vectors into k = {self.k} directions, m = {self.m}"
+
+
+Case = Adapter | Cores | Projections | Calibration | Spectra | Head | Stream
 
 
 @dataclass(frozen=True)
@@ -222,7 +237,8 @@ class Task:
 
     Attributes:
         work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores), "sensitivity" (from
-            projections), "gate" (sketch and novelty), "edit" (file to file), "calibrate" (samples through a model),
+            projections), "gate" (sketch and novelty), "update" (of the directions
+            that a gate remembers), "edit" (file to file), "calibrate" (samples through a model),
             "cost of g" (a pass with and without), "stream", "stream or memory", "ranks", or "spectra" (of base
             weights, with exponents).
         case: what it is done to.
@@ -255,6 +271,7 @@ class Task:
             "svd": Cores,
             "sensitivity": Projections,
             "gate": lambda **own: Head.of(**own),
+            "update": Stream,
             "spectra": lambda **own: Spectra.loads(json.dumps(own)),
         }
         return cls(**fields | {"case": kinds.get(fields["work"], Calibration)(**case)})
@@ -307,6 +324,8 @@ PASS = "forward pass"
 LLAMA_16 = Calibration("16 layers of 2048", 16, 2048, 5632, 16, 32000, 0, 8, "bfloat16")
 LOOK = Task("gate", Head(512, 2048, 32000, 512, 64, 64, "bfloat16", LLAMA_16), (ORIGINAL, WHOLE, PASS), 15, budget=20)
 LOOK_32 = Task("gate", Head(512, 2048, 32000, 512, 64, 64, "float32"), (ORIGINAL, WHOLE), rounds=15, budget=20)
+SVD_EACH, WITHOUT_WEIGHTS = "torch SVD per vector", f"{OURS}, without weights"
+UPDATE = Task("update", Stream(64, 512, 400), (WITHOUT_WEIGHTS, SVD_EACH), rounds=9, budget=5)
 TINY_LLAMA = Calibration("3 layers of 128", 3, 128, 320, 4, 32000, 5, 8, "bfloat16")
 
 FULL = (
@@ -328,6 +347,7 @@ FULL = (
     Task("sensitivity", Projections(80, 32, 6400, 16, "float32"), SEGMENTS, rounds=9, budget=3),
     LOOK,
     LOOK_32,
+    UPDATE,
     EDIT_70B,
     CALIBRATE,
     COST,
@@ -345,6 +365,7 @@ QUICK = (
     Task("svd", Cores(6, 16), CORES, rounds=2, budget=1),
     Task("sensitivity", Projections(3, 5, 200, 16, "bfloat16"), SEGMENTS, rounds=2, budget=1),
     replace(LOOK, case=Head(12, 128, 32000, 64, 8, 16, "bfloat16", TINY_LLAMA), rounds=2),
+    replace(UPDATE, case=Stream(4, 24, 30), rounds=2),
     Task("edit", Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), (), rounds=1),
     replace(CALIBRATE, case=TINY_LLAMA, rounds=1),
     replace(COST, case=TINY_LLAMA, rounds=2),

@@ -155,6 +155,13 @@ FIGURES = (
         at_least=False,
     ),
     Figure(
+        f"update of the directions, {cases.UPDATE.case}: SVD of m × (k + 1) in torch / ours",
+        cases.UPDATE,
+        times_faster(cases.SVD_EACH),
+        5,
+        at_least=True,
+    ),
+    Figure(
         f"edit, {cases.EDIT_70B.case}, without start-up / cp + sync",
         cases.EDIT_70B,
         times_as_long(files.WORK, files.COPY),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import ORIGINAL, OURS, WHOLE
+from benchmarks.cases import ORIGINAL, OURS, SVD_EACH, WHOLE
 from spectral_fast.bench.factors import Factors
 from spectral_fast.kernels.batched_svd import batched_svd
 from spectral_fast.kernels.lowrank_svd import reference
@@ -178,4 +178,4 @@ DENSE_COST: dict[str, Callable[[int, int, int], int]] = {
     "PEFT svd": lambda m, n, _: m * n * min(m, n),
 }
 # What may be faster with one thread than with all is run with both.
-ONE_THREAD_TOO = ("torch QR + SVD", "torch batched SVD", "torch SVD one by one", ORIGINAL, WHOLE)
+ONE_THREAD_TOO = ("torch QR + SVD", "torch batched SVD", "torch SVD one by one", ORIGINAL, WHOLE, SVD_EACH)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import calibration, floors, head, peers, streamed, workloads
+from benchmarks import calibration, floors, head, peers, stream, streamed, workloads
 from benchmarks.cases import Task
 from benchmarks.machine import software
 from benchmarks.records import Measurement, Table
@@ -23,6 +23,7 @@ PREPARE: dict[str, Callable[[Any, Sequence[str]], Workload]] = {
     "svd": workloads.svd,
     "sensitivity": workloads.sensitivity,
     "gate": head.looks,
+    "update": stream.updates,
     "calibrate": calibration.calibrations,
     "cost of g": calibration.cost_of_g,
     "stream or memory": streamed.stream_or_memory,
