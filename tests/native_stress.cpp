@@ -134,6 +134,25 @@ std::vector<double> run(int threads) {
     results.insert(results.end(), s.begin(), s.begin() + static_cast<std::ptrdiff_t>(2 * r));
     results.insert(results.end(), vt.begin(), vt.begin() + static_cast<std::ptrdiff_t>(2 * r * r));
   }
+  for (const std::size_t k : {1, 5, 8, 17})
+    for (const std::size_t m : {17, 24, 131}) {
+      const auto words = random_values(DType::float64, 2 * m, generator);
+      std::vector<double> z(2 * m), basis(k * m), squares(k), out(k * m), out_squares(k);
+      std::memcpy(z.data(), words.data(), words.size());
+      for (std::size_t i = 0; i < 3 * k; ++i) {
+        // One that is new, one that was there, and nothing.
+        std::vector<double> vector(z.begin() + static_cast<std::ptrdiff_t>(i % 2 * i % m), z.end());
+        vector.resize(m);
+        if (i % 5 == 4) std::fill(vector.begin(), vector.end(), 0.0);
+        const double removed = kernels().frequent_directions(
+            {basis.data(), squares.data(), vector.data(), k, m, out.data(), out_squares.data()});
+        if (!(removed >= 0)) fail("less than nothing was taken off");
+        std::swap(basis, out);
+        std::swap(squares, out_squares);
+      }
+      results.insert(results.end(), basis.begin(), basis.end());
+      results.insert(results.end(), squares.begin(), squares.end());
+    }
   for (const DType dtype : {DType::bfloat16, DType::float16, DType::float32})
     for (const std::size_t r : {1, 7, 16, 64, 67, 130}) {
       const std::vector<std::int64_t> starts{0, 0, 1, 64, 65, 301};
