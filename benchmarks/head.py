@@ -73,7 +73,7 @@ def expected(gate: HeadGradientGate, given: Batch, ids: Tensor, *, whole: bool) 
     errors = (logits if whole else logits.masked_fill(~chosen, -torch.inf)).softmax(1) * chosen
     errors[rows, labels] -= 1
     buckets = hashes.bucket_e.expand(len(labels), -1)
-    z = reference.tensor_sketch(hidden, errors * hashes.sign_e, buckets, hashes.bucket_h, hashes.sign_h, hashes.m)
+    z = reference.convolved(hidden, errors * hashes.sign_e, buckets, hashes.bucket_h, hashes.sign_h, hashes.m)
     z /= z.norm()
     return z, gate.novelty(z)
 

@@ -47,7 +47,7 @@ void tensor_sketch(TensorSketchTask task, float* z, int threads) {
   const std::size_t runs = (task.tokens + kTokensOfSketch - 1) / kTokensOfSketch;
   std::vector<float> sums(runs * task.m);
   task.sums = sums.data();
-  const double of_token = static_cast<double>(2 * task.features + task.width * task.m / 8);
+  const double of_token = static_cast<double>(2 * task.features + task.top * task.m / 8);
   parallel_for(std::vector<double>(runs, kTokensOfSketch * of_token), threads,
                [&](std::size_t run) { chosen.tensor_sketch(task, run); });
   for (std::size_t i = 0; i < task.m; ++i) {

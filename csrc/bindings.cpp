@@ -193,30 +193,47 @@ void expect_buckets(const char* name, const Array<std::int32_t>& buckets, py::ss
     throw std::invalid_argument(std::string(name) + " must be from 0 to m - 1");
 }
 
-void tensor_sketch(std::int64_t hidden, std::int64_t dtype, const Array<float>& errors,
-                   const Array<std::int32_t>& buckets, const Array<std::int32_t>& bucket_h, const Array<float>& sign_h,
-                   Array<float>& z, int threads) {
+void tensor_sketch(std::int64_t hidden, std::int64_t dtype, const Array<float>& logsumexp, const Array<float>& gold,
+                   const Array<float>& values, const Array<std::int64_t>& ids, const Array<std::int64_t>& labels,
+                   const Array<std::int32_t>& bucket_h, const Array<float>& sign_h, const Array<std::int32_t>& bucket_e,
+                   const Array<float>& sign_e, Array<float>& z, int threads) {
   expect_threads(threads);
-  const auto tokens = errors.ndim() == 2 ? errors.shape(0) : 0, width = errors.ndim() == 2 ? errors.shape(1) : 0;
-  expect_shape("errors", errors, {tokens, width});
-  expect_shape("buckets", buckets, {tokens, width});
+  const auto tokens = labels.size(), top = values.ndim() == 2 ? values.shape(1) : 0, vocabulary = bucket_e.size();
+  expect_shape("logsumexp", logsumexp, {tokens});
+  expect_shape("gold", gold, {tokens});
+  expect_shape("values", values, {tokens, top});
+  expect_shape("ids", ids, {tokens, top});
+  expect_shape("labels", labels, {tokens});
   expect_shape("bucket_h", bucket_h, {bucket_h.size()});
   expect_shape("sign_h", sign_h, {bucket_h.size()});
+  expect_shape("bucket_e", bucket_e, {vocabulary});
+  expect_shape("sign_e", sign_e, {vocabulary});
   expect_shape("z", z, {z.size()});
-  expect_buckets("buckets", buckets, z.size());
   expect_buckets("bucket_h", bucket_h, z.size());
+  expect_buckets("bucket_e", bucket_e, z.size());
+  const auto is_id = [vocabulary](std::int64_t id) { return id >= 0 && id < vocabulary; };
+  if (!std::all_of(ids.data(), ids.data() + ids.size(), is_id))
+    throw std::invalid_argument("ids must be below the vocabulary");
+  if (!std::all_of(labels.data(), labels.data() + tokens,
+                   [&](std::int64_t id) { return is_id(id) || id == spectral_fast::kIgnored; }))
+    throw std::invalid_argument("labels must be ids below the vocabulary, or -100");
   if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be from 0 to 2, got " + std::to_string(dtype));
-  const spectral_fast::TensorSketchTask task{address<const void>(hidden),
-                                             static_cast<DType>(dtype),
-                                             size_of(tokens),
-                                             size_of(bucket_h.size()),
-                                             size_of(width),
-                                             size_of(z.size()),
-                                             errors.data(),
-                                             buckets.data(),
-                                             bucket_h.data(),
-                                             sign_h.data(),
-                                             nullptr};
+  spectral_fast::TensorSketchTask task{};
+  task.hidden = address<const void>(hidden);
+  task.dtype = static_cast<DType>(dtype);
+  task.tokens = size_of(tokens);
+  task.features = size_of(bucket_h.size());
+  task.top = size_of(top);
+  task.m = size_of(z.size());
+  task.logsumexp = logsumexp.data();
+  task.gold = gold.data();
+  task.values = values.data();
+  task.ids = ids.data();
+  task.labels = labels.data();
+  task.bucket_h = bucket_h.data();
+  task.bucket_e = bucket_e.data();
+  task.sign_h = sign_h.data();
+  task.sign_e = sign_e.data();
   float* out = z.mutable_data();
   py::gil_scoped_release release;
   spectral_fast::tensor_sketch(task, out, threads);
@@ -288,10 +305,11 @@ PYBIND11_MODULE(_C, module) {
              py::arg("labels").noconvert(), py::arg("logsumexp").noconvert(), py::arg("gold").noconvert(),
              py::arg("values").noconvert(), py::arg("ids").noconvert(), py::arg("threads"),
              "Logsumexp, logit at the label, and the largest logits with their ids, of every row.");
-  module.def("tensor_sketch", &tensor_sketch, py::arg("hidden"), py::arg("dtype"), py::arg("errors").noconvert(),
-             py::arg("buckets").noconvert(), py::arg("bucket_h").noconvert(), py::arg("sign_h").noconvert(),
-             py::arg("z").noconvert(), py::arg("threads"),
-             "Sum over the tokens of the circular convolution of two CountSketches.");
+  module.def("tensor_sketch", &tensor_sketch, py::arg("hidden"), py::arg("dtype"), py::arg("logsumexp").noconvert(),
+             py::arg("gold").noconvert(), py::arg("values").noconvert(), py::arg("ids").noconvert(),
+             py::arg("labels").noconvert(), py::arg("bucket_h").noconvert(), py::arg("sign_h").noconvert(),
+             py::arg("bucket_e").noconvert(), py::arg("sign_e").noconvert(), py::arg("z").noconvert(),
+             py::arg("threads"), "Sum over the tokens of the circular convolution of two CountSketches.");
   module.def("jacobi_svd", &jacobi_svd, py::arg("m").noconvert(), py::arg("wt").noconvert(), py::arg("s").noconvert(),
              py::arg("vt").noconvert(), py::arg("status").noconvert(), py::arg("threads"),
              "Left vectors, singular values and right vectors of each matrix of a batch m (count, r, r).");

@@ -2,7 +2,7 @@
 
 // A row of logits is read in blocks, whose maxima bound the K-th largest from below: only blocks that reach it are
 // looked into again.
-constexpr std::size_t kBlock = 64;
+constexpr std::size_t kBlock = 64, kAhead = 16;
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -101,7 +101,10 @@ inline void top_logits_as(const TopLogitsTask& task, std::size_t row) {
   std::uint64_t *keys = keys_buffer.reserve(2 * n), *ordered = keys + n;
 
   LogSumExp sum;
-  for (std::size_t b = 0; b < n / kBlock; ++b) maxima[b] = sum.add<Type>(x + b * kBlock);
+  for (std::size_t b = 0; b < n / kBlock; ++b) {
+    prefetch<0>(x + (b + kAhead) * kBlock, kBlock * sizeof *x);
+    maxima[b] = sum.add<Type>(x + b * kBlock);
+  }
   if (const std::size_t left = n % kBlock; left > 0) {
     widen(task.logits, task.dtype, first + n - left, values, left);
     std::fill(values + left, values + kBlock, -kInfinity);
@@ -172,24 +175,35 @@ inline void top_logits_of(const TopLogitsTask& task, std::size_t row) {
 inline void tensor_sketch_of(const TensorSketchTask& task, std::size_t run) {
   constexpr std::size_t kVectors = 8, kStrip = kVectors * kFloats;
   thread_local Buffer<float> buffer;
-  const std::size_t m = task.m, padded = round_up(m, kStrip), width = task.width;
-  float* z = buffer.reserve(padded + m + padded + task.features);
-  float *twice = z + padded, *hidden = twice + m + padded;
+  const std::size_t m = task.m, padded = round_up(m, kStrip), top = round_up(task.top, kFloats);
+  float* z = buffer.reserve(padded + m + padded + top + kFloats + task.features);
+  float *twice = z + padded, *errors = twice + m + padded, *hidden = errors + top + kFloats;
   std::fill(z, hidden, 0.0f);
   const std::size_t end = std::min(task.tokens, (run + 1) * kTokensOfSketch);
   for (std::size_t t = run * kTokensOfSketch; t < end; ++t) {
-    const float* errors = task.errors + t * width;
-    const std::int32_t* buckets = task.buckets + t * width;
-    if (std::all_of(errors, errors + width, [](float e) { return e == 0; })) continue;
+    const std::int64_t label = task.labels[t], *ids = task.ids + t * task.top;
+    if (label == kIgnored) continue;
+    std::memcpy(errors, task.values + t * task.top, task.top * sizeof *errors);
+    errors[task.top] = task.gold[t];
+    for (std::size_t k = 0; k < task.top + 1; k += kFloats)
+      store(errors + k, exp_of(load<Vf>(errors + k) - task.logsumexp[t]));
+    bool beside = true;
+    for (std::size_t k = 0; k < task.top; ++k) {
+      if (ids[k] == label) errors[k] -= 1, beside = false;
+      errors[k] *= task.sign_e[ids[k]];
+    }
+    errors[task.top] = (errors[task.top] - 1) * task.sign_e[label];
+
     widen(task.hidden, task.dtype, t * task.features, hidden, task.features);
     std::fill(twice, twice + m, 0.0f);
     for (std::size_t i = 0; i < task.features; ++i) twice[task.bucket_h[i]] += task.sign_h[i] * hidden[i];
     std::copy(twice, twice + m, twice + m);
     for (std::size_t i = 0; i < m; i += kStrip) {
       Vf sums[kVectors] = {};
-      for (std::size_t w = 0; w < width; ++w) {
-        const float* rotated = twice + m + i - static_cast<std::size_t>(buckets[w]);
-        for (std::size_t v = 0; v < kVectors; ++v) sums[v] += errors[w] * load<Vf>(rotated + v * kFloats);
+      for (std::size_t k = 0; k < task.top + beside; ++k) {
+        const auto bucket = static_cast<std::size_t>(task.bucket_e[k < task.top ? ids[k] : label]);
+        const float* rotated = twice + m + i - bucket;
+        for (std::size_t v = 0; v < kVectors; ++v) sums[v] += errors[k] * load<Vf>(rotated + v * kFloats);
       }
       for (std::size_t v = 0; v < kVectors; ++v)
         store(z + i + v * kFloats, load<Vf>(z + i + v * kFloats) + sums[v]);

@@ -74,16 +74,18 @@ struct TopLogitsTask {
 };
 constexpr std::int64_t kIgnored = -100, kElsewhere = -1;
 
-// z = sum over tokens t of s_h(t) * s_e(t), a circular convolution of length m: s_h has sign_h[i] hidden[t][i] in bucket
-// bucket_h[i], s_e has errors[t][w] in bucket buckets[t][w]. Tokens whose errors are all 0 are not read. The sum of each
-// run of kTokensOfSketch tokens is left in a row of sums.
+// z = sum over tokens t of s_h(t) * s_e(t), a circular convolution of length m. CountSketches: s_h has
+// sign_h[i] hidden[t][i] in bucket bucket_h[i], s_e has sign_e[j] e[j] in bucket bucket_e[j], for e = softmax - onehot at
+// the largest logits of the row, as TopLogitsTask leaves them, and at its label. Tokens of label kIgnored are not read.
+// The sum of each run of kTokensOfSketch tokens is left in a row of sums.
 struct TensorSketchTask {
   const void* hidden;
   DType dtype;
-  std::size_t tokens, features, width, m;
-  const float* errors;
-  const std::int32_t *buckets, *bucket_h;
-  const float* sign_h;
+  std::size_t tokens, features, top, m;
+  const float *logsumexp, *gold, *values;
+  const std::int64_t *ids, *labels;
+  const std::int32_t *bucket_h, *bucket_e;
+  const float *sign_h, *sign_e;
   float* sums;
 };
 constexpr std::size_t kTokensOfSketch = 32;

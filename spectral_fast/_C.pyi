@@ -32,10 +32,15 @@ def top_logits(
 def tensor_sketch(
     hidden: int,
     dtype: int,
-    errors: NDArray[np.float32],
-    buckets: NDArray[np.int32],
+    logsumexp: NDArray[np.float32],
+    gold: NDArray[np.float32],
+    values: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    labels: NDArray[np.int64],
     bucket_h: NDArray[np.int32],
     sign_h: NDArray[np.float32],
+    bucket_e: NDArray[np.int32],
+    sign_e: NDArray[np.float32],
     z: NDArray[np.float32],
     threads: int,
 ) -> None: ...

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spectral_fast.kernels.gpu import Shipped, Variant
+from spectral_fast.kernels.head_sketch.reference import sparse_errors
 from spectral_fast.kernels.sensitivity.gpu import TYPES, blocks, sum_blocks
 
 BYTES = {torch.bfloat16: 2, torch.float16: 3, torch.float32: 4}  # that differ when they are float32
@@ -142,9 +143,13 @@ def top_logits(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tens
     return lse, gold, values, ids
 
 
-def tensor_sketch(hidden: Tensor, errors: Tensor, buckets: Tensor, bucket_h: Tensor, sign_h: Tensor, m: int) -> Tensor:
+def tensor_sketch(
+    hidden: Tensor, logsumexp: Tensor, gold: Tensor, values: Tensor, ids: Tensor, labels: Tensor,
+    bucket_h: Tensor, sign_h: Tensor, bucket_e: Tensor, sign_e: Tensor, m: int,
+) -> Tensor:  # fmt: skip
     """The backend's call."""
-    hidden, errors, buckets = hidden.contiguous(), errors.float().contiguous(), buckets.contiguous()
+    errors, ids = sparse_errors(logsumexp, gold, values, ids, labels)
+    errors, buckets, hidden = (errors * sign_e[ids]).contiguous(), bucket_e[ids].contiguous(), hidden.contiguous()
     (tokens, features), width = hidden.shape, errors.shape[1]
     in_order, order = bucket_h.sort(stable=True)
     starts = torch.searchsorted(in_order, torch.arange(m + 1, device=hidden.device, dtype=in_order.dtype))

@@ -164,13 +164,8 @@ def _merged(a: Top, b: Top, top_k: int) -> Top:
 
 
 def _sketch(hidden: Tensor, labels: Tensor, top: Top, hashes: Hashes) -> Tensor:
-    at_gold = top.ids == labels[:, None]
-    errors = (top.values - top.logsumexp[:, None]).exp() - at_gold.to(top.values.dtype)
-    beside = ((top.gold - top.logsumexp).exp() - 1).masked_fill(at_gold.any(1), 0)
-    ids = torch.cat([top.ids, labels.clamp(min=0)[:, None]], 1)
-    errors = torch.cat([errors, beside[:, None]], 1).masked_fill((labels == IGNORED)[:, None], 0)
-    errors *= hashes.sign_e[ids]
-    z: Tensor = _sketch_op(hidden.detach(), errors, hashes.bucket_e[ids], hashes.bucket_h, hashes.sign_h, hashes.m)
+    tables = (hashes.bucket_h, hashes.sign_h, hashes.bucket_e, hashes.sign_e)
+    z: Tensor = _sketch_op(hidden.detach(), *top, labels, *tables, hashes.m)
     return z
 
 
@@ -185,10 +180,10 @@ def _top_logits(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Ten
     return result
 
 
-def _tensor_sketch(hidden: Tensor, errors: Tensor, buckets: Tensor, bucket_h: Tensor, sign_h: Tensor, m: int) -> Tensor:
+def _tensor_sketch(hidden: Tensor, *rest: Any) -> Tensor:
     if not len(hidden):
-        return hidden.new_zeros(m, dtype=_wide(hidden))
-    z: Tensor = pick("tensor_sketch", hidden, errors).call(hidden, errors, buckets, bucket_h, sign_h, m)
+        return hidden.new_zeros(rest[-1], dtype=_wide(hidden))
+    z: Tensor = pick("tensor_sketch", hidden, rest[0], rest[2]).call(hidden, *rest)
     return z
 
 
@@ -205,13 +200,13 @@ def _cpu_top(logits: Tensor, labels: Tensor, top_k: int) -> tuple[Tensor, Tensor
     return lse, gold, values, ids
 
 
-def _cpu_sketch(hidden: Tensor, errors: Tensor, buckets: Tensor, bucket_h: Tensor, sign_h: Tensor, m: int) -> Tensor:
+def _cpu_sketch(hidden: Tensor, *rest: Any) -> Tensor:
     from spectral_fast import _C
 
-    hidden, z = native.readable(hidden), torch.empty(m)
-    tables = (errors.float().contiguous(), buckets.contiguous(), bucket_h.contiguous(), sign_h.contiguous())
-    arrays = (x.numpy() for x in tables)
-    _C.tensor_sketch(hidden.data_ptr(), native.CODES[hidden.dtype], *arrays, z.numpy(), torch.get_num_threads())
+    *tensors, m = rest
+    hidden, z, kept = native.readable(hidden), torch.empty(m), [x.contiguous() for x in tensors]
+    arrays = (x.numpy() for x in (*kept, z))
+    _C.tensor_sketch(hidden.data_ptr(), native.CODES[hidden.dtype], *arrays, torch.get_num_threads())
     return z
 
 
@@ -268,7 +263,8 @@ _top_op = define(
 )
 _sketch_op = define(
     "tensor_sketch",
-    "(Tensor hidden, Tensor errors, Tensor buckets, Tensor bucket_h, Tensor sign_h, int m) -> Tensor",
+    "(Tensor hidden, Tensor logsumexp, Tensor gold, Tensor values, Tensor ids, Tensor labels, Tensor bucket_h, "
+    "Tensor sign_h, Tensor bucket_e, Tensor sign_e, int m) -> Tensor",
     _tensor_sketch,
-    lambda hidden, errors, buckets, bucket_h, sign_h, m: hidden.new_empty(m, dtype=_wide(hidden)),  # noqa: ARG005
+    lambda hidden, *rest: hidden.new_empty(rest[-1], dtype=_wide(hidden)),
 )
