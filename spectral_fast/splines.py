@@ -15,6 +15,7 @@ from spectral_fast.kernels.spline import spline
 from spectral_fast.options import check, option
 from spectral_fast.tensorfile import SafetensorsFile
 
+PEFT_TYPE = "LSLORA"  # in adapter_config.json
 # Names of a layer's parameters in PEFT, and with the module's name before them the keys of a file.
 VALUES, INPUT_SCALE, OUTPUT_SCALE = PARAMETERS = (
     "lora_spline_values",

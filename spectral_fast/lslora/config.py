@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from spectral_fast.splines import PRESETS, SplineOptions, options_of
+from spectral_fast.splines import PEFT_TYPE, PRESETS, SplineOptions, options_of
 
 # Under which the update is not a function of B A x alone, or which takes B A out of the base weights at the start.
 _EXCLUDED = (
@@ -30,7 +30,7 @@ _INITS = (True, False, "gaussian")
 class SplineType(str, Enum):
     """The method's name in adapter_config.json. PEFT's own enumeration is closed; it compares names as text."""
 
-    LSLORA = "LSLORA"
+    LSLORA = PEFT_TYPE
 
 
 @dataclass
