@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spectral_fast.backends import Backend, define, pick, register
-from spectral_fast.kernels import gpu, native
+from spectral_fast.kernels import native
 from spectral_fast.kernels.spline import reference
 from spectral_fast.kernels.spline.reference import Shape
 
@@ -33,9 +32,9 @@ def spline(
 ) -> Tensor:
     """A spline on every element: y = s_out φ(s), s = s_in · clamp(x), by K values v_i at knots k_i = k_min + i dk.
 
-    Piecewise: φ(s) = (1 − t) v_i + t v_{i+1} with i + t = (s − k_min)/dk, linear between the knots. Soft: φ(s) = Σ w_i v_i
-    with w = softmax(−(s − k_i)²/τ), τ = 0.37 dk², which is not the identity where the values are the grid: it is off by
-    up to dk/16. Differentiable once in x, values, both scales and base. Autocast changes nothing.
+    Piecewise: φ(s) = (1 − t) v_i + t v_{i+1} with i + t = (s − k_min)/dk, linear between the knots. Soft: φ(s) = Σ w_i
+    v_i with w = softmax(−(s − k_i)²/τ), τ = 0.37 dk²; where the values are the grid it is off s by up to dk/16.
+    Differentiable once in x, values, both scales and base. Autocast changes nothing.
 
     Args:
         x: output of the LoRA branch, scaling included: any shape; bfloat16, float16, float32 or float64.

@@ -130,10 +130,13 @@ def _weights(s: Tensor, knots: int, shape: Shape) -> Iterator[Tensor]:
     dk = shape.step(knots)
     if shape.soft:
         u = (s - shape.k_min) / dk
-        nearest = (u - u.detach().round().clamp(0, knots - 1)).square()  # what e^0 is the largest weight by
-        exponentials = [lambda i=i: ((nearest - (u - i).square()) / SOFTNESS).exp() for i in range(knots)]
-        total = sum(weight() for weight in exponentials)
-        yield from (weight() / total for weight in exponentials)
+        # Relative to the largest weight, that of the nearest knot.
+        nearest = (u - u.detach().round().clamp(0, knots - 1)).square()
+        total = torch.zeros_like(u)
+        for i in range(knots):
+            total = total + ((nearest - (u - i).square()) / SOFTNESS).exp()
+        for i in range(knots):
+            yield ((nearest - (u - i).square()) / SOFTNESS).exp() / total
         return
     piece = _piece(s, knots, shape)
     t = (_saturated(s, shape) - shape.k_min) / dk - piece
