@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -180,6 +182,38 @@ void jacobi_svd(const Array<double>& m, Array<double>& wt, Array<double>& s, Arr
                             static_cast<std::size_t>(r), threads);
 }
 
+// `shape` is clamp, extrapolate, soft; `sums` (knots + 1) backward, else none.
+void spline(std::int64_t x, std::int64_t y, std::int64_t out, std::int64_t x_dtype, std::int64_t y_dtype,
+            std::int64_t count, const Array<double>& values, const std::array<double, 5>& constants,
+            const std::array<bool, 3>& shape, std::optional<Array<double>> sums, int threads) {
+  expect_threads(threads);
+  const auto knots = values.size();
+  if (values.ndim() != 1 || knots < 2) throw std::invalid_argument("values must be a vector of at least 2");
+  if (sums) expect_shape("sums", *sums, {knots + 1});
+  const auto [s_in, s_out, k_min, k_max, softness] = constants;
+  const auto [clamp, extrapolate, soft] = shape;
+  if (!(k_min < k_max && softness > 0)) throw std::invalid_argument("k_min must be below k_max, and softness positive");
+  const spectral_fast::SplineTask task{address<const void>(x),
+                                       address<const void>(y),
+                                       address<void>(out),
+                                       dtype_of(x_dtype),
+                                       dtype_of(y_dtype),
+                                       size_of(count),
+                                       values.data(),
+                                       size_of(knots),
+                                       s_in,
+                                       s_out,
+                                       k_min,
+                                       k_max,
+                                       softness,
+                                       clamp,
+                                       extrapolate,
+                                       soft};
+  double* all = sums ? sums->mutable_data() : nullptr;
+  py::gil_scoped_release release;
+  all == nullptr ? spectral_fast::spline(task, threads) : spectral_fast::spline_backward(task, all, threads);
+}
+
 py::dict isa() {
   std::vector<std::string> built, supported;
   for (std::size_t i = 0; i < spectral_fast::kImplementationCount; ++i) {
@@ -212,5 +246,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("jacobi_svd", &jacobi_svd, py::arg("m").noconvert(), py::arg("wt").noconvert(), py::arg("s").noconvert(),
              py::arg("vt").noconvert(), py::arg("status").noconvert(), py::arg("threads"),
              "Left vectors, singular values and right vectors of each matrix of a batch m (count, r, r).");
+  module.def(
+      "spline", &spline, py::arg("x"), py::arg("y"), py::arg("out"), py::arg("x_dtype"), py::arg("y_dtype"),
+      py::arg("count"), py::arg("values").noconvert(), py::arg("constants"), py::arg("shape"),
+      py::arg("sums").noconvert().none(true), py::arg("threads"),
+      "The spline of (s_in, s_out, k_min, k_max, softness) and (clamp, extrapolate, soft) on x, plus y unless it "
+      "is 0; with sums, its gradients where y is dy.");
   module.def("isa", &isa, "The instruction set in use, those of this processor, and those of this build.");
 }

@@ -17,6 +17,7 @@ extern const Kernels kKernels{"avx2",
                               lowrank_svd,
                               recompose,
                               segment_products_of,
-                              jacobi_svd};
+                              jacobi_svd,
+                              spline_of};
 }  // namespace spectral_fast::avx2
 #endif

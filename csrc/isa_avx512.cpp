@@ -21,6 +21,7 @@ extern const Kernels kKernels{"avx512",
                               lowrank_svd,
                               recompose,
                               segment_products_of,
-                              jacobi_svd};
+                              jacobi_svd,
+                              spline_of};
 }  // namespace spectral_fast::avx512
 #endif

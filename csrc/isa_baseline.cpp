@@ -17,5 +17,6 @@ extern const Kernels kKernels{
     lowrank_svd,
     recompose,
     segment_products_of,
-    jacobi_svd};
+    jacobi_svd,
+    spline_of};
 }  // namespace spectral_fast::baseline

@@ -10,6 +10,7 @@
 #include "lowrank_svd-inl.h"
 #include "recompose-inl.h"
 #include "sensitivity-inl.h"
+#include "spline-inl.h"
 // clang-format on
 
 // A workspace per thread, freed when the thread ends.

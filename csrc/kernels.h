@@ -61,6 +61,20 @@ struct SensitivityTask {
   float* out;
 };
 
+// y = s_out phi(s_in clamp(x)) of `count` elements, phi the spline with these values at knots evenly from k_min to
+// k_max; forward out = y, plus `y` if there is one; backward out = dx, with `y` for dy.
+struct SplineTask {
+  const void *x, *y;
+  void* out;
+  DType x_dtype, y_dtype;  // of x and dx; of y and dy
+  std::size_t count;
+  const double* values;
+  std::size_t knots;
+  double s_in, s_out, k_min, k_max;
+  double softness;  // of the soft spline, its tau over the square of the knots' distance
+  bool clamp, extrapolate, soft;
+};
+
 // How many small matrices one thread works on at once.
 constexpr std::size_t kTogether = 2;
 
@@ -74,6 +88,8 @@ struct Kernels {
   // Of at most kTogether matrices.
   void (*jacobi_svd)(const double* m, double* wt, double* s, double* vt, SvdStatus* status, std::size_t count,
                      std::size_t r);
+  // Of the elements from begin to end; with sums (knots + 1) backward, see spline_backward.
+  void (*spline)(const SplineTask&, std::size_t begin, std::size_t end, double* sums);
 };
 
 extern const Kernels* const kImplementations[];  // best first
@@ -90,6 +106,9 @@ const Kernels& kernels();
 void lowrank_svd(std::vector<SvdTask>& tasks, int threads);
 void recompose(std::vector<RecomposeTask>& tasks, int threads);
 void segment_products(const SensitivityTask& task, std::size_t segments, int threads);
+void spline(const SplineTask& task, int threads);
+// Leaves in sums (knots + 1) those of dy w_i, w_i the weight of value i, and that of dy dphi/ds clamp(x).
+void spline_backward(const SplineTask& task, double* sums, int threads);
 
 // M = W diag(s) V^T of each of `count` row-major r x r matrices m: s (r, descending, not negative), left and right
 // vectors in the rows of wt and vt. A row of wt whose s is zero is zero; V is orthogonal in any case. A matrix with a

@@ -26,3 +26,16 @@ def jacobi_svd(
     status: NDArray[np.int32],
     threads: int,
 ) -> None: ...
+def spline(
+    x: int,
+    y: int,
+    out: int,
+    x_dtype: int,
+    y_dtype: int,
+    count: int,
+    values: NDArray[np.float64],
+    constants: tuple[float, float, float, float, float],
+    shape: tuple[bool, bool, bool],
+    sums: NDArray[np.float64] | None,
+    threads: int,
+) -> None: ...

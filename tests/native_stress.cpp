@@ -148,8 +148,8 @@ std::vector<double> run(int threads) {
 }
 
 void check_choice() {
-  const Kernels none{"none", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
-  const Kernels some{"some", [] { return true; }, nullptr, nullptr, nullptr, nullptr};
+  const Kernels none{"none", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const Kernels some{"some", [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr};
   const Kernels* const list[] = {&none, &some};
   if (&choose(list, 2, nullptr) != &some || &choose(list, 2, "") != &some || &choose(list, 2, "some") != &some)
     fail("the best supported, or the forced instruction set must be chosen");

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -129,8 +132,66 @@ def _backward(
     return dx, d_values, d_in, d_out
 
 
-register("spline_forward", Backend("reference", lambda *_: None, reference.forward))
-register("spline_backward", Backend("reference", lambda *_: None, reference.backward))
+def _cpu_forward(
+    x: Tensor, values: Tensor, input_scale: Tensor, output_scale: Tensor, shape: Shape, base: Tensor | None
+) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype if base is None else base.dtype)
+    _native(x, base, y, y.dtype, values, input_scale, output_scale, shape, None)
+    return y
+
+
+def _cpu_backward(
+    dy: Tensor, x: Tensor, values: Tensor, input_scale: Tensor, output_scale: Tensor, shape: Shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, sums = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(values) + 1, dtype=torch.float64)
+    _native(x, dy, dx, dy.dtype, values, input_scale, output_scale, shape, sums.numpy())
+    return dx, *reference.parameter_gradients(sums, values, input_scale, output_scale)
+
+
+def _native(
+    x: Tensor, y: Tensor | None, out: Tensor, y_dtype: torch.dtype, values: Tensor, input_scale: Tensor,
+    output_scale: Tensor, shape: Shape, sums: NDArray[np.float64] | None,
+) -> None:  # fmt: skip
+    from spectral_fast import _C
+
+    x, y = native.readable(x), None if y is None else native.readable(y)
+    _C.spline(
+        x.data_ptr(),
+        0 if y is None else y.data_ptr(),
+        out.data_ptr(),
+        native.CODES[x.dtype],
+        native.CODES[y_dtype],
+        x.numel(),
+        values.detach().double().numpy(),
+        (input_scale.item(), output_scale.item(), shape.k_min, shape.k_max, reference.SOFTNESS),
+        (shape.clamp, shape.extrapolate, shape.soft),
+        sums,
+        torch.get_num_threads(),
+    )
+
+
+def _refuses(elsewhere: Callable[[Iterable[Tensor]], str | None]) -> Callable[..., str | None]:
+    """Of x, the three parameters, and base or dy, which may be None."""
+
+    def refuses(*tensors: Tensor | None) -> str | None:
+        there = [x for x in tensors if x is not None]
+        if there and torch.float64 in (there[0].dtype, there[-1].dtype):
+            return "elements are worked on in float32, and there are some in float64"
+        return elsewhere(there)
+
+    return refuses
+
+
+register(
+    "spline_forward",
+    Backend("cpu", _refuses(native.refuses), _cpu_forward),
+    Backend("reference", lambda *_: None, reference.forward),
+)
+register(
+    "spline_backward",
+    Backend("cpu", _refuses(native.refuses), _cpu_backward),
+    Backend("reference", lambda *_: None, reference.backward),
+)
 
 _PARAMETERS = "Tensor values, Tensor input_scale, Tensor output_scale"
 _SHAPE = "float k_min, float k_max, bool clamp, bool extrapolate, bool soft"

@@ -92,16 +92,24 @@ def backward(
     else:
         slope = (v.diff() / dk)[_piece(s, knots, shape)]
         slope = slope if shape.extrapolate else slope.where((s >= shape.k_min) & (s <= shape.k_max), 0)
-    ds = s_out * up * slope
-    d_in = (ds * (wide.clamp(shape.k_min, shape.k_max) if shape.clamp else wide)).sum(dtype=torch.float64)
-    dx = s_in * ds
+    ds = up * slope
+    of_slope = (ds * (wide.clamp(shape.k_min, shape.k_max) if shape.clamp else wide)).sum(dtype=torch.float64)
+    sums = torch.cat([sums, of_slope[None]])
+    dx = s_in * s_out * ds
     if shape.clamp:
         dx = dx.where((wide >= shape.k_min) & (wide <= shape.k_max), 0)
+    return dx.to(x.dtype).contiguous(), *parameter_gradients(sums, values, input_scale, output_scale)
+
+
+def parameter_gradients(
+    sums: Tensor, values: Tensor, input_scale: Tensor, output_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of values and scales from sums (K + 1): of dy w_i for every knot, and last of dy φ'(s) clamp(x)."""
+    of_values, of_slope = sums[:-1], sums[-1:]
     return (
-        dx.to(x.dtype).contiguous(),
-        (s_out * sums).to(values.dtype),
-        d_in.to(input_scale.dtype).view(input_scale.shape),
-        (v.double() @ sums).to(output_scale.dtype).view(output_scale.shape),
+        (output_scale.double() * of_values).to(values.dtype),
+        (output_scale.double() * of_slope).to(input_scale.dtype).view(input_scale.shape),
+        (values.double() @ of_values).to(output_scale.dtype).view(output_scale.shape),
     )
 
 
