@@ -37,13 +37,13 @@ class SplineOptions:
     interpolation_method: str = option(
         "piecewise", "between knots: lines, or weights by distance (soft)", choices=("piecewise", "soft")
     )
-    clamp: bool = option(True, "clamp what enters to the knots; without, lines go on beyond them, and it starts as LoRA")
+    clamp: bool = option(True, "clamp what enters to the knots; else lines go on beyond them, and it starts as LoRA")
     extrapolate: bool = option(False, "let lines go on where input_scale carries clamped values beyond the knots")
     spline_reg_weight: float = option(0.01, "weight of the penalty in the loss", low=0.0)
     spline_regularizer: str = option(
         "identity", "penalise the distance from the identity, or bends (curvature)", choices=("identity", "curvature")
     )
-    spline_init: str = option("identity", "values at the start; sine is that of preset V0", choices=("identity", "sine"))
+    spline_init: str = option("identity", "values at the start; sine is preset V0's", choices=("identity", "sine"))
     spline_tanh: bool = option(False, "tanh(input_scale z) in place of clamp, as in presets V0 to V2")
     spline_output_scale: float = option(1.0, "output_scale at the start")
 
@@ -73,7 +73,7 @@ class SplineOptions:
         return torch.linspace(self.k_min, self.k_max, self.num_knots)
 
     def initial(self) -> dict[str, Tensor]:
-        """name -> value of the three parameters at the start, float32."""
+        """Name -> value of the three parameters at the start, float32."""
         grid = self.grid()
         values = grid + 0.2 * torch.sin(torch.pi * grid) if self.spline_init == "sine" else grid
         return {VALUES: values, INPUT_SCALE: torch.ones(1), OUTPUT_SCALE: torch.full((1,), self.spline_output_scale)}
@@ -173,7 +173,7 @@ class Spline:
 
     @property
     def deviation(self) -> float:
-        """mean |v_i - k_i|; 0.01 to 0.1 is what the method aims at, above 1 is bad."""
+        """Mean |v_i - k_i|; 0.01 to 0.1 is what the method aims at, above 1 is bad."""
         return float((self.values - self.options.grid()).abs().mean())
 
     @property

@@ -93,7 +93,7 @@ class Adapter:
                 f"{config['peft_type']}: without its splines the adapter is another one"
             )
         found = take_inventory(
-            {key: tensor for key, tensor in weights.tensors.items() if key not in of_splines},
+            {key: tensor for key, tensor in weights.tensors.items() if not key.endswith(PARAMETERS)},
             config,
             adapter_name=adapter_name,
             include_conv=include_conv,

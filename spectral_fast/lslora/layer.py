@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NoReturn
 
-import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class SplineVariant(lora.LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """result + s_out · φ(s_in · clamp(scaling · B A dropout(x)))."""
+        """The base layer's result + s_out · φ(s_in · clamp(scaling · B A dropout(x)))."""
         low = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         # There is no bias after B, so that the few channels in front of it may be scaled instead.
         z = module.lora_B[active_adapter](low * module.scaling[active_adapter])
@@ -87,16 +87,17 @@ class Linear(SplineLayer, lora.Linear):  # type: ignore[misc]
 
 
 def spline_layer(base: nn.Module) -> type[SplineLayer] | None:
-    """The class for a base layer; None where there is none.
-
-    bitsandbytes is imported only where it is installed.
-    """
+    """The class for a base layer; None where there is none. bitsandbytes is imported only where it is installed."""
     if is_bnb_available():
-        import bitsandbytes
         from peft.tuners.lora import bnb
 
-        if is_bnb_4bit_available() and isinstance(base, bitsandbytes.nn.Linear4bit):
-            return type("Linear4bit", (SplineLayer, bnb.Linear4bit), {})
-        if isinstance(base, bitsandbytes.nn.Linear8bitLt):
-            return type("Linear8bitLt", (SplineLayer, bnb.Linear8bitLt), {})
-    return Linear if isinstance(base, torch.nn.Linear) else None
+        if is_bnb_4bit_available() and isinstance(base, bnb.bnb.nn.Linear4bit):
+            return _with_splines(bnb.Linear4bit)
+        if isinstance(base, bnb.bnb.nn.Linear8bitLt):
+            return _with_splines(bnb.Linear8bitLt)
+    return Linear if isinstance(base, nn.Linear) else None
+
+
+@cache
+def _with_splines(layer: type) -> type[SplineLayer]:
+    return type(layer.__name__, (SplineLayer, layer), {})

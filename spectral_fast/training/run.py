@@ -17,6 +17,7 @@ from spectral_fast.training.adapter import lora_config, quantization
 from spectral_fast.training.data import load_split
 from spectral_fast.training.folder import FINAL, RunFolder
 from spectral_fast.training.settings import Settings
+from spectral_fast.training.spline import described, splined
 
 _TEMPLATES = (".jinja", ".j2")  # TRL takes other files for tokenizers
 
@@ -37,8 +38,9 @@ def train(
             many more are done.
 
     Returns:
-        {output_dir, final_checkpoint, steps, train_loss, eval_loss, seconds, trainable_parameters, rank_pattern}; no
-        eval_loss without held-out data, no rank_pattern without an adapter.
+        {output_dir, final_checkpoint, steps, train_loss, eval_loss, seconds, trainable_parameters, rank_pattern,
+        splines}; no eval_loss without held-out data, no rank_pattern without an adapter, no splines without
+        `use_spline`.
 
     Raises:
         RuntimeError: several processes were started, or several GPUs are in sight.
@@ -57,7 +59,7 @@ def train(
     folder = RunFolder.of(settings, overwrite)
     tokenizer = load_tokenizer(model.name, model.loading())
     rows, held_out = _data(settings, tokenizer)
-    config = lora_config(model, settings.ranks)
+    config = lora_config(model, settings.ranks, settings.spline)
     how = {"attn_implementation": model.attn_implementation, "quantization_config": quantized}
     base = load_model(model.name, model.loading(), **{k: v for k, v in how.items() if v is not None})
     keep_differentiable(base, always=True)
@@ -67,7 +69,7 @@ def train(
 
     from spectral_fast.training.callbacks import BatchTimeCallback, LogCallback, ProgressCallback, SystemMonitor
 
-    trainer = SFTTrainer(
+    trainer = (splined(SFTTrainer) if settings.spline.use_spline else SFTTrainer)(
         model=base,
         args=settings.training,
         train_dataset=rows,
@@ -106,6 +108,7 @@ def train(
         "seconds": seconds,
         "trainable_parameters": parameters,
         **ranks,
+        **({"splines": described(trainer.model)} if settings.spline.use_spline else {}),
     }
 
 

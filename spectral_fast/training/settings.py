@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from spectral_fast.options import take
+from spectral_fast.splines import PRESETS
 from spectral_fast.training.options import DataArguments, LoggingArguments, LoraModelConfig
 from spectral_fast.training.ranks import RankAssignmentConfig
+from spectral_fast.training.spline import SplineArguments
 
 # Sections of the file; TRL's SFTConfig is one more.
 SECTIONS: dict[str, type] = {
     "model": LoraModelConfig,
     "data": DataArguments,
     "ranks": RankAssignmentConfig,
+    "spline": SplineArguments,
     "logging": LoggingArguments,
 }
 TRAINING = "training"
@@ -36,6 +39,7 @@ class Settings:
         training: TRL's SFTConfig.
         data: rows to train on.
         ranks: how ranks are assigned.
+        spline: the learned activation after the adapter.
         logging: what is recorded.
     """
 
@@ -43,6 +47,7 @@ class Settings:
     training: Any
     data: DataArguments
     ranks: RankAssignmentConfig
+    spline: SplineArguments
     logging: LoggingArguments
 
     def __post_init__(self) -> None:
@@ -50,6 +55,9 @@ class Settings:
             raise ValueError(f"run_name names a file of the run, and has no slashes; got {self.run_name!r}")
         if self.ranks.adaptive_ranks and not self.model.use_peft:
             raise ValueError("adaptive_ranks is for an adapter, and use_peft is off; leave out one of the two")
+        if self.spline.use_spline and (self.model.use_dora or not self.model.use_peft):
+            other = "use_dora is on" if self.model.use_dora else "use_peft is off"
+            raise ValueError(f"use_spline is for an adapter of plain LoRA, and {other}; leave out one of the two")
         if self.training.packing and self.training.train_sampling_strategy == "group_by_length":
             raise ValueError("group_by_length and packing exclude each other: packed rows are all of one length")
 
@@ -63,7 +71,8 @@ def load(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = (
     """Settings from a file and flags, of which the flags win.
 
     Args:
-        config: YAML of keys and values, all at the top or each in its section (model, training, data, ranks, logging).
+        config: YAML of keys and values, all at the top or each in its section (model, training, data, ranks, spline,
+            logging).
         flags: those of the classes in `SECTIONS`, parsed.
         words: the rest of the command line: fields of TRL's SFTConfig as flags.
 
@@ -74,6 +83,7 @@ def load(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = (
     """
     given = {} if config is None else _read(config)
     values = {key: value for key, value in given.items() if _owners()[key] != TRAINING} | dict(flags)
+    values = PRESETS.get(values.get("spline_preset", ""), {}) | values
     parts: dict[str, Any] = {name: take(cls, values) for name, cls in SECTIONS.items()}
     sft = {key: value for key, value in given.items() if _owners()[key] == TRAINING}
     return Settings(training=_sft_config(sft, words), **parts)
