@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spectral_fast.backends import Backend, define, pick, register
-from spectral_fast.kernels import native
+from spectral_fast.kernels import gpu, native
 from spectral_fast.kernels.spline import reference
 from spectral_fast.kernels.spline.reference import Shape
 
@@ -148,6 +148,18 @@ def _cpu_backward(
     return dx, *reference.parameter_gradients(sums, values, input_scale, output_scale)
 
 
+def _gpu_forward(*args: Any) -> Tensor:
+    from spectral_fast.kernels.spline.gpu import forward
+
+    return forward(*args)
+
+
+def _gpu_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from spectral_fast.kernels.spline.gpu import backward
+
+    return backward(*args)
+
+
 def _native(
     x: Tensor, y: Tensor | None, out: Tensor, y_dtype: torch.dtype, values: Tensor, input_scale: Tensor,
     output_scale: Tensor, shape: Shape, sums: NDArray[np.float64] | None,
@@ -185,11 +197,13 @@ def _refuses(elsewhere: Callable[[Iterable[Tensor]], str | None]) -> Callable[..
 register(
     "spline_forward",
     Backend("cpu", _refuses(native.refuses), _cpu_forward),
+    Backend("gpu", _refuses(gpu.refuses_together), _gpu_forward),
     Backend("reference", lambda *_: None, reference.forward),
 )
 register(
     "spline_backward",
     Backend("cpu", _refuses(native.refuses), _cpu_backward),
+    Backend("gpu", _refuses(gpu.refuses_together), _gpu_backward),
     Backend("reference", lambda *_: None, reference.backward),
 )
 
