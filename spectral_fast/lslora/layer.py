@@ -40,7 +40,7 @@ class SplineVariant(lora.LoraVariant):  # type: ignore[misc]
         low = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         # There is no bias after B, so that the few channels in front of it may be scaled instead.
         z = module.lora_B[active_adapter](low * module.scaling[active_adapter])
-        parameters = (getattr(module, name)[active_adapter].float() for name in PARAMETERS)
+        parameters = (getattr(module, name)[active_adapter] for name in PARAMETERS)
         added: Tensor = module.spline_options[active_adapter].apply(z, *parameters, base=result)
         return added
 

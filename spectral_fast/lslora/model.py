@@ -27,7 +27,7 @@ class LSLoraModel(LoraModel):  # type: ignore[misc]
         made = spline_layer(target)
         if made is None:
             raise ValueError(
-                f"LS-LoRA is for linear layers of torch and of bitsandbytes; {kwargs['target_name']} is a "
+                f"LS-LoRA is for linear layers of torch and of bitsandbytes; {kwargs['target_name']} is of class "
                 f"{type(target).__name__}: leave it out of target_modules"
             )
         lora_config.fan_in_fan_out = False
