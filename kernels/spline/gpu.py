@@ -145,7 +145,7 @@ def forward_variant(soft: bool, base: bool) -> Variant:
 
 def backward_variant(soft: bool) -> Variant:
     """What forms dx and the sums of a block."""
-    return Variant(backward_kernel, {"SOFT": soft, "SOFTNESS": SOFTNESS, "BLOCK": 4096}, warps=8)
+    return Variant(backward_kernel, {"SOFT": soft, "SOFTNESS": SOFTNESS, "BLOCK": 2048}, warps=8)
 
 
 def forward(
@@ -155,7 +155,7 @@ def forward(
     x, base = x.contiguous(), None if base is None else base.contiguous()
     y = torch.empty_like(x) if base is None else torch.empty_like(base)
     variant = forward_variant(shape.soft, base is not None)
-    parameters = (values.float(), input_scale.float(), output_scale.float())
+    parameters = (values.float().contiguous(), input_scale.float(), output_scale.float())
     arguments = (x, *parameters, x if base is None else base, y, *_constants(x, values, shape))
     variant.launch((triton.cdiv(x.numel(), variant.constants["BLOCK"]),), *arguments)
     return y
@@ -169,7 +169,7 @@ def backward(
     dx, variant = torch.empty_like(x), backward_variant(shape.soft)
     blocks = triton.cdiv(x.numel(), variant.constants["BLOCK"])
     sums = x.new_empty(blocks, len(values) + 1, dtype=torch.float32)
-    parameters = (values.float(), input_scale.float(), output_scale.float())
+    parameters = (values.float().contiguous(), input_scale.float(), output_scale.float())
     variant.launch((blocks,), dy, x, *parameters, dx, sums, *_constants(x, values, shape))
     total = sums.sum(0, dtype=torch.float64)
     return dx, *parameter_gradients(total, values, input_scale, output_scale)

@@ -174,7 +174,7 @@ def _native(
         native.CODES[x.dtype],
         native.CODES[y_dtype],
         x.numel(),
-        values.detach().double().numpy(),
+        native.readable(values.detach().double()).numpy(),
         (input_scale.item(), output_scale.item(), shape.k_min, shape.k_max, reference.SOFTNESS),
         (shape.clamp, shape.extrapolate, shape.soft),
         sums,
