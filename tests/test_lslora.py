@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import warnings
 from pathlib import Path
@@ -11,17 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lslora_tools import IDS, LAYER, TARGETS, logits, randomise, splined
 from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
-from tiny_models import Convolutional, randomise_b, tiny_llama, with_lora
-from torch import Tensor
+from tiny_models import Convolutional, tiny_llama, with_lora
 
-from spectral_fast import Adapter, embedded
+from spectral_fast import Adapter, calibrate, embedded, sensitivity_from_gradients
 from spectral_fast.cli import main
 from spectral_fast.evaluation.engines.vllm import served_rank
 from spectral_fast.lslora import (
-    PRESETS,
     LSLoraConfig,
     LSLoraModel,
     SplineLayer,
@@ -32,32 +30,6 @@ from spectral_fast.lslora import (
 )
 from spectral_fast.lslora.config import _EXCLUDED
 from spectral_fast.splines import INPUT_SCALE, OUTPUT_SCALE, PARAMETERS, VALUES
-
-IDS = torch.arange(20).view(2, 10)
-TARGETS = ["q_proj", "o_proj", "down_proj"]
-LAYER = "base_model.model.model.layers.1.mlp.down_proj"
-
-
-def splined(seed: int = 0, model: Any = None, **config: Any) -> Any:
-    """A tiny model with LS-LoRA, of whose parameters none is what it was at first."""
-    config = {"r": 6, "lora_alpha": 12, "target_modules": TARGETS, **config}
-    peft_model = get_peft_model(tiny_llama() if model is None else model, LSLoraConfig(**config))
-    randomise(peft_model, seed)
-    return peft_model
-
-
-def randomise(peft_model: Any, seed: int, adapter: str = "default") -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in peft_model.named_parameters():
-        if f".{adapter}" in name and ("lora_B" in name or "lora_spline" in name):
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter)
-
-
-def logits(model: Any, **kwargs: Any) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        found: Tensor = model(input_ids=IDS, **kwargs).logits
-    return found
 
 
 @pytest.fixture
@@ -120,40 +92,6 @@ def test_what_is_clamped_moves_no_factor() -> None:
     torch.testing.assert_close(out, layer.base_layer(x) + layer.spline("default")(end.view(1)))
     assert not layer.lora_A["default"].weight.grad.any()
     assert not layer.lora_B["default"].weight.grad.any()
-
-
-def test_the_first_version_has_tanh_a_sine_and_a_small_output() -> None:
-    model = get_peft_model(tiny_llama(), LSLoraConfig.preset("V0", r=4, target_modules=TARGETS, lora_alpha=8))
-    randomise_b(model)
-    layer = model.get_submodule(LAYER)
-    x = torch.randn(5, layer.in_features)
-    grid = torch.linspace(-1, 1, 5)
-    z = 2 * layer.lora_B["default"](layer.lora_A["default"](x))
-    weights = torch.softmax(-((torch.tanh(z)[..., None] - grid) ** 2) / (0.37 * 0.5**2), -1)
-    wanted = layer.base_layer(x) + 0.1 * (weights * (grid + 0.2 * torch.sin(torch.pi * grid))).sum(-1)
-    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_presets_lead_from_the_first_version_to_the_defaults() -> None:
-    plain = LSLoraConfig().options
-    options = [LSLoraConfig.preset(name).options for name in PRESETS]
-    assert list(PRESETS) == [f"V{i}" for i in range(8)]
-    assert options[6] == options[7] == plain
-    changed = [
-        {name for name in vars(a) if getattr(a, name) != getattr(b, name)} for a, b in itertools.pairwise(options)
-    ]
-    assert changed == [
-        {"spline_init"},
-        {"k_min", "k_max"},
-        {"spline_tanh"},
-        {"spline_output_scale"},
-        {"interpolation_method"},
-        {"spline_reg_weight"},
-        set(),
-    ]
-    assert LSLoraConfig.preset("V5", r=3, num_knots=9).num_knots == 9
-    with pytest.raises(ValueError, match="a preset is one of V0, V1"):
-        LSLoraConfig.preset("V8")
 
 
 def test_it_is_saved_and_loaded_as_it_is(saved: Path) -> None:
@@ -247,6 +185,15 @@ def test_nothing_here_takes_it_for_plain_lora(saved: Path, tmp_path: Path, capsy
     for splines in (False, True):
         with pytest.raises(ValueError, match="should say peft_type LSLORA and not LORA"):
             Adapter.open(saved, splines=splines)
+
+
+def test_a_model_in_memory_is_not_measured_either() -> None:
+    model = splined()
+    with pytest.raises(ValueError, match="variant SplineVariant has no spectral form"):
+        calibrate(model, "default", [{"input_ids": IDS[:1], "labels": IDS[:1]}])
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with pytest.raises(ValueError, match="variant SplineVariant is not a function of B A"):
+        sensitivity_from_gradients(model)
 
 
 def test_an_adapter_without_its_splines_is_refused(saved: Path) -> None:
@@ -351,45 +298,3 @@ def test_parameters_are_counted_as_they_are() -> None:
     trained = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (plain, model)]
     assert len(layers) == 9
     assert trained[1] - trained[0] == sum(p.numel() for p in spline_parameters(model)) == 9 * (5 + 2)
-
-
-@pytest.mark.parametrize("kind", ["identity", "curvature"])
-def test_the_penalty_is_the_formula(kind: str) -> None:
-    model = splined(spline_regularizer=kind, spline_reg_weight=0.5, num_knots=4)
-    values = np.stack([spline.values.numpy() for spline in splines_of(model).values()])
-    wanted = np.mean((values - np.linspace(-3, 3, 4)) ** 2)
-    if kind == "curvature":
-        wanted = np.mean((values[:, 2:] - 2 * values[:, 1:-1] + values[:, :-2]) ** 2) / 2.0**2
-    assert spline_penalty(model).item() == pytest.approx(0.5 * wanted, rel=1e-5)
-    spline_penalty(model).backward()
-    assert all(
-        getattr(layer, VALUES)["default"].grad.any() for layer in model.modules() if isinstance(layer, SplineLayer)
-    )
-    with pytest.raises(ValueError, match="has no LS-LoRA adapter 'default'"):
-        spline_penalty(with_lora(tiny_llama()))
-
-
-def test_facts_of_splines_on_disk_are_those_in_the_model(saved: Path) -> None:
-    model = splined()
-    found = read_splines(saved)
-    assert found.keys() == splines_of(model).keys()
-    spline, k = found[LAYER], np.linspace(-3, 3, 5)
-    v = model.get_submodule(LAYER).lora_spline_values["default"].detach().numpy()
-    facts = spline.facts()
-    assert facts == splines_of(model)[LAYER].facts()
-    assert facts["deviation"] == pytest.approx(np.abs(v - k).mean(), rel=1e-6)
-    assert facts["slope_variance"] == pytest.approx(np.var(np.diff(v) / 1.5), rel=1e-5)
-    assert facts["input_scale"] == pytest.approx(model.get_submodule(LAYER).lora_spline_input_scale["default"].item())
-    z = torch.linspace(-4, 4, 33)
-    wanted = facts["output_scale"] * np.interp(facts["input_scale"] * z.clamp(-3, 3).numpy(), k, v)
-    np.testing.assert_allclose(spline(z).numpy(), wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_the_picture_shows_every_kind_of_module(saved: Path, tmp_path: Path) -> None:
-    from spectral_fast.report.splines import save_spline_picture, spline_picture
-
-    save_spline_picture(tmp_path / "splines.png", read_splines(saved))
-    assert (tmp_path / "splines.png").read_bytes().startswith(b"\x89PNG")
-    assert spline_picture({"head": read_splines(saved)[LAYER]}).png
-    with pytest.raises(ValueError, match="needs at least one"):
-        spline_picture({})
