@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-vllm test-browser lint format embedded bench bench-smoke adaptive codegen roofline sanitize neon cuda clean
+.PHONY: demo test test-vllm test-browser lint format embedded bench bench-smoke adaptive spline codegen roofline sanitize neon cuda clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -69,11 +69,12 @@ bench-smoke: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks --quick --cores 2
 
 # LoRA with adaptive ranks against one rank, trained and evaluated on the embedded model: 13 minutes of one core.
-adaptive: export MALLOC_MMAP_THRESHOLD_ = 2000000000
-adaptive: export MALLOC_TRIM_THRESHOLD_ = 20000000000
-adaptive: export MALLOC_TOP_PAD_ = 200000000
-adaptive: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.adaptive
+# LS-LoRA against LoRA likewise: 20 minutes.
+adaptive spline: export MALLOC_MMAP_THRESHOLD_ = 2000000000
+adaptive spline: export MALLOC_TRIM_THRESHOLD_ = 20000000000
+adaptive spline: export MALLOC_TOP_PAD_ = 200000000
+adaptive spline: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$@
 
 # Every Triton and CUDA kernel for every architecture, compiled without a GPU; results/codegen.csv.
 codegen: $(VENV)/installed-test

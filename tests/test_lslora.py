@@ -291,6 +291,19 @@ def test_half_precision_leaves_the_splines_in_float32() -> None:
     assert (logits(model).float() - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    found = []
+    for checkpointed in (False, True):
+        model = splined()
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
+
+
 def test_parameters_are_counted_as_they_are() -> None:
     plain, model = with_lora(tiny_llama()), splined()
     assert isinstance(model.base_model, LSLoraModel)
