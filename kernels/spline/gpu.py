@@ -81,7 +81,7 @@ def piece(s, p_values, knots, k_min, dk, rate, offset, mask):
 
 
 @triton.jit(do_not_specialize=["knots"])
-def forward_kernel(
+def spline_kernel(
     p_x, p_values, p_in, p_out, p_base, p_y, n, knots, k_min, dk, rate, offset, low, high, lowest, highest,
     SOFT: tl.constexpr, BASE: tl.constexpr, SOFTNESS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["knots"])
-def backward_kernel(
+def spline_backward_kernel(
     p_dy, p_x, p_values, p_in, p_out, p_dx, p_sums, n, knots, k_min, dk, rate, offset, low, high, lowest, highest,
     SOFT: tl.constexpr, SOFTNESS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -140,12 +140,12 @@ def backward_kernel(
 
 def forward_variant(soft: bool, base: bool) -> Variant:
     """What forms y."""
-    return Variant(forward_kernel, {"SOFT": soft, "BASE": base, "SOFTNESS": SOFTNESS, "BLOCK": 2048})
+    return Variant(spline_kernel, {"SOFT": soft, "BASE": base, "SOFTNESS": SOFTNESS, "BLOCK": 2048})
 
 
 def backward_variant(soft: bool) -> Variant:
     """What forms dx and the sums of a block."""
-    return Variant(backward_kernel, {"SOFT": soft, "SOFTNESS": SOFTNESS, "BLOCK": 2048}, warps=8)
+    return Variant(spline_backward_kernel, {"SOFT": soft, "SOFTNESS": SOFTNESS, "BLOCK": 2048}, warps=8)
 
 
 def forward(
