@@ -22,6 +22,7 @@ PREPARE: dict[str, Callable[[Any, Sequence[str]], Workload]] = {
     "rebuild": workloads.rebuild,
     "svd": workloads.svd,
     "sensitivity": workloads.sensitivity,
+    "spline": workloads.spline,
     "calibrate": calibration.calibrations,
     "cost of g": calibration.cost_of_g,
     "stream or memory": streamed.stream_or_memory,
