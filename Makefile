@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-vllm test-browser lint format embedded bench bench-smoke adaptive gate codegen roofline sanitize neon cuda clean
+.PHONY: demo test test-vllm test-browser lint format embedded bench bench-smoke adaptive gate spline codegen roofline sanitize neon cuda clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -68,19 +68,13 @@ bench: $(VENV)/installed-test
 bench-smoke: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks --quick --cores 2
 
-# LoRA with adaptive ranks against one rank, trained and evaluated on the embedded model: 13 minutes of one core.
-adaptive: export MALLOC_MMAP_THRESHOLD_ = 2000000000
-adaptive: export MALLOC_TRIM_THRESHOLD_ = 20000000000
-adaptive: export MALLOC_TOP_PAD_ = 200000000
-adaptive: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.adaptive
-
-# Gated training against random skipping, for three seeds on the embedded model: 20 minutes of one core.
-gate: export MALLOC_MMAP_THRESHOLD_ = 2000000000
-gate: export MALLOC_TRIM_THRESHOLD_ = 20000000000
-gate: export MALLOC_TOP_PAD_ = 200000000
-gate: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gate
+# Experiments on the embedded model, over three seeds: adaptive ranks against one rank (13 minutes of one core), gated training
+# against random skipping (20), LS-LoRA against LoRA (20).
+adaptive gate spline: export MALLOC_MMAP_THRESHOLD_ = 2000000000
+adaptive gate spline: export MALLOC_TRIM_THRESHOLD_ = 20000000000
+adaptive gate spline: export MALLOC_TOP_PAD_ = 200000000
+adaptive gate spline: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$@
 
 # Every Triton and CUDA kernel for every architecture, compiled without a GPU; results/codegen.csv.
 codegen: $(VENV)/installed-test

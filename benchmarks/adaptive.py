@@ -64,6 +64,21 @@ class Run:
 
 def run(arm: str, seed: int, folder: Path, steps: int, problems: int) -> Run:
     """Train and evaluate one adapter."""
+    trained, correct = train_and_answer(ARMS[arm], seed, folder, steps, problems)
+    return Run(
+        arm=arm,
+        seed=seed,
+        parameters=trained["trainable_parameters"],
+        ranks=sorted(trained["rank_pattern"].values()),
+        train_loss=trained["train_loss"],
+        correct=correct,
+    )
+
+
+def train_and_answer(
+    arm: Mapping[str, Any], seed: int, folder: Path, steps: int, problems: int
+) -> tuple[dict[str, Any], Answers]:
+    """What `train` gives for the flags of an arm, and the answers of its adapter, which stays in the folder."""
     rows = islice(stream(2, seed=1000 + seed, held_out=False), steps * BATCH)
     data = folder / "train.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -73,7 +88,7 @@ def run(arm: str, seed: int, folder: Path, steps: int, problems: int) -> Run:
         "train_dataset_path": str(data),
         "cache_dir": str(folder / "cache"),
         "lora_dropout": 0.0,
-        **ARMS[arm],
+        **arm,
     }
     trained = train(load(None, flags, [*TRAINING.split(), "--seed", str(seed), "--output_dir", str(folder / "run")]))
     [result] = evaluate_adapters(
@@ -84,14 +99,7 @@ def run(arm: str, seed: int, folder: Path, steps: int, problems: int) -> Run:
         EvaluationOptions(eval_data=str(embedded.heldout_file()), max_samples=problems, fewshot=0, max_tokens=110),
         EngineOptions(engine="transformers"),
     ).values()
-    return Run(
-        arm=arm,
-        seed=seed,
-        parameters=trained["trainable_parameters"],
-        ranks=sorted(trained["rank_pattern"].values()),
-        train_loss=trained["train_loss"],
-        correct=read_correct(result["predictions_path"]),
-    )
+    return trained, read_correct(result["predictions_path"])
 
 
 def table(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -99,11 +107,11 @@ def table(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     baselines = {run.seed: run for run in runs if run.arm == UNIFORM}
     for run in runs:
         compared = compare(baselines[run.seed].correct, run.correct)
-        yield {"arm": run.arm, "seed": run.seed, **_facts([run], baselines), **_compared(compared)}
+        yield {"arm": run.arm, "seed": run.seed, **_facts([run], baselines), **columns(compared)}
     for arm in ARMS:
         mine = [run for run in runs if run.arm == arm]
-        compared = compare(_shares(list(baselines.values())), _shares(mine))
-        yield {"arm": arm, "seed": "all", **_facts(mine, baselines), **_compared(compared)}
+        compared = compare(shares([run.correct for run in baselines.values()]), shares([run.correct for run in mine]))
+        yield {"arm": arm, "seed": "all", **_facts(mine, baselines), **columns(compared)}
 
 
 def _facts(runs: Sequence[Run], baselines: Mapping[int, Run]) -> dict[str, Any]:
@@ -117,14 +125,15 @@ def _facts(runs: Sequence[Run], baselines: Mapping[int, Run]) -> dict[str, Any]:
     }
 
 
-def _compared(found: Comparison) -> dict[str, Any]:
+def columns(found: Comparison, baseline: str = UNIFORM) -> dict[str, Any]:
+    """A comparison with the baseline as cells of a table."""
     low, high = found.interval
     return {
         "accuracy": f"{found.edited:.4f}",
         "difference": f"{found.difference:+.4f}",
         "low": f"{low:+.4f}",
         "high": f"{high:+.4f}",
-        "only_uniform": found.only_baseline,
+        f"only_{baseline}": found.only_baseline,
         "only_this": found.only_edited,
         "p_value": f"{found.p_value:.2g}",
         "test": found.test,
@@ -132,8 +141,9 @@ def _compared(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _shares(runs: Sequence[Run]) -> dict[Any, float]:
-    return {key: fmean(run.correct[key] for run in runs) for key in runs[0].correct}
+def shares(answers: Sequence[Answers]) -> dict[Any, float]:
+    """Problem -> share of the seeds that solve it."""
+    return {key: fmean(correct[key] for correct in answers) for key in answers[0]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

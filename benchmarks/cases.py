@@ -115,6 +115,21 @@ class Projections:
 
 
 @dataclass(frozen=True)
+class Elements:
+    """The outputs of a LoRA branch, and a spline for them."""
+
+    rows: int
+    columns: int
+    knots: int
+    dtype: str
+
+    rank: ClassVar[None] = None
+
+    def __str__(self) -> str:
+        return f"{self.rows} × {self.columns} elements, {self.knots} knots, {self.dtype}"
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Samples through a Llama with an adapter on o_proj and down_proj, all weights random.
 
@@ -228,7 +243,7 @@ class Stream:
         return f"{self.vectors} vectors into k = {self.k} directions, m = {self.m}"
 
 
-Case = Adapter | Cores | Projections | Calibration | Spectra | Head | Stream
+Case = Adapter | Cores | Projections | Calibration | Spectra | Elements | Head | Stream
 
 
 @dataclass(frozen=True)
@@ -237,12 +252,13 @@ class Task:
 
     Attributes:
         work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores), "sensitivity" (from
-            projections), "gate" (sketch and novelty), "update" (of the directions
+            projections), "spline" (forward and backward), "gate" (sketch and novelty), "update" (of the directions
             that a gate remembers), "edit" (file to file), "calibrate" (samples through a model),
             "cost of g" (a pass with and without), "stream", "stream or memory", "ranks", or "spectra" (of base
             weights, with exponents).
         case: what it is done to.
-        peers: names in ``peers.REBUILD``, ``peers.SVD``, ``peers.SENSITIVITY`` or ``calibration.RUNS``.
+        peers: names in ``peers.REBUILD``, ``peers.SVD``, ``peers.SENSITIVITY``, ``peers.SPLINE`` or
+            ``calibration.RUNS``.
         rounds: repeats of each implementation, at most.
         budget: seconds after which an implementation is not repeated any more; a first run that takes longer, which
             the gate checks, is its only one.
@@ -272,6 +288,7 @@ class Task:
             "sensitivity": Projections,
             "gate": lambda **own: Head.of(**own),
             "update": Stream,
+            "spline": Elements,
             "spectra": lambda **own: Spectra.loads(json.dumps(own)),
         }
         return cls(**fields | {"case": kinds.get(fields["work"], Calibration)(**case)})
@@ -307,6 +324,8 @@ COST = Task("cost of g", replace(SMALL_LLAMA, samples=8), (SUMMED, WITHOUT), rou
 STREAM = Task("stream", Calibration("Llama-2-7B", 32, 4096, 11008, 32, 32000, 8, 64, "bfloat16"), (), rounds=1)
 STREAM_OR_MEMORY = Task("stream or memory", replace(SMALL_LLAMA, dtype="float32"), (IN_MEMORY,), rounds=3)
 RANKS = Task("ranks", SMALL_LLAMA, (), rounds=3)
+TORCH_SPLINE = "torch piecewise"
+SPLINE = Task("spline", Elements(8192, 2048, 5, "bfloat16"), (TORCH_SPLINE,), rounds=9)
 SVDVALS, SIDE_BY_SIDE = "torch svdvals", "torch svdvals, matrices side by side"
 WEIGHTWATCHER = "WeightWatcher"
 # The interpreter that has it: its dependencies are no business of ours.
@@ -348,6 +367,7 @@ FULL = (
     LOOK,
     LOOK_32,
     UPDATE,
+    SPLINE,
     EDIT_70B,
     CALIBRATE,
     COST,
@@ -366,6 +386,7 @@ QUICK = (
     Task("sensitivity", Projections(3, 5, 200, 16, "bfloat16"), SEGMENTS, rounds=2, budget=1),
     replace(LOOK, case=Head(12, 128, 32000, 64, 8, 16, "bfloat16", TINY_LLAMA), rounds=2),
     replace(UPDATE, case=Stream(4, 24, 30), rounds=2),
+    replace(SPLINE, case=Elements(70, 50, 5, "bfloat16"), rounds=2),
     Task("edit", Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), (), rounds=1),
     replace(CALIBRATE, case=TINY_LLAMA, rounds=1),
     replace(COST, case=TINY_LLAMA, rounds=2),

@@ -248,4 +248,11 @@ FIGURES = (
             ),
         )
     ),
+    Figure(
+        f"spline forward + backward, {cases.SPLINE.case}: {cases.TORCH_SPLINE} / ours",
+        cases.SPLINE,
+        times_faster(cases.TORCH_SPLINE),
+        4,
+        at_least=True,
+    ),
 )

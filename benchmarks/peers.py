@@ -2,7 +2,7 @@
 
 Those of ``REBUILD`` find the singular values of every module and write B' = U diag(√s'), A' = diag(√s') Vᵀ
 for the given s' into the given memory. Those of ``SVD`` return U, s and Vᵀ of a batch of matrices, those of
-``SENSITIVITY`` the sums of p ⊙ q per sample, (samples, r), of every module.
+``SENSITIVITY`` the sums of p ⊙ q per sample, (samples, r), of every module, those of ``SPLINE`` a tensor.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from benchmarks.cases import ORIGINAL, OURS, SVD_EACH, WHOLE
 from spectral_fast.bench.factors import Factors
+from spectral_fast.bench.peers import piecewise_spline
 from spectral_fast.kernels.batched_svd import batched_svd
 from spectral_fast.kernels.lowrank_svd import reference
 from spectral_fast.kernels.sensitivity import op as sensitivity
 from spectral_fast.kernels.sensitivity import segment_products
+from spectral_fast.kernels.spline import spline
 from spectral_fast.spectrum import lowrank_svd, rebuild
 
 Pairs = list[tuple[Tensor, Tensor]]  # p and q of each module
@@ -166,6 +168,7 @@ SVD: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]] = {
     "torch SVD one by one": svd_one_by_one,
     "SciPy one by one": svd_scipy,
 }
+SPLINE: dict[str, Callable[..., Tensor]] = {OURS: spline, "torch piecewise": piecewise_spline}
 SENSITIVITY: dict[str, Callable[[Pairs, Tensor], list[Tensor]]] = {
     OURS: our_sensitivity,
     "reference": sensitivity_reference,

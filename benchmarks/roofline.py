@@ -29,13 +29,16 @@ from spectral_fast.bench.least import Work
 from spectral_fast.kernels.recompose import Product, recompose
 from spectral_fast.kernels.sensitivity import Module, grouped_products, segment_products
 from spectral_fast.kernels.spectral_linear import spectral_linear
+from spectral_fast.kernels.spline import spline
 
 CSV = ROOT / "benchmarks/results/roofline.csv"
 SAMPLES, TOKENS = 32, 200  # of the calibration
 RANKS = (16, 64)
 ITEMSIZE = 2  # bfloat16
 LIMIT = 1.1  # times the least bytes, for the kernels that are traffic and nothing else
-LIMITED = ("spectral_linear forward", "spectral_linear backward and g", "recompose")
+SPLINES = ("spline", "spline added to base", "spline backward")
+LIMITED = ("spectral_linear forward", "spectral_linear backward and g", "recompose", *SPLINES)
+KNOTS = 5  # of a spline
 SENSITIVITY_LIMIT = 0.01  # of the branch's own traffic, for g
 
 
@@ -164,6 +167,25 @@ def rows(model: Model, r: int) -> Iterator[Row]:
     yield row("recompose", whole, [(launched(lambda: recompose(products)), least.recomposed(modules, r, ITEMSIZE))])
 
 
+def spline_rows(model: Model) -> Iterator[Row]:
+    """The spline on the outputs of one layer of a model."""
+    widths, tokens = [m for m, _ in model.shapes.values()], SAMPLES * TOKENS
+    workload = f"{model.name}, a layer, {tokens} tokens, {KNOTS} knots"
+    values, s_in, s_out = (torch.ones(count, requires_grad=True) for count in (KNOTS, 1, 1))
+    found: list[list[Part]] = [[], [], []]
+    for width in widths:
+        x, elements = empty(tokens, width).requires_grad_(), tokens * width
+        for i, base in enumerate((None, empty(tokens, width))):
+            with traffic.recorded() as forward:
+                y = spline(x, values, s_in, s_out, base=base)
+            found[i].append((forward, least.spline(elements, ITEMSIZE, base is not None)))
+        with traffic.recorded() as backward:
+            y.backward(empty(tokens, width))
+        found[2].append((backward, least.spline_backward(elements, ITEMSIZE)))
+    for kernel, parts in zip(SPLINES, found, strict=True):
+        yield row(kernel, workload, parts)
+
+
 def _grams(modules: Sequence[Shape], r: int) -> list[Launch]:
     from spectral_fast.kernels.lowrank_svd.gpu import grams, padded
 
@@ -200,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("--out", type=Path, default=CSV, help="(default: results/roofline.csv)")
     args = parser.parse_args(argv)
-    found = [row for model in (LLAMA2_7B, LLAMA3_70B) for r in RANKS for row in rows(model, r)]
+    models = (LLAMA2_7B, LLAMA3_70B)
+    found = [row for model in models for r in RANKS for row in rows(model, r)]
+    found += [row for model in models for row in spline_rows(model)]
     print(table(found))
     print(
         "\nMB to and from memory, each operand once per kernel; again: loaded once more, out of the L2 cache: tiles of"

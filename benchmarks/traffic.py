@@ -269,6 +269,22 @@ def _whole(x: Launch) -> Traffic:
     return Traffic(((r - 1) * width + width**2) * e + 4, 0, 2 * width**2 * e + 4).times(x.programs)
 
 
+def _spline_tables(x: Launch) -> Traffic:
+    """Values and scales; a piecewise program loads both ends of every piece, and is taken to have all of them."""
+    own, knots = 2, x["knots"]
+    loads = (knots if x["SOFT"] else 2 * (knots - 1)) + own
+    return Traffic((knots + own) * 4, (x.programs * loads - knots - own) * 4)
+
+
+def _spline_forward(x: Launch) -> Traffic:
+    read = x["p_x"].nbytes + (x["p_base"].nbytes if x["BASE"] else 0)
+    return _spline_tables(x) + Traffic(read, 0, x["p_y"].nbytes)
+
+
+def _spline_backward(x: Launch) -> Traffic:
+    return _spline_tables(x) + Traffic(x["p_x"].nbytes + x["p_dy"].nbytes, 0, x["p_dx"].nbytes + x["p_sums"].nbytes)
+
+
 MODELS: dict[str, Callable[[Launch], Traffic]] = {
     "project_kernel": _project,
     "expand_kernel": _expand,
@@ -282,6 +298,8 @@ MODELS: dict[str, Callable[[Launch], Traffic]] = {
     "reduce_kernel": _reduce,
     "triangular_kernel": _triangular,
     "whole_kernel": _whole,
+    "spline_kernel": _spline_forward,
+    "spline_backward_kernel": _spline_backward,
 }
 
 

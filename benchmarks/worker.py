@@ -24,6 +24,7 @@ PREPARE: dict[str, Callable[[Any, Sequence[str]], Workload]] = {
     "sensitivity": workloads.sensitivity,
     "gate": head.looks,
     "update": stream.updates,
+    "spline": workloads.spline,
     "calibrate": calibration.calibrations,
     "cost of g": calibration.cost_of_g,
     "stream or memory": streamed.stream_or_memory,

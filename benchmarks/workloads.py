@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.cases import TINY, Adapter, Cores, Projections
+from benchmarks.cases import TINY, Adapter, Cores, Elements, Projections
 from benchmarks.factors import core_matrices, projections, with_outputs
-from spectral_fast.bench import gate
+from spectral_fast.bench import gate, least
+from spectral_fast.bench.factors import splines
+from spectral_fast.bench.peers import splined
 
 
 @dataclass(frozen=True)
@@ -122,3 +124,37 @@ def sensitivity(case: Projections, names: Sequence[str]) -> Workload:
     nbytes = sum(p.nbytes + q.nbytes for p, q in pairs)
     flops = 2 * sum(p.numel() for p, _ in pairs)
     return Workload(candidates, [(torch.empty_like(p), p) for p, _ in pairs], nbytes, flops, (torch.float32,))
+
+
+def spline(case: Elements, names: Sequence[str]) -> Workload:
+    """A spline and all its gradients. Floor: x is read and y written, then x and dy read and dx written."""
+    x, dy, *parameters = splines(case.rows, case.columns, case.knots, getattr(torch, case.dtype), torch.device("cpu"))
+    truth = gate.splined_in_float64(x, dy, *parameters)
+    candidates = (
+        Candidate(
+            name,
+            partial(splined, run, x[:64], dy[:64], *parameters),
+            partial(splined, run, x, dy, *parameters),
+            partial(gate.check_terms, truth, name),
+            saved=partial(saved, run, x, *parameters),
+        )
+        for name in names
+        for run in [peers.SPLINE[name]]
+    )
+    work, back = least.spline(x.numel(), x.element_size(), False), least.spline_backward(x.numel(), x.element_size())
+    flops = work.flops["float32"] + back.flops["float32"]
+    return Workload(candidates, [(torch.empty_like(x), x)], work.nbytes + back.nbytes, flops, (torch.float32,))
+
+
+def saved(run: Callable[..., Tensor], *inputs: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, each memory once."""
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = run(*(t.detach().requires_grad_() for t in inputs))
+    del y
+    return sum(kept.values())

@@ -67,4 +67,29 @@ void jacobi_svd(const double* m, double* wt, double* s, double* vt, SvdStatus* s
   });
 }
 
+namespace {
+
+constexpr std::size_t kSplineChunk = 1 << 15;
+
+// Every chunk of elements by some thread; their sums, if any, then in order.
+void spline_in_chunks(const SplineTask& task, double* sums, int threads) {
+  const std::size_t chunks = (task.count + kSplineChunk - 1) / kSplineChunk,
+                    size = sums == nullptr ? 0 : task.knots + 1;
+  std::vector<double> parts(chunks * size);
+  const Kernels& chosen = kernels();
+  // An element takes as long as eight multiply-adds that wait for nothing.
+  parallel_for(std::vector<double>(chunks, 8.0 * kSplineChunk), threads, [&](std::size_t i) {
+    const std::size_t begin = i * kSplineChunk, end = std::min(begin + kSplineChunk, task.count);
+    chosen.spline(task, begin, end, sums == nullptr ? nullptr : parts.data() + i * size);
+  });
+  std::fill(sums, sums + size, 0.0);
+  for (std::size_t i = 0; i < chunks * size; ++i) sums[i % size] += parts[i];
+}
+
+}  // namespace
+
+void spline(const SplineTask& task, int threads) { spline_in_chunks(task, nullptr, threads); }
+
+void spline_backward(const SplineTask& task, double* sums, int threads) { spline_in_chunks(task, sums, threads); }
+
 }  // namespace spectral_fast

@@ -4,7 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -178,11 +180,9 @@ void top_logits(std::int64_t logits, std::int64_t dtype, py::ssize_t vocabulary,
       }))
     throw std::invalid_argument("labels must be ids below vocabulary, -1 or -100");
   if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be from 0 to 2, got " + std::to_string(dtype));
-  const spectral_fast::TopLogitsTask task{address<const void>(logits), static_cast<DType>(dtype),
-                                          size_of(vocabulary),         size_of(top),
-                                          labels.data(),               logsumexp.mutable_data(),
-                                          gold.mutable_data(),         values.mutable_data(),
-                                          ids.mutable_data()};
+  const spectral_fast::TopLogitsTask task{
+      address<const void>(logits), static_cast<DType>(dtype), size_of(vocabulary),   size_of(top),      labels.data(),
+      logsumexp.mutable_data(),    gold.mutable_data(),       values.mutable_data(), ids.mutable_data()};
   py::gil_scoped_release release;
   spectral_fast::top_logits(task, static_cast<std::size_t>(rows), threads);
 }
@@ -265,11 +265,42 @@ double frequent_directions(const Array<double>& basis, const Array<double>& squa
   expect_shape("z", z, {m});
   expect_shape("out", out, {k, m});
   expect_shape("out_squares", out_squares, {k});
-  const spectral_fast::FrequentDirectionsTask task{basis.data(), squares.data(),     z.data(),
-                                                   size_of(k),   size_of(m),         out.mutable_data(),
-                                                   out_squares.mutable_data()};
+  const spectral_fast::FrequentDirectionsTask task{
+      basis.data(), squares.data(), z.data(), size_of(k), size_of(m), out.mutable_data(), out_squares.mutable_data()};
   py::gil_scoped_release release;
   return spectral_fast::kernels().frequent_directions(task);
+}
+
+// `shape` is clamp, extrapolate, soft; `sums` (knots + 1) backward, else none.
+void spline(std::int64_t x, std::int64_t y, std::int64_t out, std::int64_t x_dtype, std::int64_t y_dtype,
+            std::int64_t count, const Array<double>& values, const std::array<double, 5>& constants,
+            const std::array<bool, 3>& shape, std::optional<Array<double>> sums, int threads) {
+  expect_threads(threads);
+  const auto knots = values.size();
+  if (values.ndim() != 1 || knots < 2) throw std::invalid_argument("values must be a vector of at least 2");
+  if (sums) expect_shape("sums", *sums, {knots + 1});
+  const auto [s_in, s_out, k_min, k_max, softness] = constants;
+  const auto [clamp, extrapolate, soft] = shape;
+  if (!(k_min < k_max && softness > 0)) throw std::invalid_argument("k_min must be below k_max, and softness positive");
+  const spectral_fast::SplineTask task{address<const void>(x),
+                                       address<const void>(y),
+                                       address<void>(out),
+                                       dtype_of(x_dtype),
+                                       dtype_of(y_dtype),
+                                       size_of(count),
+                                       values.data(),
+                                       size_of(knots),
+                                       s_in,
+                                       s_out,
+                                       k_min,
+                                       k_max,
+                                       softness,
+                                       clamp,
+                                       extrapolate,
+                                       soft};
+  double* all = sums ? sums->mutable_data() : nullptr;
+  py::gil_scoped_release release;
+  all == nullptr ? spectral_fast::spline(task, threads) : spectral_fast::spline_backward(task, all, threads);
 }
 
 py::dict isa() {
@@ -316,5 +347,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("frequent_directions", &frequent_directions, py::arg("basis").noconvert(), py::arg("squares").noconvert(),
              py::arg("z").noconvert(), py::arg("out").noconvert(), py::arg("out_squares").noconvert(),
              "A vector folded into a weighted subspace; the eigenvalue that was taken off, NaN if z is not finite.");
+  module.def(
+      "spline", &spline, py::arg("x"), py::arg("y"), py::arg("out"), py::arg("x_dtype"), py::arg("y_dtype"),
+      py::arg("count"), py::arg("values").noconvert(), py::arg("constants"), py::arg("shape"),
+      py::arg("sums").noconvert().none(true), py::arg("threads"),
+      "The spline of (s_in, s_out, k_min, k_max, softness) and (clamp, extrapolate, soft) on x, plus y unless it "
+      "is 0; with sums, its gradients where y is dy.");
   module.def("isa", &isa, "The instruction set in use, those of this processor, and those of this build.");
 }

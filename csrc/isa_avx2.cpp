@@ -20,6 +20,7 @@ extern const Kernels kKernels{"avx2",
                               top_logits_of,
                               tensor_sketch_of,
                               jacobi_svd,
-                              frequent_directions};
+                              frequent_directions,
+                              spline_of};
 }  // namespace spectral_fast::avx2
 #endif

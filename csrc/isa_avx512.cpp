@@ -24,6 +24,7 @@ extern const Kernels kKernels{"avx512",
                               top_logits_of,
                               tensor_sketch_of,
                               jacobi_svd,
-                              frequent_directions};
+                              frequent_directions,
+                              spline_of};
 }  // namespace spectral_fast::avx512
 #endif

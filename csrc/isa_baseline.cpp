@@ -20,5 +20,6 @@ extern const Kernels kKernels{
     top_logits_of,
     tensor_sketch_of,
     jacobi_svd,
-    frequent_directions};
+    frequent_directions,
+    spline_of};
 }  // namespace spectral_fast::baseline

@@ -13,6 +13,7 @@
 #include "recompose-inl.h"
 #include "sensitivity-inl.h"
 #include "head_sketch-inl.h"
+#include "spline-inl.h"
 // clang-format on
 
 // A workspace per thread, freed when the thread ends.

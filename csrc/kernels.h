@@ -75,9 +75,9 @@ struct TopLogitsTask {
 constexpr std::int64_t kIgnored = -100, kElsewhere = -1;
 
 // z = sum over tokens t of s_h(t) * s_e(t), a circular convolution of length m. CountSketches: s_h has
-// sign_h[i] hidden[t][i] in bucket bucket_h[i], s_e has sign_e[j] e[j] in bucket bucket_e[j], for e = softmax - onehot at
-// the largest logits of the row, as TopLogitsTask leaves them, and at its label. Tokens of label kIgnored are not read.
-// The sum of each run of kTokensOfSketch tokens is left in a row of sums.
+// sign_h[i] hidden[t][i] in bucket bucket_h[i], s_e has sign_e[j] e[j] in bucket bucket_e[j], for e = softmax - onehot
+// at the largest logits of the row, as TopLogitsTask leaves them, and at its label. Tokens of label kIgnored are not
+// read. The sum of each run of kTokensOfSketch tokens is left in a row of sums.
 struct TensorSketchTask {
   const void* hidden;
   DType dtype;
@@ -90,13 +90,27 @@ struct TensorSketchTask {
 };
 constexpr std::size_t kTokensOfSketch = 32;
 
-// U^T = basis (k x m, row-major) has as many orthonormal rows as `squares` (k, descending) has positive values, and zeros
-// below; z is m values. out and out_squares are the same for U diag(squares) U^T + z z^T: the k largest eigenvalues less
-// the next one.
+// U^T = basis (k x m, row-major) has as many orthonormal rows as `squares` (k, descending) has positive values, and
+// zeros below; z is m values. out and out_squares are the same for U diag(squares) U^T + z z^T: the k largest
+// eigenvalues less the next one.
 struct FrequentDirectionsTask {
   const double *basis, *squares, *z;
   std::size_t k, m;
   double *out, *out_squares;
+};
+
+// y = s_out phi(s_in clamp(x)) of `count` elements, phi the spline with these values at knots evenly from k_min to
+// k_max; forward out = y, plus `y` if there is one; backward out = dx, with `y` for dy.
+struct SplineTask {
+  const void *x, *y;
+  void* out;
+  DType x_dtype, y_dtype;  // of x and dx; of y and dy
+  std::size_t count;
+  const double* values;
+  std::size_t knots;
+  double s_in, s_out, k_min, k_max;
+  double softness;  // of the soft spline, its tau over the square of the knots' distance
+  bool clamp, extrapolate, soft;
 };
 
 // How many small matrices one thread works on at once.
@@ -116,6 +130,8 @@ struct Kernels {
                      std::size_t r);
   // Returns the eigenvalue that was taken off, or NaN, with outputs untouched, if z is not finite.
   double (*frequent_directions)(const FrequentDirectionsTask&);
+  // Of the elements from begin to end; with sums (knots + 1) backward, see spline_backward.
+  void (*spline)(const SplineTask&, std::size_t begin, std::size_t end, double* sums);
 };
 
 extern const Kernels* const kImplementations[];  // best first
@@ -135,6 +151,9 @@ void segment_products(const SensitivityTask& task, std::size_t segments, int thr
 void top_logits(const TopLogitsTask& task, std::size_t rows, int threads);
 // The sums of the task are its own business: z (m) is their total.
 void tensor_sketch(TensorSketchTask task, float* z, int threads);
+void spline(const SplineTask& task, int threads);
+// Leaves in sums (knots + 1) those of dy w_i, w_i the weight of value i, and that of dy dphi/ds clamp(x).
+void spline_backward(const SplineTask& task, double* sums, int threads);
 
 // M = W diag(s) V^T of each of `count` row-major r x r matrices m: s (r, descending, not negative), left and right
 // vectors in the rows of wt and vt. A row of wt whose s is zero is zero; V is orthogonal in any case. A matrix with a

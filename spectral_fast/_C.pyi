@@ -59,3 +59,16 @@ def frequent_directions(
     out: NDArray[np.float64],
     out_squares: NDArray[np.float64],
 ) -> float: ...
+def spline(
+    x: int,
+    y: int,
+    out: int,
+    x_dtype: int,
+    y_dtype: int,
+    count: int,
+    values: NDArray[np.float64],
+    constants: tuple[float, float, float, float, float],
+    shape: tuple[bool, bool, bool],
+    sums: NDArray[np.float64] | None,
+    threads: int,
+) -> None: ...

@@ -161,14 +161,46 @@ std::vector<double> run(int threads) {
       segment_products({p.data(), q.data(), dtype, r, starts.data(), g.data()}, 5, threads);
       results.insert(results.end(), g.begin(), g.end());
     }
+  const DType kinds[] = {DType::bfloat16, DType::float16, DType::float32};
+  for (const std::size_t count : {0, 1, 16, 513, 33001})
+    for (const std::size_t knots : {2, 5, 17, 70})
+      for (std::size_t way = 0; way < 8; ++way) {
+        const DType x_dtype = kinds[way % 3], y_dtype = kinds[(way + count) % 3];
+        const auto x = random_values(x_dtype, count, generator), y = random_values(y_dtype, count, generator);
+        std::vector<char> out(count * size_of(y_dtype)), dx(count * size_of(x_dtype));
+        std::vector<double> values(knots), sums(knots + 1);
+        for (std::size_t i = 0; i < knots; ++i) values[i] = std::sin(static_cast<double>(i));
+        SplineTask task{x.data(),
+                        way < 4 ? y.data() : nullptr,
+                        out.data(),
+                        x_dtype,
+                        y_dtype,
+                        count,
+                        values.data(),
+                        knots,
+                        -1.5,
+                        0.5,
+                        -1,
+                        1,
+                        0.37,
+                        way % 2 == 0,
+                        way % 4 == 1,
+                        way % 4 > 1};
+        spline(task, threads);
+        task.y = y.data();
+        task.out = dx.data();
+        spline_backward(task, sums.data(), threads);
+        results.insert(results.end(), sums.begin(), sums.end());
+        for (const std::vector<char>* bytes : {&out, &dx}) results.insert(results.end(), bytes->begin(), bytes->end());
+      }
   for (const double x : results)
     if (!std::isfinite(x)) fail("a result is not finite");
   return results;
 }
 
 void check_choice() {
-  const Kernels none{"none", [] { return false; }, nullptr, nullptr, nullptr, nullptr};
-  const Kernels some{"some", [] { return true; }, nullptr, nullptr, nullptr, nullptr};
+  const Kernels none{"none", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const Kernels some{"some", [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr};
   const Kernels* const list[] = {&none, &some};
   if (&choose(list, 2, nullptr) != &some || &choose(list, 2, "") != &some || &choose(list, 2, "some") != &some)
     fail("the best supported, or the forced instruction set must be chosen");

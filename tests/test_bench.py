@@ -46,6 +46,7 @@ def test_the_command_checks_every_kernel_and_writes_a_record_and_a_table(
         "lowrank_svd",
         "recompose",
         "batched_svd",
+        "spline, forward and backward",
     }
     for row in record["rows"]:
         assert row["state"] == "ok"

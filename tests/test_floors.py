@@ -26,6 +26,8 @@ FLOORS = {
     "yamlfile": 1,
     "kernels": 2,
     "spectrum": 3,
+    "splines": 3,
+    "lslora": 4,
     "adapter": 4,
     "policies": 4,
     "sensitivity": 4,

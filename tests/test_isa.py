@@ -27,6 +27,7 @@ KERNEL_TESTS = (
     "test_lowrank_svd.py",
     "test_recompose.py",
     "test_segment_products.py",
+    "test_spline_kernel.py",
 )
 USE_A_KERNEL = (
     "import torch; from spectral_fast.spectrum import Spectrum; Spectrum.of(torch.ones(3, 1), torch.ones(1, 3))"

@@ -30,6 +30,7 @@ from spectral_fast.kernels import gpu  # noqa: E402
 from spectral_fast.kernels.recompose import Product, recompose  # noqa: E402
 from spectral_fast.kernels.sensitivity import Module, grouped_products, segment_products  # noqa: E402
 from spectral_fast.kernels.spectral_linear import spectral_linear  # noqa: E402
+from spectral_fast.kernels.spline import spline  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not gpu.INTERPRETED, reason="a GPU is here: these are the interpreter's tests")
 
@@ -123,6 +124,17 @@ def svds() -> None:
     svd_launch(randn(2, 13, 13, dtype=torch.float32))
 
 
+def splined(method: str, base: torch.Tensor | None) -> Callable[[], None]:
+    def run() -> None:
+        # Every block has elements in every piece.
+        x = torch.linspace(-2.9, 2.9, 2048).repeat(3)[:6000].view(60, 100).half().requires_grad_()
+        parameters = [t.requires_grad_() for t in (torch.linspace(-3, 3, 5), torch.ones(1), torch.ones(1))]
+        y = spline(x, *parameters, method=method, base=base)
+        y.backward(torch.ones_like(y))
+
+    return run
+
+
 RUNS = {
     "spectral_linear": branch,
     "segment_products": products,
@@ -133,6 +145,8 @@ RUNS = {
     "gram, one tile": grams(24, 2120),
     "gram, tiles": grams(72, 80),
     "batched_svd": svds,
+    "spline, piecewise": splined("piecewise", None),
+    "spline, soft, with a base": splined("soft", randn(60, 100)),
 }
 
 

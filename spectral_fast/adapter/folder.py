@@ -25,6 +25,7 @@ from spectral_fast.adapter.naming import CONFIG, LoraModule, take_inventory, wit
 from spectral_fast.atomic import check_out_dir, replace_directory
 from spectral_fast.picklefile import PickleFile
 from spectral_fast.provenance import sha256_file
+from spectral_fast.splines import PARAMETERS, PEFT_TYPE
 from spectral_fast.tensorfile import SafetensorsFile
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -61,6 +62,7 @@ class Adapter:
         adapter_name: str | None = None,
         include_conv: bool = False,
         include_embedding: bool = False,
+        splines: bool = False,
     ) -> Adapter:
         """Open a folder with adapter_config.json and adapter_model.safetensors (or else adapter_model.bin).
 
@@ -69,6 +71,8 @@ class Adapter:
             adapter_name: which adapter to edit, if the keys of the weight file name several.
             include_conv: take LoRA on convolutions as editable, lora_A flattened to (r, channels · kernel).
             include_embedding: take LoRA on embeddings as editable, with B (dim, r) and A (r, vocabulary).
+            splines: take an LS-LoRA, too, to be run as it is: its modules are those of its factors, and an edit of
+                these alone would be another function.
 
         Raises:
             FileNotFoundError: the folder, its config or its weights are missing.
@@ -77,13 +81,19 @@ class Adapter:
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"an adapter is a folder with {CONFIG} and {WEIGHTS[0]}; {path} is not a folder")
-        config = _read_config(path)
+        config = _read_config(path, splines)
         file = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{path} has neither {' nor '.join(WEIGHTS)}; {_contents(path)}")
         weights = SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file)
+        of_splines = [key for key in weights.tensors if key.endswith(PARAMETERS)]
+        if of_splines and config["peft_type"] != PEFT_TYPE:
+            raise ValueError(
+                f"{file} has {of_splines[0]}, so {CONFIG} should say peft_type {PEFT_TYPE} and not "
+                f"{config['peft_type']}: without its splines the adapter is another one"
+            )
         found = take_inventory(
-            weights.tensors,
+            {key: tensor for key, tensor in weights.tensors.items() if not key.endswith(PARAMETERS)},
             config,
             adapter_name=adapter_name,
             include_conv=include_conv,
@@ -312,7 +322,7 @@ def resolve(lora_path: Path | str, cache_dir: Path | str | None = None) -> Path:
         ) from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path, splines: bool) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no {CONFIG}; {_contents(path)}")
@@ -321,7 +331,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
+    if kind == PEFT_TYPE and not splines:
+        raise ValueError(
+            f"{file} describes an LS-LoRA: after B A comes a learned spline, so that the update has no singular values "
+            "to measure, edit or prune, cannot be merged, and runs in transformers only (eval --engine transformers)"
+        )
+    if kind not in ("LORA", PEFT_TYPE):
         raise ValueError(
             f"{file} should describe a LoRA adapter (peft_type LORA), got {kind!r}; only LoRA can be edited"
         )

@@ -62,6 +62,18 @@ def with_outputs(bs: list[Tensor], as_: list[Tensor]) -> Factors:
     return Factors(bs, as_, ones, outs)
 
 
+def splines(rows: int, columns: int, knots: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Elements x, dy and, in float32, values, input scale and output scale; 3 elements in 100 beyond the grid [-3, 3].
+
+    No x falls on a knot, where a slope would be whichever of two.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(2, rows, columns, generator=generator)
+    values = torch.linspace(-3, 3, knots) + 0.2 * torch.randn(knots, generator=generator)
+    made = ((1.4 * x).to(dtype), (1 + dy).to(dtype), values, torch.tensor([0.9]), torch.tensor([1.1]))
+    return tuple(t.to(device) for t in made)
+
+
 def conditioned(count: int, rank: int, kappa: float, generator: torch.Generator) -> Tensor:
     """`count` matrices (r, r) float64 with singular values from 1 to 1/κ, evenly in the logarithm."""
     gaussians = torch.randn(2, count, rank, rank, generator=generator, dtype=torch.float64)

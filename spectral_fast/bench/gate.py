@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from spectral_fast.bench import peers
 from spectral_fast.bench.factors import Factors
+from spectral_fast.kernels.spline import spline_reference
 
 EPS32 = torch.finfo(torch.float32).eps
 RATIO = 30  # LAPACK's own limit of a test ratio
@@ -155,6 +158,32 @@ def check_grouped(
         ):
             bound = SIGMAS * relative * size.square().sum(0).sqrt() + len(size) * EPS32 * size.sum(0)
             _within(implementation, f"module {i}, sample {j}", mine[j].double() - terms.sum(0), bound)
+
+
+def splined_in_float64(
+    x: Tensor, dy: Tensor, values: Tensor, s_in: Tensor, s_out: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A piecewise spline on [-3, 3] and its gradients in float64, each with its bound, for any order of summation.
+
+    Whatever is done to an element is a dozen operations in float32 on numbers up to the values and the number of knots,
+    and a rounding to the dtype. Sums of n terms in float32 err as a random walk of n steps: SIGMAS u √n Σ |term|.
+    """
+    found = peers.splined(spline_reference, *(t.double() for t in (x, dy, values, s_in, s_out)))
+    eps, size = torch.finfo(x.dtype).eps, 3 + values.double().abs().max()
+    steepest = (values.diff().abs().max() * (len(values) - 1) / 6).double()
+    inner = (dy.double() * x.double().clamp(-3, 3)).abs().sum() * steepest * s_out.double().abs()
+    walk = SIGMAS * EPS32 / 2 * math.sqrt(x.numel())
+    once = 12 * EPS32 * (size + len(values))
+    # No more of a value than of all weights; of an output scale than the largest value.
+    total = dy.double().abs().sum()
+    bounds = {
+        "y": once + eps * found["y"].abs(),
+        "dx": 12 * EPS32 * steepest * dy.double().abs() + eps * found["dx"].abs(),
+        "values": (walk + once) * total * s_out.abs(),
+        "s_in": (walk + once) * inner,
+        "s_out": (walk + once) * total * size,
+    }
+    return {name: (exact, bounds[name]) for name, exact in found.items()}
 
 
 def check_terms(truth: dict[str, tuple[Tensor, Tensor]], implementation: str, found: dict[str, Tensor]) -> None:

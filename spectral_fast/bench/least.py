@@ -54,6 +54,16 @@ def recomposed(shapes: Sequence[Shape], r: int, itemsize: int) -> Work:
     return Work(2 * length * r * itemsize, {"bfloat16": 2 * length * r**2})
 
 
+def spline(elements: int, itemsize: int, base: bool) -> Work:
+    """``spline``: x, and the base if there is one, are read, y is written."""
+    return Work((3 if base else 2) * elements * itemsize, {"float32": 8 * elements})
+
+
+def spline_backward(elements: int, itemsize: int) -> Work:
+    """Its gradients: dy and x are read, dx is written."""
+    return Work(3 * elements * itemsize, {"float32": 12 * elements})
+
+
 def svds(count: int, r: int, itemsize: int) -> Work:
     """``batched_svd``: Golub and Van Loan's count for a square matrix (Matrix Computations, on the SVD)."""
     return Work(count * (3 * r * r + r) * itemsize, {"float32": 21 * count * r**3})

@@ -72,6 +72,26 @@ def hooked(modules: Sequence[Module], starts: Tensor) -> list[Tensor]:
     return [products_per_sample(x @ vh.mT, dy @ u, starts) for x, dy, u, vh in modules]
 
 
+def piecewise_spline(x: Tensor, values: Tensor, s_in: Tensor, s_out: Tensor) -> Tensor:
+    """A piecewise linear spline on [-3, 3] by hard indexing, as it is written in torch, in float32."""
+    last = len(values) - 1
+    u = ((x.clamp(-3, 3) * s_in + 3) / (6 / last)).clamp(0, last)
+    i = u.floor().long().clamp(max=last - 1)
+    t = u - i
+    return (((1 - t) * values[i] + t * values[i + 1]) * s_out).to(x.dtype)
+
+
+def splined(
+    spline: Callable[..., Tensor], x: Tensor, dy: Tensor, values: Tensor, s_in: Tensor, s_out: Tensor
+) -> dict[str, Tensor]:
+    """A spline and its gradients by x, values and scales."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (x, values, s_in, s_out)]
+        y = spline(*leaves)
+        gradients = torch.autograd.grad(y, leaves, dy)
+    return {"y": y.detach(), **dict(zip(("dx", "values", "s_in", "s_out"), gradients, strict=True))}
+
+
 Branch = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from spectral_fast.bench import gate, least, peers
-from spectral_fast.bench.factors import Factors, adapter_factors, conditioned, with_outputs
+from spectral_fast.bench.factors import Factors, adapter_factors, conditioned, splines, with_outputs
 from spectral_fast.bench.least import Shape, Work
 from spectral_fast.kernels.batched_svd import batched_svd
 from spectral_fast.kernels.lowrank_svd import Factored, reference
 from spectral_fast.kernels.sensitivity import Module, grouped_products, segment_products
 from spectral_fast.kernels.spectral_linear import spectral_linear, spectral_linear_reference
+from spectral_fast.kernels.spline import spline
 from spectral_fast.spectrum import Spectrum, lowrank_svd, rebuild
 
 OURS = "spectral_fast"
@@ -91,6 +92,7 @@ def groups(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Callable[[
             yield f"sensitivity: {name}", partial(_sensitivity, sizes, name, shapes, rank, device)
             name = f"{model}, {len(shapes) * blocks} modules, r = {rank}"
             yield f"lowrank_svd: {name}", partial(_adapter, name, shapes * blocks, rank, device)
+        yield f"spline: {model} up", partial(_spline, sizes, f"{model} up", shapes[-2][0], device)
     for count, rank in sizes.cores:
         yield f"batched_svd: {count} matrices, r = {rank}", partial(_cores, count, rank, device)
 
@@ -131,6 +133,23 @@ def _branch(sizes: Sizes, name: str, shape: Shape, rank: int, device: torch.devi
             "torch hooks": partial(peers.by_hooks, *branch, dy),
         },
         partial(gate.check_terms, truth),
+        Work(there.nbytes + back.nbytes, {unit: there.flops[unit] + back.flops[unit] for unit in there.flops}),
+    )
+
+
+def _spline(sizes: Sizes, name: str, width: int, device: torch.device) -> Iterator[Case]:
+    tokens = sizes.samples * sizes.tokens
+    x, dy, *parameters = splines(tokens, width, 5, torch.bfloat16, device)
+    there, back = least.spline(x.numel(), x.element_size(), False), least.spline_backward(x.numel(), x.element_size())
+    yield Case(
+        "spline, forward and backward",
+        f"{name}, {tokens} tokens, 5 knots",
+        ("spline_forward", "spline_backward"),
+        {
+            OURS: partial(peers.splined, spline, x, dy, *parameters),
+            "torch autograd": partial(peers.splined, peers.piecewise_spline, x, dy, *parameters),
+        },
+        partial(gate.check_terms, gate.splined_in_float64(x, dy, *parameters)),
         Work(there.nbytes + back.nbytes, {unit: there.flops[unit] + back.flops[unit] for unit in there.flops}),
     )
 

@@ -52,9 +52,10 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     loss = f"loss {result['train_loss']:.4f}"
     if "eval_loss" in result:
         loss += f", on held-out data {result['eval_loss']:.4f}"
+    final = Path(result["final_checkpoint"])
     lines = [
         f"trained {result['trainable_parameters']:,} parameters for {result['steps']} steps, {loss}",
-        f"-> {result['final_checkpoint']}",
+        f"-> {final}",
     ]
     if "gate" in result:
         lines.insert(
@@ -62,8 +63,18 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             "the gate accepted {accepted_steps} of {total_steps} micro-batches ({acceptance_rate:.1%}), which made "
             "{optimizer_steps} steps of the optimizer".format(**result["gate"]),
         )
-    if settings.model.use_peft:
+    if settings.spline.use_spline:
+        from spectral_fast.report.splines import save_spline_picture
+        from spectral_fast.splines import read_splines
+
+        save_spline_picture(final / "splines.png", read_splines(final))
+        found = result["splines"]
         lines.append(
-            f"next: spectral-fast eval --base_model {settings.model.name} --lora_dir {result['final_checkpoint']}"
+            f"splines: {found['parameters']} of the parameters, mean |v - k| {found['deviation']:.4f}, variance of the "
+            f"slopes {found['slope_variance']:.4f}, scales {found['input_scale']:.3f} and {found['output_scale']:.3f} "
+            "(means over layers; splines.png has each)"
         )
+    if settings.model.use_peft:
+        engine = " --engine transformers" if settings.spline.use_spline else ""
+        lines.append(f"next: spectral-fast eval --base_model {settings.model.name} --lora_dir {final}{engine}")
     return result, "\n".join(lines)

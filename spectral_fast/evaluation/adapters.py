@@ -53,7 +53,7 @@ def evaluate(
         FileNotFoundError, ValueError: as `Engine.generate`.
     """
     prompts, n = task.prompts, len(task.prompts)
-    hashes = [None if run.adapter is None else Adapter.open(run.adapter).hashes for run in runs]
+    hashes = [None if run.adapter is None else Adapter.open(run.adapter, splines=True).hashes for run in runs]
     with progress("evaluate", len(runs) * n * task.sampling.n) as advance:
         texts = engine.generate(
             [prompt for _ in runs for prompt in prompts],

@@ -7,25 +7,33 @@ from typing import Any
 
 from spectral_fast.training.options import ALL_LINEAR, LoraModelConfig
 from spectral_fast.training.ranks import RankAssignmentConfig, adaptive_lora
+from spectral_fast.training.spline import SplineArguments
 
 
-def lora_config(model: LoraModelConfig, ranks: RankAssignmentConfig) -> Any:
-    """PEFT's LoraConfig, of one rank or of adaptive ones; None without `use_peft`."""
+def lora_config(model: LoraModelConfig, ranks: RankAssignmentConfig, spline: SplineArguments) -> Any:
+    """PEFT's LoraConfig, or LSLoraConfig, of one rank or of adaptive ones; None without `use_peft`."""
     from peft import LoraConfig
 
     if not model.use_peft:
         return None
-    how = {
-        "task_type": model.lora_task_type,
-        "lora_dropout": model.lora_dropout,
-        "modules_to_save": list(model.lora_modules_to_save) or None,
-        "use_rslora": model.use_rslora,
-        "use_dora": model.use_dora,
-    }
+    make, how = (
+        LoraConfig,
+        {
+            "task_type": model.lora_task_type,
+            "lora_dropout": model.lora_dropout,
+            "modules_to_save": list(model.lora_modules_to_save) or None,
+            "use_rslora": model.use_rslora,
+            "use_dora": model.use_dora,
+        },
+    )
+    if spline.use_spline:
+        from spectral_fast.lslora import LSLoraConfig
+
+        make, how = LSLoraConfig, how | spline.shape()
     if ranks.adaptive_ranks:
-        return adaptive_lora(model, ranks).lora_config(**how)
+        return make(**adaptive_lora(model, ranks).fields(), **how)
     modules = ALL_LINEAR if model.adapts_all else list(model.lora_target_modules)
-    return LoraConfig(r=model.lora_r, lora_alpha=model.lora_alpha, target_modules=modules, **how)
+    return make(r=model.lora_r, lora_alpha=model.lora_alpha, target_modules=modules, **how)
 
 
 def quantization(model: LoraModelConfig) -> Any:

@@ -8,11 +8,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from spectral_fast.atomic import replace_file
+from spectral_fast.splines import SplineOptions
 from spectral_fast.training.settings import Settings
 
 PARAMETERS, FINAL, MONITORING = "training_params.json", "final_checkpoint", "system_monitoring"
@@ -21,7 +22,8 @@ GATE_STATE = "gate.pt"  # in a checkpoint
 _LAST_WRITTEN = "trainer_state.json"  # without it a checkpoint is what a killed run left of one
 # What must not differ between a checkpoint and the run that goes on with it.
 _RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
-_SAME = (*_RANKS, "use_dora", "use_rslora", "target_modules", "modules_to_save")
+_SPLINE = tuple(f.name for f in fields(SplineOptions))
+_SAME = ("peft_type", *_RANKS, "use_dora", "use_rslora", "target_modules", "modules_to_save", *_SPLINE)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class RunFolder:
         """
         from peft import PeftConfig
 
+        import spectral_fast.lslora  # noqa: F401  so that PEFT can read the configuration of one
+
         if self.checkpoint is None:
             return
         adapter = (self.checkpoint / "adapter_config.json").is_file()
@@ -96,9 +100,9 @@ class RunFolder:
             return
         old = PeftConfig.from_pretrained(str(self.checkpoint))
         for name in _SAME:
-            before, now = getattr(old, name, None), getattr(config, name)
+            before, now = getattr(old, name, None), getattr(config, name, None)
             if before != now:
-                told = [str(sorted(value) if isinstance(value, set) else value)[:80] for value in (before, now)]
+                told = [_told(value) for value in (before, now)]
                 raise ValueError(f"{self.checkpoint} has {name} = {told[0]}, this run {told[1]}; give the same")
 
     def begin(self, settings: Settings) -> None:
@@ -116,6 +120,7 @@ class RunFolder:
             "data_args": {**asdict(settings.data), "log_file_path": str(self._log_file(settings))},
             "rank_assignment_args": asdict(settings.ranks),
             **({"gate_args": asdict(settings.slora)} if settings.slora.enable else {}),
+            **({"spline_args": asdict(settings.spline)} if settings.spline.use_spline else {}),
         }
         replace_file(self.path / PARAMETERS, json.dumps(content, indent=4) + "\n")
 
@@ -138,6 +143,11 @@ class RunFolder:
 
     def _log_file(self, settings: Settings) -> Path:
         return self.path / f"{settings.run_name}.log"
+
+
+def _told(value: Any) -> str:
+    """A value of PEFT's configuration in words."""
+    return str(sorted(value) if isinstance(value, set) else getattr(value, "value", value))[:80]
 
 
 def _checkpoints(path: Path) -> list[Path]:

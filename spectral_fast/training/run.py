@@ -18,6 +18,7 @@ from spectral_fast.training.data import load_split
 from spectral_fast.training.folder import FINAL, RunFolder
 from spectral_fast.training.options import GateArguments
 from spectral_fast.training.settings import Settings
+from spectral_fast.training.spline import described, splined
 
 _TEMPLATES = (".jinja", ".j2")  # TRL takes other files for tokenizers
 
@@ -39,9 +40,9 @@ def train(
             many more are done.
 
     Returns:
-        {output_dir, final_checkpoint, steps, train_loss, eval_loss, seconds, trainable_parameters, rank_pattern, gate};
-        no eval_loss without held-out data, no rank_pattern without an adapter, no gate without one. With a gate `steps`
-        counts the rejected ones, too; gate has what was accepted.
+        {output_dir, final_checkpoint, steps, train_loss, eval_loss, seconds, trainable_parameters, rank_pattern, gate,
+        splines}; no eval_loss without held-out data, no rank_pattern without an adapter, no gate without one, no
+        splines without `use_spline`. With a gate `steps` counts the rejected ones, too; gate has what was accepted.
 
     Raises:
         RuntimeError: several processes were started, or several GPUs are in sight.
@@ -60,7 +61,7 @@ def train(
     folder = RunFolder.of(settings, overwrite)
     tokenizer = load_tokenizer(model.name, model.loading())
     rows, held_out = _data(settings, tokenizer)
-    config = lora_config(model, settings.ranks)
+    config = lora_config(model, settings.ranks, settings.spline)
     how = {"attn_implementation": model.attn_implementation, "quantization_config": quantized}
     base = load_model(model.name, model.loading(), **{k: v for k, v in how.items() if v is not None})
     keep_differentiable(base, always=True)
@@ -72,7 +73,8 @@ def train(
     from spectral_fast.training.trainer import gated
 
     gate = _gate(settings.slora, base)
-    trainer = (gated(SFTTrainer) if gate else SFTTrainer)(
+    kind = splined(SFTTrainer) if settings.spline.use_spline else SFTTrainer
+    trainer = (gated(kind) if gate else kind)(
         model=base,
         args=settings.training,
         train_dataset=rows,
@@ -116,6 +118,7 @@ def train(
         "trainable_parameters": parameters,
         **ranks,
         **({"gate": trainer.history.summary()} if gate else {}),
+        **({"splines": described(trainer.model)} if settings.spline.use_spline else {}),
     }
 
 

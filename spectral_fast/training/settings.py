@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from spectral_fast.options import take
+from spectral_fast.splines import PRESETS
 from spectral_fast.training.options import DataArguments, GateArguments, LoggingArguments, LoraModelConfig
 from spectral_fast.training.original import LORA, in_our_words
 from spectral_fast.training.ranks import RankAssignmentConfig
+from spectral_fast.training.spline import SplineArguments
 
 # Sections of the file; TRL's SFTConfig is one more.
 SECTIONS: dict[str, type] = {
@@ -21,6 +23,7 @@ SECTIONS: dict[str, type] = {
     "data": DataArguments,
     "ranks": RankAssignmentConfig,
     "slora": GateArguments,
+    "spline": SplineArguments,
     "logging": LoggingArguments,
 }
 # What keys of a section begin with at the top of the file and as flags: seed is the training's.
@@ -41,6 +44,7 @@ class Settings:
         data: rows to train on.
         ranks: how ranks are assigned.
         slora: the gate, if there is one.
+        spline: the learned activation after the adapter.
         logging: what is recorded.
     """
 
@@ -49,6 +53,7 @@ class Settings:
     data: DataArguments
     ranks: RankAssignmentConfig
     slora: GateArguments
+    spline: SplineArguments
     logging: LoggingArguments
 
     def __post_init__(self) -> None:
@@ -56,6 +61,9 @@ class Settings:
             raise ValueError(f"run_name names a file of the run, and has no slashes; got {self.run_name!r}")
         if self.ranks.adaptive_ranks and not self.model.use_peft:
             raise ValueError("adaptive_ranks is for an adapter, and use_peft is off; leave out one of the two")
+        if self.spline.use_spline and (self.model.use_dora or not self.model.use_peft):
+            other = "use_dora is on" if self.model.use_dora else "use_peft is off"
+            raise ValueError(f"use_spline is for an adapter of plain LoRA, and {other}; leave out one of the two")
         if self.training.packing and self.training.train_sampling_strategy == "group_by_length":
             raise ValueError("group_by_length and packing exclude each other: packed rows are all of one length")
         micro_batches = self.training.max_steps * self.training.gradient_accumulation_steps
@@ -76,7 +84,7 @@ def load(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = (
 
     Args:
         config: YAML of keys and values, all at the top or each in its section (model, training, data, ranks, slora,
-            logging). Keys of slora begin with slora_ at the top; in the section they need not.
+            spline, logging). Keys of slora begin with slora_ at the top; in the section they need not.
         flags: those of the classes in `SECTIONS`, parsed.
         words: the rest of the command line: fields of TRL's SFTConfig as flags.
 
@@ -90,6 +98,7 @@ def load(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = (
     gate = next((key for key in values if key.startswith(PREFIXES["slora"])), None)
     if gate is not None and "slora_enable" not in values:
         raise ValueError(f"{gate} is for a gate, and slora_enable is not said: turn it on, or off, or leave both out")
+    values = PRESETS.get(values.get("spline_preset", ""), {}) | values
     parts: dict[str, Any] = {name: take(cls, values, PREFIXES.get(name, "")) for name, cls in SECTIONS.items()}
     sft = {key: value for key, value in given.items() if _owners()[key] == TRAINING}
     return Settings(training=_sft_config(sft, words), **parts)

@@ -174,6 +174,19 @@ def test_what_cannot_be_served_is_refused_and_the_engine_goes_on(engine: Any, tm
     assert engine.generate([], task.sampling, ADAPTER) == []
 
 
+def test_an_ls_lora_is_served_neither_by_the_engine_nor_by_vllm_itself(tmp_path: Path) -> None:
+    from lslora_tools import TARGETS, splined
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    splined().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"describes an LS-LoRA.*eval --engine transformers"):
+        open_engine(str(embedded.base_model_dir()), ModelOptions(), EngineOptions(engine="vllm"), [tmp_path])
+    helper = PEFTHelper.from_local_dir(str(tmp_path), 64)
+    with pytest.raises(ValueError, match=r"lora_spline_\w+ is unsupported LoRA weight"):
+        LoRAModel.from_local_checkpoint(str(tmp_path), set(TARGETS), helper, device="cpu")
+
+
 def test_a_device_that_this_vllm_has_not_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--device cuda:1: the installed vLLM runs on cpu"):
         open_engine(str(embedded.base_model_dir()), ModelOptions(device="cuda:1"), EngineOptions(engine="vllm"))

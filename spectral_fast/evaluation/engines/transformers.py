@@ -10,6 +10,7 @@ from spectral_fast.adapter import Adapter, changes_base
 from spectral_fast.calibration.model import ModelOptions, check_fit, check_whole, load_model, load_tokenizer
 from spectral_fast.evaluation.engines.decoding import generate
 from spectral_fast.evaluation.engines.protocol import Progress, Sampling, one_per_prompt
+from spectral_fast.splines import PEFT_TYPE
 
 
 class TransformersEngine:
@@ -73,7 +74,9 @@ class TransformersEngine:
         """(adapter, model with it alone active); an adapter leaves memory before the next comes."""
         from peft import PeftModel
 
-        opened = {folder: None if folder is None else Adapter.open(folder) for folder in folders}
+        opened = {folder: None if folder is None else Adapter.open(folder, splines=True) for folder in folders}
+        if any(adapter is not None and adapter.config["peft_type"] == PEFT_TYPE for adapter in opened.values()):
+            import spectral_fast.lslora  # noqa: F401  so that PEFT knows the method
         for folder, adapter in opened.items():
             if self._model is None:
                 self._model = load_model(self._base_model, self._model_options)
