@@ -14,6 +14,7 @@ from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.calibration.probe import CalibrationOptions, probe
 from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.edit import edit_adapter
+from spectral_fast.functional import svd_lowrank_factors
 from spectral_fast.policies import POLICIES
 from spectral_fast.prune import PruneOptions, prune_adapter
 from spectral_fast.sensitivity import Sensitivity
@@ -37,4 +38,5 @@ __all__ = [
     "prune_adapter",
     "sensitivity_from_gradients",
     "spectral_analysis_for_adaptive_lora",
+    "svd_lowrank_factors",
 ]
