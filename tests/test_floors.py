@@ -35,6 +35,7 @@ FLOORS = {
     "calibration": 5,
     "edit": 5,
     "prune": 5,
+    "toolbox": 5,
     "training": 5,
     "embedded": 6,
     "evaluation": 6,
