@@ -17,6 +17,7 @@ from spectral_fast.calibration.ranks import launched
 from spectral_fast.cli import (
     active_channels,
     bench,
+    clip,
     demo,
     edit,
     evaluate,
@@ -28,6 +29,7 @@ from spectral_fast.cli import (
     prune,
     prune_finetune,
     ranks,
+    resize,
     sweep,
     toy,
     train,
@@ -104,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     for module in (
         edit,
         prune,
+        resize,
+        clip,
         probe,
         evaluate,
         humaneval,

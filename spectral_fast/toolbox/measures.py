@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 Floats = NDArray[np.float64]
 EPS32 = torch.finfo(torch.float32).eps
@@ -34,12 +33,12 @@ def rank_within(s: Floats, share: float) -> int:
 
 
 def effective_rank(s: Floats) -> float:
-    """exp of the entropy of s / Σ s (Roy and Vetterli, "The effective rank", EUSIPCO 2007); 0 for the zero update."""
+    """How many directions the update spreads over: exp of the entropy of s / Σ s; 0 for the zero update.
+
+    Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+    """
     values = nonzero(s)
+    if not len(values):
+        return 0.0
     p = values / values.sum()
-    return float(np.exp(-(p * np.log(p)).sum())) if len(values) else 0.0
-
-
-def energies(s: Tensor) -> Floats:
-    """s², for sums."""
-    return np.square(s.numpy())
+    return float(np.exp(-(p * np.log(p)).sum()))
