@@ -253,15 +253,14 @@ def _how_many(worth: measures.Floats, costs: Any, order: Any, options: ResizeOpt
 
 
 def _result(module: LoraModule, spectrum: Spectrum, kept: Tensor | int, measured: Measured | None) -> ResizedModule:
-    s = spectrum.s
     if measured is not None:
-        measured.g(module, s)  # that these are the directions that were measured
-    lost = torch.ones(len(s), dtype=torch.bool)
-    lost[_indices(kept)] = False
-    total, square = float(s.square().sum()), s.square()
-    error = math.sqrt(float(square[lost].sum()) / total) if total else 0.0
+        measured.g(module, spectrum.s)  # that these are the directions that were measured
+    s = spectrum.s.numpy()
+    lost = s[kept:] if isinstance(kept, int) else np.delete(s, kept.numpy())
+    total = float(s @ s)
+    error = math.sqrt(float(lost @ lost) / total) if total else 0.0
     directions = None if isinstance(kept, int) else kept.tolist()
-    return ResizedModule(module.r, len(s) - int(lost.sum()), error, directions)
+    return ResizedModule(module.r, len(s) - len(lost), error, directions)
 
 
 def _indices(kept: Tensor | int) -> Tensor:
