@@ -13,6 +13,7 @@ from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.pipeline import in_order
 
 R = TypeVar("R")
+T = TypeVar("T")
 Batch = list[LoraModule]
 Factors = list[tuple[Tensor, Tensor]]
 Progress = Callable[[Sequence[LoraModule]], Iterable[LoraModule]]
@@ -52,19 +53,20 @@ def streamed(
             begin += adapter.size_of(module)
         return work(batch, factors)
 
-    with in_order(read_and_work, _batches(adapter, progress(modules)), slots, threads) as results:
+    with in_order(read_and_work, batches(progress(modules), adapter.size_of), slots, threads) as results:
         yield results
 
 
-def _batches(adapter: Adapter, modules: Iterable[LoraModule]) -> Iterator[Batch]:
-    batch: Batch = []
+def batches(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """Neighbours together, of up to `BATCH_BYTES`, or a larger one alone."""
+    batch: list[T] = []
     total = 0
-    for module in modules:
-        size = adapter.size_of(module)
+    for item in items:
+        size = size_of(item)
         if batch and total + size > BATCH_BYTES:
             yield batch
             batch, total = [], 0
-        batch.append(module)
+        batch.append(item)
         total += size
     if batch:
         yield batch
