@@ -57,6 +57,7 @@ def merge_adapters(
     meta: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
+    warn: Callable[[list[str]], object] = lambda _: None,
 ) -> dict[str, MergedModule]:
     """Write one adapter that stands for Σ w_i ΔW_i, or for what `options` makes of the ΔW_i = s_i B_i A_i.
 
@@ -74,6 +75,7 @@ def merge_adapters(
         meta: more entries for the "meta" part of `merge_meta.json`.
         overwrite: replace an adapter that is in `out_dir`.
         progress: wraps the list of names.
+        warn: is told, before the work begins, what to know of adapters that differ.
 
     Returns:
         module name -> what happened to it.
@@ -86,6 +88,7 @@ def merge_adapters(
     check_out_dir(out_dir, [source.path for source in sources], overwrite=overwrite)
     _check_weights(sources, weights)
     plan = Plan.of(sources, modules or [list(source.modules.values()) for source in sources])
+    warn(plan.warnings)
     ranks = plan.ranks(options)
     scaling = plan.scaling(weights, options)
     stream = _Stream(sources, plan, weights, options, scaling)

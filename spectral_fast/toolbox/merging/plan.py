@@ -20,14 +20,9 @@ _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_
 # Those under which a module computes something else than x + s B A x: all adapters must agree.
 _MEANING = ("fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "trainable_token_indices", "lora_bias")
 _OWN = {*_TARGETS, *_MEANING, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"}
-_TRAINING = {
-    "lora_dropout",
-    "inference_mode",
-    "init_lora_weights",
-    "base_model_name_or_path",
-    "revision",
-    "peft_version",
-}
+# Of the beginning of a training, which is over: PEFT warns of them, or acts on them.
+_BEGINNING = {"init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "peft_version"}
+_UNIMPORTANT = {*_BEGINNING, "lora_dropout", "inference_mode", "base_model_name_or_path", "revision"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ class Plan:
     def config(self, sources: Sequence[Adapter], modules: Mapping[str, LoraModule]) -> dict[str, Any]:
         """adapter_config.json: the first adapter's, but for ranks, scalings and targets."""
         configs = [source.config for source in sources]
-        kept = {key: value for key, value in configs[0].items() if key not in _OWN and key != "peft_version"}
+        kept = {key: value for key, value in configs[0].items() if key not in _OWN | _BEGINNING}
         kept |= {"inference_mode": True, "init_lora_weights": True, "use_rslora": False}
         kept |= {key: configs[0][key] for key in _MEANING if key in configs[0]}
         complete = all(set(source.modules) <= set(modules) for source in sources)
@@ -224,7 +219,7 @@ def _warnings(sources: Sequence[Adapter]) -> list[str]:
                     f"{key} is {first.config.get(key)!r} in {first.path} and {other.config.get(key)!r} in "
                     f"{other.path}: these adapters do not act alike and have no sum"
                 )
-        keys = {*first.config, *other.config} - _OWN - _TRAINING
+        keys = {*first.config, *other.config} - _OWN - _UNIMPORTANT
         differ = sorted(key for key in keys if (first.config.get(key) or None) != (other.config.get(key) or None))
         if differ:
             warnings.append(f"{', '.join(differ)} differ; the merged adapter has them from {first.path}")
