@@ -298,7 +298,7 @@ def check_factors(module: LoraModule, r: int, b: Tensor, a: Tensor, check_finite
     for key, factor, shape in ((module.b_key, b, (module.m, r)), (module.a_key, a, (r, module.n))):
         if factor.shape != shape:
             raise ValueError(f"{key} needs an edited factor of shape {shape}, got {tuple(factor.shape)}")
-        if check_finite and not _is_finite(factor):
+        if check_finite and not is_finite(factor):
             raise ValueError(
                 f"the edited {key} has NaN or infinite values ({factor.dtype} ends at "
                 f"{torch.finfo(factor.dtype).max:.3g}); edit less, or look for NaN in the source"
@@ -364,7 +364,8 @@ def _component(module: LoraModule) -> str:
     return module.name.rpartition(".")[2]
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     # aminmax hands NaN on and takes a tenth of the time of isfinite().all(); it lacks the 8-bit floats.
     low, high = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())
     return math.isfinite(low) and math.isfinite(high)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.adapter.creation import check_out_dir, creating
+from spectral_fast.adapter.folder import is_finite
 from spectral_fast.backends import chosen_backends
 from spectral_fast.pipeline import in_order
 from spectral_fast.provenance import versions
@@ -190,7 +191,11 @@ class _Stream:
         read, begin = [], 0
         for part in self._plan.parts[name]:
             source = self._sources[part.source]
-            read.append((part, *source.read(part.module, memory[begin:])))
+            b, a = source.read(part.module, memory[begin:])
+            for key, factor in ((part.module.b_key, b), (part.module.a_key, a)):
+                if not is_finite(factor):
+                    raise ValueError(f"{key} of {source.path} has NaN or infinite values: mend the adapter first")
+            read.append((part, b, a))
             begin += source.size_of(part.module)
         wide = torch.float64 if any(b.dtype == torch.float64 for _, b, _ in read) else torch.float32
         return [Task(b.to(wide), a.to(wide), part.module.scaling, self._weights[part.source]) for part, b, a in read]
