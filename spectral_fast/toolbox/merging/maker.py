@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from spectral_fast.adapter import LoraModule
 from spectral_fast.spectrum import rebuild
@@ -61,9 +62,14 @@ class Maker:
                 yield self._of_dense(tasks, made[name].r)
         else:
             merged = self._spectra(names, modules)
-            cut = [x.spectrum.only(torch.arange(made[name].r)) for name, x in zip(names, merged, strict=True)]
-            cut = [replace(x, dtypes=(made[name].dtype,) * 2) for name, x in zip(names, cut, strict=True)]
-            for (b, a), x in zip(rebuild(cut, [x.s for x in cut], names=names), merged, strict=True):
+            cut = []
+            for name, x in zip(names, merged, strict=True):
+                kept = x.spectrum.only(torch.arange(min(made[name].r, len(x.spectrum.s))))
+                cut.append(replace(kept, dtypes=(made[name].dtype, made[name].dtype)))
+            for name, (b, a), x in zip(names, rebuild(cut, [x.s for x in cut], names=names), merged, strict=True):
+                none = made[name].r - len(a)  # directions that the adapters have not
+                if none:
+                    b, a = pad(b, (0, none)), pad(a, (0, 0, 0, none))
                 yield b, a, _error(x.spectrum.s, len(a)), x.agreement
 
     def _combine(self, matrices: Sequence[Tensor], weights: Sequence[float]) -> Combined:

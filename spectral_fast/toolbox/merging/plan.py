@@ -14,6 +14,7 @@ from spectral_fast.adapter import Adapter, LoraModule, changes_base
 from spectral_fast.adapter.creation import Other, new_config, plain_module
 from spectral_fast.adapter.naming import in_model
 from spectral_fast.toolbox.merging.options import DTYPES, MergeOptions
+from spectral_fast.toolbox.merging.spaces import tsv_rank
 
 # Entries of adapter_config.json that say which modules are adapted: one adapter's are all's, or names say it instead.
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -96,8 +97,10 @@ class Plan:
                     )
                 ranks[name] = each[0]
                 continue
-            module = found[0].module
-            limit = min(module.m, module.n, module.m if space == "dense" else sum(each))
+            side = min(found[0].module.m, found[0].module.n)
+            if space == "tsv":
+                each = [tsv_rank(r, side, len(each), options.density or 1.0) for r in each]
+            limit = side if space == "dense" else min(side, sum(each))
             wanted = options.rank or (largest if space in ("sum", "dense") and options.share_lost is None else limit)
             ranks[name] = min(limit, wanted)
         return ranks

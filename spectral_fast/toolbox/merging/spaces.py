@@ -69,7 +69,8 @@ def by_core(modules: Sequence[Tasks], names: Sequence[str], combine: Combine) ->
     combined = []
     for tasks, tall, flat in zip(modules, left, right, strict=True):
         rows = torch.split(_u(flat) * flat.s, [len(task.a) for task in tasks])  # A_i V
-        cores = [task.scaling * (x @ y) for task, x, y in zip(tasks, _coordinates(tall, tasks), rows, strict=True)]
+        pairs = zip(tasks, _coordinates(tall, tasks), rows, strict=True)
+        cores = [_without_rounding(task, task.scaling * (x @ y)) for task, x, y in pairs]
         combined.append(combine(cores, [task.weight for task in tasks]))
     return _recomposed(left, [x.matrix for x in combined], right, [x.agreement for x in combined])
 
@@ -86,10 +87,9 @@ def by_knots(modules: Sequence[Tasks], names: Sequence[str], combine: Combine) -
     products, as_, agreements = [], [], []
     for tasks, tall, parts, (w, s, _) in zip(modules, left, columns, _small_svds(concatenated), strict=True):
         w = w[:, : max(1, int(_present(s).sum()))]  # the rest has no direction
-        merged, agreement = combine(
-            [(task.scaling * (w.mT @ part)).to(task.a) @ task.a for task, part in zip(tasks, parts, strict=True)],
-            [task.weight for task in tasks],
-        )
+        pairs = [(task, (task.scaling * (w.mT @ part)).to(task.a)) for task, part in zip(tasks, parts, strict=True)]
+        rows = [_without_rounding(task, x @ task.a) for task, x in pairs]
+        merged, agreement = combine(rows, [task.weight for task in tasks])
         basis = tall.factored.basis_b
         out = merged.new_empty(len(basis), w.shape[1])
         products.append(Product(basis, tall.factored.t_b @ w, w.new_ones(w.shape[1]), out, flat=False, wide=True))
@@ -106,12 +106,10 @@ def by_tsv(modules: Sequence[Tasks], names: Sequence[str], density: float) -> li
     spectra = iter(lowrank_svd([task.b for task in tasks], [task.a for task in tasks]))
     us, vhs, values = [], [], []
     for module in modules:
-        most = max(1, min(len(module[0].b), module[0].a.shape[1]) // len(module))
         kept = []
         for task in module:
-            spectrum = next(spectra)
-            k = min(most, math.ceil(density * len(spectrum.s)))
-            kept.append((task, spectrum.only(torch.arange(k))))
+            k = tsv_rank(len(task.a), min(len(task.b), task.a.shape[1]), len(module), density)
+            kept.append((task, next(spectra).only(torch.arange(k))))
         us.append(torch.cat([x.u * _present(x.s).to(task.b) for task, x in kept], 1))  # where s = 0, u is any vector
         vhs.append(torch.cat([x.vh * _present(x.s).to(task.a)[:, None] for task, x in kept]))
         values.append(torch.cat([task.share * x.s for task, x in kept]))
@@ -122,6 +120,11 @@ def by_tsv(modules: Sequence[Tasks], names: Sequence[str], density: float) -> li
         for x, y, s in zip(left, right, values, strict=True)
     ]
     return _recomposed(left, cores, right, [None] * len(left))
+
+
+def tsv_rank(r: int, side: int, tasks: int, density: float) -> int:
+    """How many directions of rank r each of some tasks keeps: a share of them, and no more than fit in a side."""
+    return max(1, min(side // tasks, math.ceil(density * r)))
 
 
 def by_dense(tasks: Tasks, combine: Combine) -> Combined:
@@ -148,6 +151,12 @@ def _right(modules: Sequence[Tasks], names: Sequence[str] | None) -> list[Spectr
 def _coordinates(left: Spectrum, tasks: Tasks) -> Sequence[Tensor]:
     """Uᵀ B_i (R, r_i) of each task, U the left vectors of [B_1 …]."""
     return torch.split(left.s[:, None] * _v(left).mT, [len(task.a) for task in tasks], 1)
+
+
+def _without_rounding(task: Task, x: Tensor) -> Tensor:
+    """Zero where x = Uᵀ ΔW_i (V) is rounding, of which an election would count the sign."""
+    size = abs(task.scaling) * float(task.b.norm()) * float(task.a.norm())
+    return torch.where(x.abs() > len(x) * EPS32 * size, x, 0) if size else torch.zeros_like(x)
 
 
 def _u(spectrum: Spectrum) -> Tensor:
