@@ -188,6 +188,7 @@ class Spectra:
         return "the head" if layer == "lm_head" else "a layer" if layer.startswith("model.layers.0.") else None
 
 
+ON_ADAPTERS = ("rebuild", "edit", "resize", "inspect")
 Case = Adapter | Cores | Projections | Calibration | Spectra
 
 
@@ -197,8 +198,9 @@ class Task:
 
     Attributes:
         work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores), "sensitivity" (from
-            projections), "edit" (file to file), "calibrate" (samples through a model), "cost of g" (a pass with and
-            without), "stream", "stream or memory", "ranks", or "spectra" (of base weights, with exponents).
+            projections), "edit", "resize", "inspect" (file to file), "calibrate" (samples through a model), "cost of g"
+            (a pass with and without), "stream", "stream or memory", "ranks", or "spectra" (of base weights, with
+            exponents).
         case: what it is done to.
         peers: names in ``peers.REBUILD``, ``peers.SVD``, ``peers.SENSITIVITY`` or ``calibration.RUNS``.
         rounds: repeats of each implementation, at most.
@@ -221,11 +223,11 @@ class Task:
         """The inverse of ``dumps``."""
         fields = json.loads(text)
         case, fields["peers"] = fields["case"], tuple(fields["peers"])
-        if fields["work"] in ("rebuild", "edit"):
+        if fields["work"] in ON_ADAPTERS:
             shapes = {name: tuple(shape) for name, shape in case["model"]["shapes"].items()}
             case["model"], case["targets"] = Model(**case["model"] | {"shapes": shapes}), tuple(case["targets"])
         kinds: dict[str, Callable[..., Case]] = {
-            **dict.fromkeys(("rebuild", "edit"), Adapter),
+            **dict.fromkeys(ON_ADAPTERS, Adapter),
             "svd": Cores,
             "sensitivity": Projections,
             "spectra": lambda **own: Spectra.loads(json.dumps(own)),
@@ -263,6 +265,11 @@ COST = Task("cost of g", replace(SMALL_LLAMA, samples=8), (SUMMED, WITHOUT), rou
 STREAM = Task("stream", Calibration("Llama-2-7B", 32, 4096, 11008, 32, 32000, 8, 64, "bfloat16"), (), rounds=1)
 STREAM_OR_MEMORY = Task("stream or memory", replace(SMALL_LLAMA, dtype="float32"), (IN_MEMORY,), rounds=3)
 RANKS = Task("ranks", SMALL_LLAMA, (), rounds=3)
+SVD_LOWRANK, DENSE_SVD, QR_SVD = "torch.svd_lowrank", "torch.linalg.svd of the dense update", "torch QR + SVD"
+RESIZE_7B = Task("resize", Adapter(LLAMA2_7B, ALL_LINEAR, 64, "bfloat16"), (SVD_LOWRANK, DENSE_SVD), rounds=5, budget=8)
+# As many modules as the figure asks for: no Llama has 312.
+LLAMA_312 = replace(LLAMA2_7B, name="Llama-2-7B widened to 78 layers", layers=78)
+INSPECT_312 = Task("inspect", Adapter(LLAMA_312, ALL_LINEAR[:4], 128, "bfloat16"), (QR_SVD,), rounds=5, budget=8)
 SVDVALS, SIDE_BY_SIDE = "torch svdvals", "torch svdvals, matrices side by side"
 WEIGHTWATCHER = "WeightWatcher"
 # The interpreter that has it: its dependencies are no business of ours.
@@ -302,6 +309,8 @@ FULL = (
     STREAM,
     MINILM,
     WIDE,
+    RESIZE_7B,
+    INSPECT_312,
 )
 
 # The same code on sizes that say nothing about speed.
@@ -316,5 +325,7 @@ QUICK = (
     replace(STREAM_OR_MEMORY, case=replace(TINY_LLAMA, dtype="float32"), rounds=1),
     replace(RANKS, case=TINY_LLAMA, rounds=1),
     replace(STREAM, case=TINY_LLAMA, rounds=1),
+    replace(RESIZE_7B, case=Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), rounds=1),
+    replace(INSPECT_312, case=Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), rounds=1),
     replace(WIDE, case=Spectra("a tiny Llama", "bfloat16", replace(TINY_LLAMA, samples=0, vocabulary=300)), rounds=1),
 )

@@ -224,4 +224,21 @@ FIGURES = (
             ),
         )
     ),
+    *(
+        Figure(
+            f"resize to r = 16, file to file, {cases.RESIZE_7B.case}: {peer} / ours",
+            cases.RESIZE_7B,
+            times_faster(peer),
+            target,
+            at_least=True,
+        )
+        for peer, target in ((cases.DENSE_SVD, 1000), (cases.SVD_LOWRANK, 10))
+    ),
+    Figure(
+        f"inspect, {cases.INSPECT_312.case}: per-module QR + SVD in torch / ours",
+        cases.INSPECT_312,
+        times_faster(cases.QR_SVD),
+        8,
+        at_least=True,
+    ),
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import calibration, floors, peers, streamed, workloads
+from benchmarks import calibration, floors, peers, streamed, toolbox, workloads
 from benchmarks.cases import Task
 from benchmarks.machine import software
 from benchmarks.records import Measurement, Table
@@ -25,6 +25,8 @@ PREPARE: dict[str, Callable[[Any, Sequence[str]], Workload]] = {
     "calibrate": calibration.calibrations,
     "cost of g": calibration.cost_of_g,
     "stream or memory": streamed.stream_or_memory,
+    "resize": toolbox.resize,
+    "inspect": toolbox.inspect,
 }
 
 
