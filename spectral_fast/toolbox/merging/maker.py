@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from spectral_fast.adapter import LoraModule
-from spectral_fast.spectrum import rebuild
+from spectral_fast.spectrum import Spectrum, rebuild
 from spectral_fast.toolbox import measures
 from spectral_fast.toolbox.merging import spaces
 from spectral_fast.toolbox.merging.entries import Combined, combine, drawing
 from spectral_fast.toolbox.merging.options import MergeOptions
 from spectral_fast.toolbox.merging.spaces import Merged, Tasks
+
+SMALL = 256  # side of a dense matrix
 
 
 class Maker:
@@ -36,7 +38,7 @@ class Maker:
         share = self._options.share_lost
         assert share is not None
         if self._options.how.space == "dense":
-            values = [torch.linalg.svdvals(spaces.by_dense(tasks, self._combine).matrix).double() for tasks in modules]
+            values = [_values(spaces.by_dense(tasks, self._combine).matrix).double() for tasks in modules]
         else:
             values = [x.spectrum.s for x in self._spectra(names, modules)]
         most = [min(len(tasks[0].b), tasks[0].a.shape[1]) for tasks in modules]
@@ -98,9 +100,25 @@ class Maker:
 
     def _of_dense(self, tasks: Tasks, r: int) -> tuple[Tensor, Tensor, float, float | None]:
         dense, agreement = spaces.by_dense(tasks, self._combine)
-        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        u, s, vh = _svd(dense)
         root = s[:r].sqrt()
         return u[:, :r] * root, root[:, None] * vh[:r], _error(s, r), agreement
+
+
+def _svd(dense: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, s and Vᵀ; LAPACK's threads would make small matrices up to 100 times slower."""
+    m, n = dense.shape
+    if min(m, n) > SMALL:
+        u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+        return u, s, vh
+    pair = (dense, torch.eye(n, dtype=dense.dtype)) if n <= m else (torch.eye(m, dtype=dense.dtype), dense)
+    spectrum = Spectrum.of(*pair)
+    return spectrum.u, spectrum.s.to(dense.dtype), spectrum.vh
+
+
+def _values(dense: Tensor) -> Tensor:
+    """The singular values alone."""
+    return torch.linalg.svdvals(dense) if min(dense.shape) > SMALL else _svd(dense)[1]
 
 
 def _error(s: Tensor, r: int) -> float:
