@@ -107,7 +107,7 @@ def test_the_space_holds_nearly_what_the_best_would_and_what_it_misses_is_told(
         assert found.missed == pytest.approx(missed, rel=0.02 if missed > 1e-4 * found.energy else 0.5)
         torch.testing.assert_close(found.q @ found.q.mT, torch.eye(20), rtol=0, atol=1e-5)
         all_missed.append(missed)
-    # The mean without any pass (Halko et al., theorem 10.5, for k = 12 of 20 columns): 1 + k / (20 - k - 1) of the best.
+    # The mean without any pass (Halko et al., theorem 10.5, k = 12 of 20 columns): 1 + k / (20 - k - 1) of the best.
     assert all_missed[0] <= (1 + 12 / 7) * s[12:].double().square().sum().item()
     assert all_missed[0] > all_missed[1] > all_missed[2] >= s[20:].double().square().sum().item() * (1 - 1e-5)
 
