@@ -188,7 +188,7 @@ class Spectra:
         return "the head" if layer == "lm_head" else "a layer" if layer.startswith("model.layers.0.") else None
 
 
-ON_ADAPTERS = ("rebuild", "edit", "resize", "inspect")
+ON_ADAPTERS = ("rebuild", "edit", "resize", "inspect", "weighted")
 Case = Adapter | Cores | Projections | Calibration | Spectra
 
 
@@ -198,9 +198,9 @@ class Task:
 
     Attributes:
         work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores), "sensitivity" (from
-            projections), "edit", "resize", "inspect" (file to file), "calibrate" (samples through a model), "cost of g"
-            (a pass with and without), "stream", "stream or memory", "ranks", or "spectra" (of base weights, with
-            exponents).
+            projections), "edit", "resize", "inspect" (file to file), "weighted" (PEFT's add_weighted_adapter),
+            "calibrate" (samples through a model), "cost of g" (a pass with and without), "stream", "stream or memory",
+            "ranks", or "spectra" (of base weights, with exponents).
         case: what it is done to.
         peers: names in ``peers.REBUILD``, ``peers.SVD``, ``peers.SENSITIVITY`` or ``calibration.RUNS``.
         rounds: repeats of each implementation, at most.
@@ -270,6 +270,14 @@ RESIZE_7B = Task("resize", Adapter(LLAMA2_7B, ALL_LINEAR, 64, "bfloat16"), (SVD_
 # As many modules as the figure asks for: no Llama has 312.
 LLAMA_312 = replace(LLAMA2_7B, name="Llama-2-7B widened to 78 layers", layers=78)
 INSPECT_312 = Task("inspect", Adapter(LLAMA_312, ALL_LINEAR[:4], 128, "bfloat16"), (QR_SVD,), rounds=5, budget=8)
+PEFT = "PEFT"
+WEIGHTED = Task(
+    "weighted",
+    Adapter(Model.llama("Llama, 4 layers of 2048", 4, 2048, 2048, 5632), ALL_LINEAR, 16, "float32"),
+    (PEFT,),
+    rounds=5,
+    budget=8,
+)
 SVDVALS, SIDE_BY_SIDE = "torch svdvals", "torch svdvals, matrices side by side"
 WEIGHTWATCHER = "WeightWatcher"
 # The interpreter that has it: its dependencies are no business of ours.
@@ -311,6 +319,7 @@ FULL = (
     WIDE,
     RESIZE_7B,
     INSPECT_312,
+    WEIGHTED,
 )
 
 # The same code on sizes that say nothing about speed.
@@ -327,5 +336,6 @@ QUICK = (
     replace(STREAM, case=TINY_LLAMA, rounds=1),
     replace(RESIZE_7B, case=Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), rounds=1),
     replace(INSPECT_312, case=Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), rounds=1),
+    replace(WEIGHTED, case=Adapter(TINY, ALL_LINEAR, 8, "float32"), rounds=1),
     replace(WIDE, case=Spectra("a tiny Llama", "bfloat16", replace(TINY_LLAMA, samples=0, vocabulary=300)), rounds=1),
 )

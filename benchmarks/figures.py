@@ -241,4 +241,11 @@ FIGURES = (
         8,
         at_least=True,
     ),
+    Figure(
+        f"add_weighted_adapter (svd), two of {cases.WEIGHTED.case}: PEFT / with the backend, equal to 1e-5",
+        cases.WEIGHTED,
+        times_faster(cases.PEFT),
+        100,
+        at_least=True,
+    ),
 )

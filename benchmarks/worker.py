@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import calibration, floors, peers, streamed, toolbox, workloads
+from benchmarks import calibration, floors, peers, streamed, toolbox, weighted, workloads
 from benchmarks.cases import Task
 from benchmarks.machine import software
 from benchmarks.records import Measurement, Table
@@ -27,6 +27,7 @@ PREPARE: dict[str, Callable[[Any, Sequence[str]], Workload]] = {
     "stream or memory": streamed.stream_or_memory,
     "resize": toolbox.resize,
     "inspect": toolbox.inspect,
+    "weighted": weighted.weighted,
 }
 
 
