@@ -19,11 +19,13 @@ from spectral_fast.policies import POLICIES
 from spectral_fast.prune import PruneOptions, prune_adapter
 from spectral_fast.sensitivity import Sensitivity
 from spectral_fast.spectrum import Spectrum, lowrank_svd
+from spectral_fast.toolbox.merging import MergeOptions, merge_adapters
 
 __all__ = [
     "POLICIES",
     "Adapter",
     "CalibrationOptions",
+    "MergeOptions",
     "ModelOptions",
     "PruneOptions",
     "Ranks",
@@ -34,6 +36,7 @@ __all__ = [
     "edit_adapter",
     "get_adaptive_lora_config",
     "lowrank_svd",
+    "merge_adapters",
     "probe",
     "prune_adapter",
     "sensitivity_from_gradients",

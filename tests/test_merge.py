@@ -394,6 +394,11 @@ def test_the_command_wants_a_weight_for_each_adapter(tmp_path: Path, capsys: pyt
     assert "--weights takes one per adapter; got 1 for 2" in capsys.readouterr().err
 
 
+def test_a_selection_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no module to merge is selected of .*a"):
+        merge([handmade(tmp_path / "a")], [1.0], tmp_path / "out", method="svd", modules=[[]])
+
+
 def test_thousands_of_modules_take_seconds(tmp_path: Path) -> None:
     folder = many(tmp_path / "source", layers=10, experts=100)
     began = time.process_time()

@@ -59,12 +59,14 @@ class Plan:
             modules: of each, what to merge.
 
         Raises:
-            ValueError: shapes disagree, an adapter has what cannot be merged, or tensors beside the factors differ.
+            ValueError: nothing is selected, shapes disagree, an adapter has what cannot be merged, or tensors beside the factors differ.
         """
         parts: dict[str, list[Part]] = {}
         for i, chosen in enumerate(modules):
             for module in chosen:
                 parts.setdefault(module.name, []).append(Part(i, module))
+        if not parts:
+            raise ValueError(f"no module to merge is selected of {', '.join(str(source.path) for source in sources)}")
         shapes = {name: _stored(sources, found[0]) for name, found in parts.items()}
         for name, found in parts.items():
             (b, a), first = shapes[name], found[0]
