@@ -59,8 +59,8 @@ class Plan:
             modules: of each, what to merge.
 
         Raises:
-            ValueError: nothing is selected, shapes disagree, an adapter has what cannot be merged, or tensors beside the
-                factors differ.
+            ValueError: nothing is selected, shapes disagree, an adapter has what cannot be merged, or tensors that are
+                no factors differ.
         """
         parts: dict[str, list[Part]] = {}
         for i, chosen in enumerate(modules):
