@@ -17,7 +17,6 @@ from torch import Tensor
 
 from benchmarks import adapter_file
 from benchmarks.cases import DENSE_SVD, OURS, QR_SVD, SVD_LOWRANK, TINY, Adapter
-from benchmarks.factors import adapter_factors
 from benchmarks.workloads import Candidate, Workload
 from spectral_fast.adapter import Adapter as Opened
 from spectral_fast.bench.gate import WrongResult
@@ -75,7 +74,7 @@ def inspect(case: Adapter, names: Sequence[str]) -> Workload:
 
     def candidates() -> Iterator[Candidate]:
         for name in names:
-            run, check = runs[name], partial(_check_inspected, name, case)
+            run, check = runs[name], partial(_check_inspected, name, case, folder)
             yield Candidate(name, partial(run, small), partial(run, folder), check)
 
     flops = sum(m + n for m, n in case.shapes().values()) * case.rank**2
@@ -141,19 +140,17 @@ def _inspect_per_module(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _sample(case: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, B and A of some modules."""
+def _sample(case: Adapter) -> list[str]:
+    """Names of some modules."""
     names = list(case.shapes())
-    bs, as_ = adapter_factors(case)
-    for i in sorted({round(j * (len(names) - 1) / (CHECKED - 1)) for j in range(CHECKED)}):
-        yield names[i], bs[i], as_[i]
+    return [names[i] for i in sorted({round(j * (len(names) - 1) / (CHECKED - 1)) for j in range(CHECKED)})]
 
 
 def _check_resized(name: str, case: Adapter, k: int, folder: Path, some: list[str] | None, made: Path) -> None:
     """That each product is about as near to ΔW as one of rank k can be: ‖B A − B' A'‖ by QR in float64."""
     old = load_file(folder / "adapter" / WEIGHTS)
     new = load_file(made / WEIGHTS)
-    for module in some or [module for module, *_ in _sample(case)]:
+    for module in some or _sample(case):
         (b, a), (d, c) = (
             (x[f"{module}.lora_B.weight"].double(), x[f"{module}.lora_A.weight"].double()) for x in (old, new)
         )
@@ -165,11 +162,12 @@ def _check_resized(name: str, case: Adapter, k: int, folder: Path, some: list[st
             raise WrongResult(f"{name}, {module}: off by {error:.3g}, the nearest of rank {k} is by {nearest:.3g}")
 
 
-def _check_inspected(name: str, case: Adapter, found: dict[str, Tensor]) -> None:
+def _check_inspected(name: str, case: Adapter, folder: Path, found: dict[str, Tensor]) -> None:
     if found.keys() != case.shapes().keys():
         raise WrongResult(f"{name}: {len(found)} modules")
-    for module, b, a in _sample(case):
-        s = reference.factor(b, a, module).s
+    adapter = Opened.open(folder / "adapter")
+    for module in _sample(case):
+        s = reference.factor(*adapter.read(adapter.modules[module]), module).s
         off = (found[module].double() - s).abs().max() / s[0]
         if not off <= 30 * case.rank * torch.finfo(torch.float32).eps:
             raise WrongResult(f"{name}, {module}: singular values are off by {off:.3g} of the largest")
