@@ -17,7 +17,7 @@ from spectral_fast.bench.gate import WrongResult
 from spectral_fast.integrations.peft import fast_svd
 from spectral_fast.kernels.lowrank_svd import reference
 
-MERGED, SAME = "merged", 1e-5
+MERGED, SAME, DECAY = "merged", 1e-5, 0.8
 ADAPTERS, WEIGHTS = ["one", "two"], [0.7, 0.5]
 
 
@@ -45,7 +45,7 @@ def weighted(case: Adapter, names: Sequence[str]) -> Workload:
 
 
 def model_of(case: Adapter) -> Any:
-    """A Llama with few words that carries two adapters, all values random."""
+    """A Llama of random weights and with few words that carries two random adapters."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -63,6 +63,12 @@ def model_of(case: Adapter) -> Any:
     torch.manual_seed(0)
     model = get_peft_model(LlamaForCausalLM(config), lora, adapter_name=ADAPTERS[0])
     model.add_adapter(ADAPTERS[1], lora)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if (
+                "lora_B" in name
+            ):  # spectra fall off, as trained ones do: with a flat one the best of a rank is ill-defined
+                weight *= DECAY ** torch.arange(case.rank)
     return model
 
 
