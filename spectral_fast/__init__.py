@@ -22,6 +22,7 @@ from spectral_fast.spectrum import Spectrum, lowrank_svd
 from spectral_fast.toolbox.clip import ClipOptions, clip_adapter
 from spectral_fast.toolbox.difference import compare_adapters
 from spectral_fast.toolbox.export import export_adapter
+from spectral_fast.toolbox.extraction import ExtractOptions, extract_adapter
 from spectral_fast.toolbox.inspection import InspectOptions, inspect_adapter
 from spectral_fast.toolbox.merging import MergeOptions, merge_adapters
 from spectral_fast.toolbox.resize import ResizeOptions, resize_adapter
@@ -31,6 +32,7 @@ __all__ = [
     "Adapter",
     "CalibrationOptions",
     "ClipOptions",
+    "ExtractOptions",
     "InspectOptions",
     "MergeOptions",
     "ModelOptions",
@@ -45,6 +47,7 @@ __all__ = [
     "compare_adapters",
     "edit_adapter",
     "export_adapter",
+    "extract_adapter",
     "get_adaptive_lora_config",
     "inspect_adapter",
     "lowrank_svd",
