@@ -10,6 +10,8 @@
     files.py      commands, timed from outside   machine.py  where it ran
     records.py    rows of the CSV                run.py      all of it, in order
 
+    toolbox.py    resize and inspect, file to file
+
 Of calibration:
 
     models.py     random Llamas, also on disk    samples.py  GSM8K, and a tokenizer for it

@@ -243,6 +243,7 @@ class Stream:
         return f"{self.vectors} vectors into k = {self.k} directions, m = {self.m}"
 
 
+ON_ADAPTERS = ("rebuild", "edit", "resize", "inspect", "weighted")
 Case = Adapter | Cores | Projections | Calibration | Spectra | Elements | Head | Stream
 
 
@@ -253,8 +254,9 @@ class Task:
     Attributes:
         work: "rebuild" (spectra of an adapter and both factors anew), "svd" (of cores), "sensitivity" (from
             projections), "spline" (forward and backward), "gate" (sketch and novelty), "update" (of the directions
-            that a gate remembers), "edit" (file to file), "calibrate" (samples through a model),
-            "cost of g" (a pass with and without), "stream", "stream or memory", "ranks", or "spectra" (of base
+            that a gate remembers), "edit", "resize", "inspect" (file to file),
+            "weighted" (PEFT's add_weighted_adapter), "calibrate" (samples through a model), "cost of g" (a pass
+            with and without), "stream", "stream or memory", "ranks", or "spectra" (of base
             weights, with exponents).
         case: what it is done to.
         peers: names in ``peers.REBUILD``, ``peers.SVD``, ``peers.SENSITIVITY``, ``peers.SPLINE`` or
@@ -279,11 +281,11 @@ class Task:
         """The inverse of ``dumps``."""
         fields = json.loads(text)
         case, fields["peers"] = fields["case"], tuple(fields["peers"])
-        if fields["work"] in ("rebuild", "edit"):
+        if fields["work"] in ON_ADAPTERS:
             shapes = {name: tuple(shape) for name, shape in case["model"]["shapes"].items()}
             case["model"], case["targets"] = Model(**case["model"] | {"shapes": shapes}), tuple(case["targets"])
         kinds: dict[str, Callable[..., Case]] = {
-            **dict.fromkeys(("rebuild", "edit"), Adapter),
+            **dict.fromkeys(ON_ADAPTERS, Adapter),
             "svd": Cores,
             "sensitivity": Projections,
             "gate": lambda **own: Head.of(**own),
@@ -326,6 +328,19 @@ STREAM_OR_MEMORY = Task("stream or memory", replace(SMALL_LLAMA, dtype="float32"
 RANKS = Task("ranks", SMALL_LLAMA, (), rounds=3)
 TORCH_SPLINE = "torch piecewise"
 SPLINE = Task("spline", Elements(8192, 2048, 5, "bfloat16"), (TORCH_SPLINE,), rounds=9)
+SVD_LOWRANK, DENSE_SVD, QR_SVD = "torch.svd_lowrank", "torch.linalg.svd of the dense update", "torch QR + SVD"
+RESIZE_7B = Task("resize", Adapter(LLAMA2_7B, ALL_LINEAR, 64, "bfloat16"), (SVD_LOWRANK, DENSE_SVD), rounds=5, budget=8)
+# As many modules as the figure asks for: no Llama has 312.
+LLAMA_312 = replace(LLAMA2_7B, name="Llama-2-7B widened to 78 layers", layers=78)
+INSPECT_312 = Task("inspect", Adapter(LLAMA_312, ALL_LINEAR[:4], 128, "bfloat16"), (QR_SVD,), rounds=5, budget=8)
+PEFT = "PEFT"
+WEIGHTED = Task(
+    "weighted",
+    Adapter(Model.llama("Llama, 4 layers of 2048", 4, 2048, 2048, 5632), ALL_LINEAR, 16, "float32"),
+    (PEFT,),
+    rounds=5,
+    budget=8,
+)
 SVDVALS, SIDE_BY_SIDE = "torch svdvals", "torch svdvals, matrices side by side"
 WEIGHTWATCHER = "WeightWatcher"
 # The interpreter that has it: its dependencies are no business of ours.
@@ -376,6 +391,9 @@ FULL = (
     STREAM,
     MINILM,
     WIDE,
+    RESIZE_7B,
+    INSPECT_312,
+    WEIGHTED,
 )
 
 # The same code on sizes that say nothing about speed.
@@ -393,5 +411,8 @@ QUICK = (
     replace(STREAM_OR_MEMORY, case=replace(TINY_LLAMA, dtype="float32"), rounds=1),
     replace(RANKS, case=TINY_LLAMA, rounds=1),
     replace(STREAM, case=TINY_LLAMA, rounds=1),
+    replace(RESIZE_7B, case=Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), rounds=1),
+    replace(INSPECT_312, case=Adapter(TINY, ALL_LINEAR, 8, "bfloat16"), rounds=1),
+    replace(WEIGHTED, case=Adapter(TINY, ALL_LINEAR, 8, "float32"), rounds=1),
     replace(WIDE, case=Spectra("a tiny Llama", "bfloat16", replace(TINY_LLAMA, samples=0, vocabulary=300)), rounds=1),
 )

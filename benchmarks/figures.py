@@ -255,4 +255,28 @@ FIGURES = (
         4,
         at_least=True,
     ),
+    *(
+        Figure(
+            f"resize to r = 16, file to file, {cases.RESIZE_7B.case}: {peer} / ours",
+            cases.RESIZE_7B,
+            times_faster(peer),
+            target,
+            at_least=True,
+        )
+        for peer, target in ((cases.DENSE_SVD, 1000), (cases.SVD_LOWRANK, 10))
+    ),
+    Figure(
+        f"inspect, {cases.INSPECT_312.case}: per-module QR + SVD in torch / ours",
+        cases.INSPECT_312,
+        times_faster(cases.QR_SVD),
+        8,
+        at_least=True,
+    ),
+    Figure(
+        f"add_weighted_adapter (svd), two of {cases.WEIGHTED.case}: PEFT / with the backend, equal to 1e-5",
+        cases.WEIGHTED,
+        times_faster(cases.PEFT),
+        100,
+        at_least=True,
+    ),
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import calibration, floors, head, peers, stream, streamed, workloads
+from benchmarks import calibration, floors, head, peers, stream, streamed, toolbox, weighted, workloads
 from benchmarks.cases import Task
 from benchmarks.machine import software
 from benchmarks.records import Measurement, Table
@@ -28,6 +28,9 @@ PREPARE: dict[str, Callable[[Any, Sequence[str]], Workload]] = {
     "calibrate": calibration.calibrations,
     "cost of g": calibration.cost_of_g,
     "stream or memory": streamed.stream_or_memory,
+    "resize": toolbox.resize,
+    "inspect": toolbox.inspect,
+    "weighted": weighted.weighted,
 }
 
 

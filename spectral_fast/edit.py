@@ -78,7 +78,7 @@ def edit_adapter(
     with adapter.fingerprint_meanwhile(probed) as fingerprint:
         measured = None
         if policy.needs_sensitivity:
-            measured = _Measured(adapter, sensitivity, fingerprint)
+            measured = Measured(adapter, sensitivity, fingerprint)
             measured.check_covers(chosen)
 
         def edit(module: LoraModule, memory: Tensor) -> tuple[str, EditedModule]:
@@ -123,8 +123,13 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record.get(key) for key in ("base_model", "calib_data", "calib_samples", "calib_batch_size")}
 
 
-class _Measured:
+class Measured:
     """The sensitivities, checked against the adapter as it is read.
+
+    Args:
+        adapter: the adapter.
+        sensitivity: what was measured; None is refused.
+        fingerprint: gives the adapter's, as `Adapter.fingerprint_meanwhile` does.
 
     That they are another adapter's is known only when this one is hashed. It explains every other misfit, so
     whichever is found first, that is what is raised.
@@ -138,6 +143,7 @@ class _Measured:
         self.path, self.sensitivity, self._fingerprint = adapter.path, sensitivity, fingerprint
 
     def check_adapter(self) -> None:
+        """Refuse sensitivities of another adapter."""
         measured_on = self.sensitivity.record.get("adapter_sha256")
         if measured_on is not None and measured_on != self._fingerprint():
             raise ValueError(
@@ -146,6 +152,7 @@ class _Measured:
             )
 
     def check_covers(self, modules: Iterable[LoraModule]) -> None:
+        """Refuse modules that were not measured."""
         missing = [module.name for module in modules if module.name not in self.sensitivity.modules]
         if missing:
             self.check_adapter()

@@ -129,11 +129,6 @@ def prune_adapter(
     chosen = list(adapter.modules.values()) if modules is None else list(modules)
     ranks = {module.name: options.keep(module.r) for module in chosen} if compact else {}
     ranks = {name: r for name, r in ranks.items() if r != adapter.modules[name].r}
-    if ranks and any(why.startswith("belongs to adapter") for why in adapter.carried.values()):
-        raise ValueError(
-            f"{adapter.weights.path} holds several adapters under one config, which gives both the same ranks; "
-            "zero the channels instead"
-        )
     score = options.scorer()
     draws: dict[str, Tensor] = {}
     if options.method == "random":  # in order, which threads do not keep

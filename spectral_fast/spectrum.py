@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,15 @@ class Spectrum:
         out = basis.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
         recompose([Product(basis, transform, transform.new_ones(r), out, flat, wide=True)])
         return out
+
+    def only(self, kept: Tensor) -> Spectrum:
+        """Some directions alone: what ``rebuild`` makes of it has as many as its rank.
+
+        Args:
+            kept: (k,) their indices, or (r,) bool.
+        """
+        f = self.factored
+        return replace(self, factored=f._replace(t_b=f.t_b[:, kept], s=f.s[kept], t_a=f.t_a[:, kept]))
 
     def rebuild(self, s_new: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Factors of U diag(s_new) Vᵀ: B' = U diag(√s_new) and A' = diag(√s_new) Vᵀ; see `rebuild`."""

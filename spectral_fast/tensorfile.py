@@ -49,6 +49,7 @@ _MAX_HEADER = 100_000_000  # the safetensors library's own limit
 # Of one write. The page cache takes pages as large as a write: writing 1.7 GB by 2 MB pages took 0.6 to 1.9 s of a
 # virtual machine's processor, by smaller ones 0.4 s.
 _PIECE = 1 << 19
+_WORTH_WRITING = 1 << 16  # bytes at once
 _LIBC = CDLL(None)
 _SYNC_FILE_RANGE_WRITE = 2  # <linux/fs.h>: begin, do not wait
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -309,9 +310,10 @@ def _read_into(file: FileIO, buffer: memoryview, offset: int) -> None:
 def _start_writeback(file: FileIO, offset: int, size: int) -> None:
     """Set the disk to work: it then writes while the next tensors are computed, not all in the final fsync.
 
-    Linux only, and a hint: nothing is said of failure, as the fsync tells of it.
+    Linux only, and a hint: nothing is said of failure, as the fsync tells of it. Of thousands of tiny tensors the calls
+    would cost more than the wait.
     """
-    if hasattr(_LIBC, "sync_file_range"):
+    if size >= _WORTH_WRITING and hasattr(_LIBC, "sync_file_range"):
         _LIBC.sync_file_range(file.fileno(), c_int64(offset), c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 

@@ -214,7 +214,7 @@ def test_resume_without_an_earlier_run_starts_anew(tmp_path: Path) -> None:
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     with (
         work_folder(tmp_path / "work", {}, resume=True) as path,
-        pytest.raises(RuntimeError, match="another process is calibrating"),
+        pytest.raises(RuntimeError, match="another process is at work"),
         work_folder(path, {}, resume=True),
     ):
         pass

@@ -157,11 +157,11 @@ class Adapter:
 
     def memory_for(self, modules: Iterable[LoraModule]) -> Tensor:
         """Memory that `read` can put any of these modules into, again and again, uint8 (bytes,)."""
-        sizes = (
-            _aligned(self.weights.tensors[module.b_key].nbytes) + self.weights.tensors[module.a_key].nbytes
-            for module in modules
-        )
-        return torch.empty(max(sizes, default=0), dtype=torch.uint8)
+        return torch.empty(max(map(self.size_of, modules), default=0), dtype=torch.uint8)
+
+    def size_of(self, module: LoraModule) -> int:
+        """Bytes of memory that `read` takes for a module."""
+        return sum(_aligned(self.weights.tensors[key].nbytes) for key in (module.b_key, module.a_key))
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -212,6 +212,7 @@ class Adapter:
         extra_files: Mapping[str, bytes | Callable[[], bytes]] | None = None,
         *,
         ranks: Mapping[str, int] | None = None,
+        config: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         check_finite: bool = True,
     ) -> Iterator[Callable[[LoraModule, Tensor, Tensor], None]]:
@@ -222,7 +223,8 @@ class Adapter:
         Args:
             out_dir: the new folder; it appears complete when the block ends well, or not at all.
             extra_files: name -> content of files to add or replace; functions are called at the end.
-            ranks: name of a module -> its rank in the copy, where it changes; the config says so, and keeps scalings.
+            ranks: name of a module -> its rank in the copy, where it changes.
+            config: the copy's adapter_config.json; by default the source's or, with ranks, `config_with` them.
             overwrite: replace an adapter that is in `out_dir`.
             check_finite: look for NaN and infinity in the factors; off for who knows that there is none.
 
@@ -236,8 +238,9 @@ class Adapter:
             FileExistsError: `out_dir` is not empty, and `overwrite` is off or it is not an adapter.
         """
         extra_files, ranks = extra_files or {}, ranks or {}
-        if ranks:
-            config = with_ranks(self.config, self.modules, self.carried_modules, ranks)
+        if ranks and config is None:
+            config = self.config_with(ranks)
+        if config is not None:
             extra_files = {**extra_files, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
         name = self.weights.path.name
         for extra in extra_files:
@@ -250,7 +253,9 @@ class Adapter:
 
                 def put(module: LoraModule, b: Tensor, a: Tensor) -> None:
                     r = ranks.get(module.name, module.r)
-                    self._check_factors(module, r, b, a, check_finite)
+                    if self.modules.get(module.name) != module:
+                        raise ValueError(f"{module.name} is not an editable module of {self.path}")
+                    check_factors(module, r, b, a, check_finite)
                     for (key, shape), factor in zip(self._shapes(module, r), (b, a), strict=True):
                         put_tensor(key, factor.reshape(shape))
 
@@ -272,6 +277,20 @@ class Adapter:
             for module, b, a in edited:
                 put(module, b, a)
 
+    def config_with(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        """adapter_config.json for a copy in which some modules have another rank, and all their scaling.
+
+        Raises:
+            ValueError: no rank can change: several adapters in one file, PiSSA and other inits that change the base
+                weights by r; or patterns cannot tell the modules apart.
+        """
+        if any(why.startswith("belongs to adapter") for why in self.carried.values()):
+            raise ValueError(
+                f"{self.weights.path} holds several adapters under one config, which gives both the same ranks; "
+                "zero the channels instead"
+            )
+        return with_ranks(self.config, self.modules, self.carried_modules, ranks)
+
     @property
     def carried_modules(self) -> list[str]:
         """Names of the modules among `carried`: those that have factors, though not editable ones."""
@@ -283,17 +302,17 @@ class Adapter:
         yield module.b_key, (b[0], r, *b[2:])
         yield module.a_key, (r, *a[1:])
 
-    def _check_factors(self, module: LoraModule, r: int, b: Tensor, a: Tensor, check_finite: bool) -> None:
-        if self.modules.get(module.name) != module:
-            raise ValueError(f"{module.name} is not an editable module of {self.path}")
-        for key, factor, shape in ((module.b_key, b, (module.m, r)), (module.a_key, a, (r, module.n))):
-            if factor.shape != shape:
-                raise ValueError(f"{key} needs an edited factor of shape {shape}, got {tuple(factor.shape)}")
-            if check_finite and not _is_finite(factor):
-                raise ValueError(
-                    f"the edited {key} has NaN or infinite values ({factor.dtype} ends at "
-                    f"{torch.finfo(factor.dtype).max:.3g}); edit less, or look for NaN in the source"
-                )
+
+def check_factors(module: LoraModule, r: int, b: Tensor, a: Tensor, check_finite: bool = True) -> None:
+    """Refuse factors to write that have not the module's shape for rank r, or NaN or infinite values."""
+    for key, factor, shape in ((module.b_key, b, (module.m, r)), (module.a_key, a, (r, module.n))):
+        if factor.shape != shape:
+            raise ValueError(f"{key} needs an edited factor of shape {shape}, got {tuple(factor.shape)}")
+        if check_finite and not is_finite(factor):
+            raise ValueError(
+                f"the edited {key} has NaN or infinite values ({factor.dtype} ends at "
+                f"{torch.finfo(factor.dtype).max:.3g}); edit less, or look for NaN in the source"
+            )
 
 
 def resolve(lora_path: Path | str, cache_dir: Path | str | None = None) -> Path:
@@ -360,7 +379,8 @@ def _component(module: LoraModule) -> str:
     return module.name.rpartition(".")[2]
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     # aminmax hands NaN on and takes a tenth of the time of isfinite().all(); it lacks the 8-bit floats.
     low, high = torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float())
     return math.isfinite(low) and math.isfinite(high)

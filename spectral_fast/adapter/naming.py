@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spectral_fast.adapter.patterns import Patterns
 from spectral_fast.tensorfile import TensorInfo
 
 CONFIG = "adapter_config.json"
@@ -114,6 +115,7 @@ def take_inventory(
         else:
             found.carried[key] = "not a LoRA factor: a bias, an embedding, or from modules_to_save"
 
+    scalings = Scalings(config)
     tied = _tied_shapes(pairs.values(), tensors) if config.get("ensure_weight_tying") else set()
     for pair in _of_one_adapter(pairs.values(), adapter_name, found):
         reason = blocked.get(pair.name) or _why_not(pair, tensors, config, tied)
@@ -122,7 +124,7 @@ def take_inventory(
         if reason is None and len(tensors[pair.keys["A"]].shape) > 2 and not include_conv:
             reason = "LoRA on a convolution: it can be edited if asked for (include_conv), but not probed"
         if reason is None:
-            found.modules[pair.name] = _module(pair, tensors, config)
+            found.modules[pair.name] = _module(pair, tensors, scalings)
         else:
             found.carried[pair.name] = reason
     found.warnings.extend(_warnings(found, config))
@@ -182,10 +184,10 @@ def _why_not(
     return None
 
 
-def _module(pair: _Pair, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> LoraModule:
+def _module(pair: _Pair, tensors: Mapping[str, TensorInfo], scalings: Scalings) -> LoraModule:
     a_key, b_key = pair.keys["A"], pair.keys["B"]
     a, b = tensors[a_key], tensors[b_key]
-    r, scaling = rank_and_scaling(pair.name, config)
+    r, scaling = scalings.of(pair.name)
     if a.shape[0] != r:
         raise ValueError(f"{CONFIG} says r={r} but {a_key} is {a.shape}")
     if b.shape[1] != r:
@@ -203,25 +205,40 @@ def _module(pair: _Pair, tensors: Mapping[str, TensorInfo], config: Mapping[str,
     )
 
 
-def rank_and_scaling(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """Rank and scaling of a module in PEFT: from rank_pattern and alpha_pattern, else r and lora_alpha.
+class Scalings:
+    """Rank and scaling of every module in PEFT: from rank_pattern and alpha_pattern, else r and lora_alpha.
 
     The scaling is alpha/r, or alpha/sqrt(r) with use_rslora (Kalajdzievski, "A rank stabilization scaling
     factor for fine-tuning with LoRA", 2023).
 
     Args:
-        name: as in the weight file; PEFT matches patterns to the name without `base_model.model.`.
         config: adapter_config.json.
 
     Raises:
-        ValueError: r or alpha is not a number above 0, or a pattern is not a regular expression.
+        ValueError: a pattern is not a regular expression.
     """
-    name = _in_model(name)
-    r = _by_pattern("rank_pattern", name, config, config.get("r", 8))
-    alpha = _by_pattern("alpha_pattern", name, config, config.get("lora_alpha", 8))
-    if type(r) is not int or r <= 0 or not isinstance(alpha, int | float):
-        raise ValueError(f"{CONFIG} gives {name} r={r!r} and lora_alpha={alpha!r}; r must be above 0, both numbers")
-    return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._ranks, self._alphas = (Patterns(x, config.get(x)) for x in ("rank_pattern", "alpha_pattern"))
+
+    def of(self, name: str) -> tuple[int, float]:
+        """Rank and scaling of a module, named as in the weight file.
+
+        Raises:
+            ValueError: r or alpha is not a number above 0.
+        """
+        config, name = self._config, in_model(name)
+        r = self._ranks.get(name, config.get("r", 8))
+        alpha = self._alphas.get(name, config.get("lora_alpha", 8))
+        if type(r) is not int or r <= 0 or not isinstance(alpha, int | float):
+            raise ValueError(f"{CONFIG} gives {name} r={r!r} and lora_alpha={alpha!r}; r must be above 0, both numbers")
+        return r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def rank_and_scaling(name: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """Rank and scaling of one module, see `Scalings`."""
+    return Scalings(config).of(name)
 
 
 def with_ranks(
@@ -249,7 +266,8 @@ def with_ranks(
         )
     others = list(others)
     wanted = {name: (module.r, module.scaling) for name, module in modules.items()}
-    wanted |= {name: rank_and_scaling(name, config) for name in others}
+    scalings = Scalings(config)
+    wanted |= {name: scalings.of(name) for name in others}
     wanted |= {name: (r, wanted[name][1]) for name, r in ranks.items()}
     resized = dict(config)
     if config.get("init_lora_weights") == "orthogonal":  # for which PEFT wants even ranks, before it loads the weights
@@ -260,11 +278,12 @@ def with_ranks(
         resized |= {"rank_pattern": {}, "alpha_pattern": {}}
     else:  # longer names first: a pattern matches the end of a name, too
         for option, index in (("rank_pattern", 0), ("alpha_pattern", 1)):
-            own = {_in_model(name): made[name][index] for name in sorted(modules, key=len, reverse=True)}
+            own = {in_model(name): made[name][index] for name in sorted(modules, key=len, reverse=True)}
             rest = (config.get(option) or {}) if others else {}
             resized[option] = own | {key: value for key, value in rest.items() if key not in own}
+    scalings = Scalings(resized)
     for name, (r, scaling) in wanted.items():
-        got_r, got_scaling = rank_and_scaling(name, resized)
+        got_r, got_scaling = scalings.of(name)
         if got_r != r or not math.isclose(got_scaling, scaling, rel_tol=1e-12):
             raise ValueError(f"no rank_pattern gives {name} rank {r} beside the other modules' patterns; got {got_r}")
     return resized
@@ -275,24 +294,9 @@ def _alpha(r: int, scaling: float, config: Mapping[str, Any]) -> int | float:
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
-def _in_model(name: str) -> str:
+def in_model(name: str) -> str:
+    """A module's name in the base model, from that in the weight file."""
     return name.removeprefix("base_model.model.")
-
-
-def _by_pattern(option: str, name: str, config: Mapping[str, Any], default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the name or its end after a dot; else the literal name."""
-    patterns = config.get(option) or {}
-    for pattern, value in patterns.items():
-        if _compiled(pattern, option).match(name):
-            return value
-    return patterns.get(name, default)
-
-
-def _compiled(pattern: str, option: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
-        raise ValueError(f"{CONFIG}: {pattern!r} in {option} is no regular expression: {error}") from error
 
 
 def changes_base(config: Mapping[str, Any]) -> bool:

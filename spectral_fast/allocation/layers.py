@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -155,23 +156,13 @@ def _dense(module: Any, name: str) -> Tensor:
 
 
 def _from_files(base_model: str, options: ModelOptions, model_class: str, told: Callable[[str], object]) -> list[Layer]:
-    from transformers import AutoConfig
-
-    config = from_pretrained(AutoConfig, base_model, options)
-    factory = _factory(config, model_class)
+    config, factory = _config_and_factory(base_model, options, model_class)
     if getattr(config, "quantization_config", None) is not None:
         model, loading = from_pretrained(factory, base_model, options, output_loading_info=True)
         check_nothing_missing(base_model, type(model).__name__, loading["missing_keys"])
         return list(_in_memory(model, told))
-    files = checkpoint_files(base_model, options.cache_dir)
-    if not files:
-        raise FileNotFoundError(
-            f"{base_model} has neither {SINGLE} nor {INDEX}: save it as safetensors, or give the model in memory"
-        )
-    check_checkpoint(base_model, files, config)
-    model = _empty(factory, config, options.trust_remote_code)
+    model, tensors = empty_and_tensors(base_model, options, model_class)
     _tell_of_others(model, told)
-    tensors = Tensors(model, files)
     found, sources, missing = [], set(), []
     for index, name, module in _modules(model):
         source = tensors.source(f"{name}.weight")
@@ -185,6 +176,51 @@ def _from_files(base_model: str, options: ModelOptions, model_class: str, told: 
     if model_class == "auto":
         check_nothing_missing(base_model, type(model).__name__, missing)
     return found
+
+
+def empty_and_tensors(base_model: str, options: ModelOptions, model_class: str = "auto") -> tuple[Any, Tensors]:
+    """A model whose parameters are on the meta device, and its tensors in its safetensors files.
+
+    Args:
+        base_model: folder or name.
+        options: where it comes from (cache_dir, trust_remote_code).
+        model_class: as in `layers_of`.
+
+    Raises:
+        FileNotFoundError: it is not to be had, or not as safetensors.
+        ValueError: its weights are quantised or damaged.
+    """
+    config, factory = _config_and_factory(base_model, options, model_class)
+    files = weight_files(base_model, options)
+    model = _empty(factory, config, options.trust_remote_code)
+    return model, Tensors(model, files)
+
+
+def weight_files(base_model: str, options: ModelOptions) -> list[Path]:
+    """The safetensors files of a model, checked.
+
+    Raises:
+        As `empty_and_tensors`.
+    """
+    from transformers import AutoConfig
+
+    config = from_pretrained(AutoConfig, base_model, options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{base_model} is quantised: give the model that it was quantised from")
+    files = checkpoint_files(base_model, options.cache_dir)
+    if not files:
+        raise FileNotFoundError(
+            f"{base_model} has neither {SINGLE} nor {INDEX}: save it as safetensors, or give the model in memory"
+        )
+    check_checkpoint(base_model, files, config)
+    return files
+
+
+def _config_and_factory(base_model: str, options: ModelOptions, model_class: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig
+
+    config = from_pretrained(AutoConfig, base_model, options)
+    return config, _factory(config, model_class)
 
 
 def _factory(config: Any, model_class: str) -> Any:

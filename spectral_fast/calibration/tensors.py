@@ -59,13 +59,21 @@ class Tensors:
         Raises:
             ValueError: it has another shape than in the model.
         """
-        found = next((alias for alias in _aliases(name, self._tied) if alias in self._made), None)
-        if found is not None and self._made[found][1].shape != self._metas[name].shape:
+        found = self.find(name)
+        if found is not None and self.meta(found).shape != self._metas[name].shape:
             raise ValueError(
                 f"{name} is {tuple(self._metas[name].shape)} in the model that config.json describes, but "
-                f"{tuple(self._made[found][1].shape)} in {self.files[0].parent}"
+                f"{tuple(self.meta(found).shape)} in {self.files[0].parent}"
             )
         return found
+
+    def find(self, name: str) -> str | None:
+        """As `source`, of whatever shape it is."""
+        return next((alias for alias in _aliases(name, self._tied) if alias in self._made), None)
+
+    def meta(self, source: str) -> Tensor:
+        """A tensor's shape and dtype in the checkpoint, without its values."""
+        return self._made[source][1]
 
     def stored(self, source: str) -> tuple[int, torch.dtype]:
         """Bytes that are read for a tensor, and its dtype in the checkpoint."""

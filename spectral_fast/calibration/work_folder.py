@@ -1,4 +1,4 @@
-"""The files of an unfinished calibration: what was computed so far, so that a killed run can go on."""
+"""The files of an unfinished run: what was computed so far, so that a killed one can go on."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ def work_folder(path: Path | None, run: Mapping[str, Any], *, resume: bool) -> I
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RuntimeError(f"another process is calibrating in {path}; wait for it to end") from error
+            raise RuntimeError(f"another process is at work in {path}; wait for it to end") from error
         record = path / _RUN
         wanted = json.loads(json.dumps(run))
         if record.exists():
             if not resume:
                 raise FileExistsError(
                     errno.EEXIST,
-                    "an unfinished calibration is there: go on with it by --resume, or remove the folder",
+                    "an unfinished run is there: go on with it by --resume, or remove the folder",
                     str(path),
                 )
             found = _read(record)

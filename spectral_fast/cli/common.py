@@ -7,13 +7,21 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spectral_fast.adapter.selection import SelectionOptions
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags, option, take
 from spectral_fast.progress import bar
 from spectral_fast.usage import UsageError
+
+
+@dataclass(frozen=True)
+class EveryModule(SelectionOptions):
+    """All modules, unless some are named."""
+
+    target_modules: tuple[str, ...] = option(("all-linear",), "last name components, or all-linear")
 
 
 def add_command(commands: Any, name: str, run: Callable[..., Any], help: str, example: str) -> argparse.ArgumentParser:

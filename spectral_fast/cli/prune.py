@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from spectral_fast.adapter.selection import SelectionOptions
-from spectral_fast.cli.common import add_adapter_flags, add_command, warn
-from spectral_fast.options import add_flags, option, take
+from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command, warn
+from spectral_fast.options import add_flags, take
 from spectral_fast.progress import bar
-
-
-@dataclass(frozen=True)
-class EveryModule(SelectionOptions):
-    """All modules, unless some are named."""
-
-    target_modules: tuple[str, ...] = option(("all-linear",), "last name components, or all-linear")
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

@@ -13,15 +13,25 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from spectral_fast.allocation import AdaptiveLora, LayerSpectrum
-from spectral_fast.report.drawing import CORE, INK, LETTERS, NOISE, OTHER, STYLE, WHOLE, WIDTH, Picture, short
+from spectral_fast.report.drawing import (
+    COLOURS,
+    CORE,
+    INK,
+    LETTERS,
+    MARKS,
+    NOISE,
+    OTHER,
+    STYLE,
+    WHOLE,
+    WIDTH,
+    Picture,
+    short,
+)
 from spectral_fast.report.names import Place, places
 
 COLUMNS, ROWS = 4, 6
 DECADES = 4  # that a panel's axis reaches down from the highest density
 BINS = 60
-# Okabe and Ito's colours, told apart with any colour vision, and marks where there are more kinds than colours.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MARKS = "osD^v"
 
 
 def save_allocation_pictures(directory: Path, result: AdaptiveLora) -> list[Path]:

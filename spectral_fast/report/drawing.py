@@ -18,6 +18,9 @@ Mask = NDArray[np.bool_]
 
 # Blue and vermilion after Okabe and Ito, told apart with any colour vision: always core and noise.
 CORE, NOISE, OTHER, INK, BLANK = "#0072b2", "#d55e00", "#8c8c8c", "#222222", "#e4e4e4"
+# All of theirs, and marks where there are more kinds than colours.
+COLOURS = (CORE, NOISE, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKS = "osD^v"
 WIDTH = 10.0  # inches; wider, and the letters are too small in the column of a README
 LETTERS = 9.5  # points
 STYLE = {
