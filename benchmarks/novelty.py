@@ -1,4 +1,4 @@
-"""The gate watched: does its acceptance settle, and is its novelty that of the gradient? ``python -m benchmarks.novelty``.
+"""The gate watched: does acceptance settle, is its novelty that of the gradient? ``python -m benchmarks.novelty``.
 
 A LoRA adapter of the embedded model is trained on two-step problems by a plain loop, a gate before each step. Beside it
 the gradient of the adapter itself is taken for every micro-batch, rejected ones too, sketched, and compared with the

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 import spectral_fast.kernels.batched_svd  # imported for its registration
+import spectral_fast.kernels.frequent_directions
+import spectral_fast.kernels.head_sketch
 import spectral_fast.kernels.lowrank_svd
 import spectral_fast.kernels.recompose
 import spectral_fast.kernels.sensitivity

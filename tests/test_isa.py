@@ -24,6 +24,7 @@ TESTS = Path(__file__).parent
 KERNEL_TESTS = (
     "test_native.py",
     "test_batched_svd.py",
+    "test_frequent_directions.py",
     "test_lowrank_svd.py",
     "test_recompose.py",
     "test_segment_products.py",

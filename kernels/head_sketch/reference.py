@@ -34,7 +34,7 @@ def tensor_sketch(
 def sparse_errors(
     logsumexp: Tensor, gold: Tensor, values: Tensor, ids: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The errors softmax − onehot and the ids of its terms, (tokens, k + 1): zero where a label is −100, or there already."""
+    """The errors and their ids, (tokens, k + 1): zero where the label is −100, and at one that is there already."""
     at_gold = ids == labels[:, None]
     errors = (values - logsumexp[:, None]).exp() - at_gold.to(values.dtype)
     beside = ((gold - logsumexp).exp() - 1).masked_fill(at_gold.any(1), 0)
