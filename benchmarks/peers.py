@@ -181,4 +181,7 @@ DENSE_COST: dict[str, Callable[[int, int, int], int]] = {
     "PEFT svd": lambda m, n, _: m * n * min(m, n),
 }
 # What may be faster with one thread than with all is run with both.
-ONE_THREAD_TOO = ("torch QR + SVD", "torch batched SVD", "torch SVD one by one", ORIGINAL, WHOLE, SVD_EACH)
+ONE_THREAD_TOO = (
+    *("torch QR + SVD", "torch QR without Q + svdvals", "torch batched SVD", "torch SVD one by one"),
+    *(ORIGINAL, WHOLE, SVD_EACH),
+)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import adapter_file
-from benchmarks.cases import DENSE_SVD, OURS, QR_SVD, SVD_LOWRANK, TINY, Adapter
+from benchmarks.cases import DENSE_SVD, OURS, QR_SVD, SVD_LOWRANK, TINY, VALUES_ALONE, Adapter
 from benchmarks.workloads import Candidate, Workload
 from spectral_fast.adapter import Adapter as Opened
 from spectral_fast.bench.gate import WrongResult
@@ -70,7 +70,7 @@ def resize(case: Adapter, names: Sequence[str]) -> Workload:
 def inspect(case: Adapter, names: Sequence[str]) -> Workload:
     """The singular values of all modules, from the file. Floor: factors are read, half their Gram matrices formed."""
     folder, small = _folder(case), _folder(replace(case, model=TINY, rank=8))
-    runs = {OURS: _inspect_ours, QR_SVD: _inspect_per_module}
+    runs = {OURS: _inspect_ours, QR_SVD: partial(_inspect_per_module, whole=True), VALUES_ALONE: _inspect_per_module}
 
     def candidates() -> Iterator[Candidate]:
         for name in names:
@@ -129,14 +129,15 @@ def _inspect_ours(folder: Path) -> dict[str, Tensor]:
     return {name: torch.from_numpy(x.s) / adapter.modules[name].scaling for name, x in inspect_adapter(adapter).items()}
 
 
-def _inspect_per_module(folder: Path) -> dict[str, Tensor]:
-    """In float32, per module, two QRs and the singular values of the core."""
+def _inspect_per_module(folder: Path, whole: bool = False) -> dict[str, Tensor]:
+    """In float32, per module, two QRs and the SVD of the core; or only as much of them as the values take."""
+    mode = "reduced" if whole else "r"
     tensors = load_file(folder / "adapter" / WEIGHTS)
     found = {}
     for name in [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]:
-        _, r_b = torch.linalg.qr(tensors[f"{name}.lora_B.weight"].float(), mode="r")
-        _, r_a = torch.linalg.qr(tensors[f"{name}.lora_A.weight"].float().mT, mode="r")
-        found[name] = torch.linalg.svdvals(r_b @ r_a.mT)
+        _, r_b = torch.linalg.qr(tensors[f"{name}.lora_B.weight"].float(), mode=mode)
+        _, r_a = torch.linalg.qr(tensors[f"{name}.lora_A.weight"].float().mT, mode=mode)
+        found[name] = torch.linalg.svd(r_b @ r_a.mT).S if whole else torch.linalg.svdvals(r_b @ r_a.mT)
     return found
 
 

@@ -57,7 +57,7 @@ Factor factor(std::int64_t data, std::int64_t dtype, Shape shape, std::int64_t l
 }
 
 void lowrank_svd(const Table& modules, Array<double>& out, Array<double>& quality, Array<std::int32_t>& status,
-                 int threads) {
+                 int threads, bool vectors) {
   expect_threads(threads);
   const auto count = modules.ndim() == 2 ? modules.shape(0) : 0;
   expect_shape("modules", modules, {count, 7});
@@ -66,7 +66,7 @@ void lowrank_svd(const Table& modules, Array<double>& out, Array<double>& qualit
   const auto row = modules.unchecked<2>();
   std::vector<spectral_fast::SvdTask> tasks;
   py::ssize_t size = 0;
-  for (py::ssize_t i = 0; i < count; ++i) size += row(i, 4) + 2 * row(i, 4) * row(i, 4);
+  for (py::ssize_t i = 0; i < count; ++i) size += row(i, 4) + (vectors ? 2 * row(i, 4) * row(i, 4) : 0);
   expect_shape("out", out, {size});
   double* next = out.mutable_data();
   for (py::ssize_t i = 0; i < count; ++i) {
@@ -75,9 +75,12 @@ void lowrank_svd(const Table& modules, Array<double>& out, Array<double>& qualit
     task.b = factor(row(i, 0), row(i, 5), Shape::tall, m, r);
     task.a = factor(row(i, 1), row(i, 6), Shape::flat, n, r);
     task.s = next;
-    task.t_b = task.s + r;
-    task.t_a = task.t_b + r * r;
-    next = task.t_a + r * r;
+    next += r;
+    if (vectors) {
+      task.t_b = next;
+      task.t_a = task.t_b + r * r;
+      next = task.t_a + r * r;
+    }
     tasks.push_back(task);
   }
   double* qualities = quality.mutable_data();
@@ -324,9 +327,9 @@ PYBIND11_MODULE(_C, module) {
   // noconvert: a converted copy of an output would take the result with it.
   module.def(
       "lowrank_svd", &lowrank_svd, py::arg("modules").noconvert(), py::arg("out").noconvert(),
-      py::arg("quality").noconvert(), py::arg("status").noconvert(), py::arg("threads"),
-      "Per row (b, a, m, n, r, dtype of b, of a): s (r), t_b and t_a (r, r), one after the other in out; loss and "
-      "amplification in quality.");
+      py::arg("quality").noconvert(), py::arg("status").noconvert(), py::arg("threads"), py::arg("vectors") = true,
+      "Per row (b, a, m, n, r, dtype of b, of a): s (r), t_b and t_a (r, r), one after the other in out, or s alone; "
+      "loss and amplification in quality.");
   module.def("recompose", &recompose, py::arg("factors").noconvert(), py::arg("finite").noconvert(), py::arg("threads"),
              "Per row (basis, dtype, flat, length, r, transform, scale, rank, out, dtype of out, wide): the product.");
   module.def("segment_products", &segment_products, py::arg("p"), py::arg("q"), py::arg("dtype"),

@@ -59,7 +59,7 @@ inline Reflector reflector(double* x, double length, std::size_t first, std::siz
 class SymmetricEigen {
  public:
   // s: r rows of ld values, zero beyond r; overwritten. Its eigenvalues are left in d, in no order, and its
-  // eigenvectors in the rows of qt (r x ld), once `advance` has returned false.
+  // eigenvectors in the rows of qt (r x ld), unless that is null, once `advance` has returned false.
   void begin(double* s, double* d, double* qt, std::size_t r, std::size_t ld) {
     d_ = d;
     qt_ = qt;
@@ -95,6 +95,7 @@ class SymmetricEigen {
       }
     }
     if (r > 0) d[r - 1] = s[(r - 1) * ld + r - 1];
+    if (qt == nullptr) return;
     // Q = H_0 H_1 ..., built from the last: only rows and columns that a reflector reaches have changed before it.
     double* q = q_.reserve(r * ld);
     std::fill(q, q + r * ld, 0.0);
@@ -124,7 +125,7 @@ class SymmetricEigen {
     p_ = s_ * t;
     d_[i_ + 1] = d + p_;
     g_ = c_ * t - b;
-    rotate(c_, s_, qt_ + i_ * ld_, qt_ + (i_ + 1) * ld_, ld_);
+    if (qt_ != nullptr) rotate(c_, s_, qt_ + i_ * ld_, qt_ + (i_ + 1) * ld_, ld_);
     if (i_ == l_) {
       d_[l_] -= p_;
       e_[l_] = g_;

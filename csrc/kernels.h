@@ -27,11 +27,12 @@ struct Factor {
 enum class SvdStatus : std::int32_t { converged = 0, not_converged = 1, b_not_finite = 2, a_not_finite = 3 };
 
 // One module's B A = U diag(s) V^T with U = B t_b and V = A^T t_a. Outputs: s (r, descending, not negative), t_b and
-// t_a (r x r), row-major.
+// t_a (r x r), row-major; where those are null, s alone.
 struct SvdTask {
   Factor b, a;
   double *s, *t_b, *t_a;
-  // An estimate of max(|U^T U - I|_F, |V^T V - I|_F), infinite where a step failed.
+  // An estimate of max(|U^T U - I|_F, |V^T V - I|_F), infinite where a step failed; of s alone, a bound on its error
+  // over the largest.
   double loss;
   // The largest root of a sum of squares d_i^2 t_ik^2, d_i the length of B's column or A's row i: how large the terms
   // of U and V may be, and so the rounding of their sums.

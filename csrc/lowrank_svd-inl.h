@@ -43,14 +43,21 @@ class LowrankSvd {
     task.amplification = 1;
     task.status = SvdStatus::converged;
     std::fill(task.s, task.s + r, 0.0);
-    std::fill(task.t_b, task.t_b + r * r, 0.0);
-    std::fill(task.t_a, task.t_a + r * r, 0.0);
+    const bool values_alone = task.t_b == nullptr;
+    if (!values_alone) {
+      std::fill(task.t_b, task.t_b + r * r, 0.0);
+      std::fill(task.t_a, task.t_a + r * r, 0.0);
+    }
     for (int side = 0; side < 2; ++side) {
       if (!gram(side == 0 ? task.b : task.a, grams[side], ld, gram_work_)) {
         task.status = side == 0 ? SvdStatus::b_not_finite : SvdStatus::a_not_finite;
         return;
       }
       std::copy(grams[side], grams[side] + r * ld, triangles[side]);
+    }
+    if (values_alone) {
+      if (cholesky(triangles[0], r, ld)) values(task, triangles[0], grams, product, r, ld);
+      return;
     }
     if (!cholesky(triangles[0], r, ld) || !cholesky(triangles[1], r, ld)) return;
     // The core R_B R_A^T, by way of R_A^T.
@@ -86,6 +93,39 @@ class LowrankSvd {
   }
 
  private:
+  // s^2 are the eigenvalues of R_B G_A R_B^T, which err by some (sqrt(length) + 2 r) roundoffs of |B|^2 |A|^2, and a
+  // value of s by no more than the root of that.
+  void values(SvdTask& task, const double* triangle, double* const* grams, double* product, std::size_t r,
+              std::size_t ld) {
+    double *x = small_.reserve(r * ld), *squares = wt_.reserve(ld);
+    std::fill(product, product + r * ld, 0.0);
+    transpose(triangle, ld, x, ld, r);
+    for (std::size_t i = 0; i < r; ++i) std::fill(x + i * ld + r, x + (i + 1) * ld, 0.0);
+    multiply(grams[1], ld, 1, x, ld, product, ld, r, r, ld, false);
+    multiply(triangle, ld, 1, product, ld, x, ld, r, r, ld, false);
+    double sizes[2] = {0, 0}, largest = 0;
+    for (std::size_t i = 0; i < r; ++i) {
+      for (int side = 0; side < 2; ++side) sizes[side] += grams[side][i * ld + i];
+      largest = std::max(largest, x[i * ld + i]);
+    }
+    if (!(largest > 0) || !std::isfinite(largest * static_cast<double>(r))) return;
+    const int exponent = std::ilogb(largest);
+    const double down = std::scalbn(1.0, -exponent);
+    for (std::size_t i = 0; i < r * ld; ++i) x[i] *= down;
+    eigen_.begin(x, squares, nullptr, r, ld);
+    while (eigen_.advance()) {
+    }
+    if (!eigen_.converged()) return;
+    for (std::size_t k = 0; k < r; ++k)
+      if (!std::isfinite(squares[k])) return;
+    std::sort(squares, squares + r, [](double one, double other) { return one > other; });
+    for (std::size_t k = 0; k < r; ++k) task.s[k] = std::sqrt(std::scalbn(std::max(squares[k], 0.0), exponent));
+    const double length = static_cast<double>(std::max(task.b.length, task.a.length));
+    const double roundoffs = (std::sqrt(length) + 2 * static_cast<double>(r)) * kEpsilon / 2;
+    const double loss = std::sqrt(roundoffs * sizes[0]) * std::sqrt(sizes[1]) / task.s[0];
+    if (std::isfinite(loss)) task.loss = loss;
+  }
+
   // What the steps lost shows in T^T G T, which is I only if the triangles are Cholesky factors and W is orthogonal.
   // What the Gram matrices had lost before does not show: with d^2 its diagonal, G errs by about (sqrt(length) + r)
   // roundoffs of d_i d_j, and T carries that into U^T U.
@@ -115,5 +155,6 @@ class LowrankSvd {
 
   GramWorkspace gram_work_;
   JacobiSvd svd_;
+  SymmetricEigen eigen_;
   Buffer<double> grams_[2], triangles_[2], transforms_[2], small_, wt_, products_;
 };

@@ -8,6 +8,7 @@ def lowrank_svd(
     quality: NDArray[np.float64],
     status: NDArray[np.int32],
     threads: int,
+    vectors: bool = True,
 ) -> None: ...
 def recompose(factors: NDArray[np.int64], finite: NDArray[np.bool_], threads: int) -> None: ...
 def segment_products(

@@ -75,6 +75,8 @@ std::vector<double> run(int threads) {
       *out = outputs.back().get();
     }
     tasks.push_back(task);
+    outputs.emplace_back(new double[c.r]);
+    tasks.push_back({task.b, task.a, outputs.back().get(), nullptr, nullptr, 0, 0, SvdStatus::converged});
   }
   lowrank_svd(tasks, threads);
   std::vector<double> results;
@@ -82,7 +84,8 @@ std::vector<double> run(int threads) {
   for (const SvdTask& task : tasks) {
     if (task.status != SvdStatus::converged) fail("an SVD of finite values did not converge");
     results.insert(results.end(), task.s, task.s + task.b.r);
-    if (!(task.loss < 1e-3)) continue;  // a rank-deficient module: its transforms are not used
+    // Singular values alone, or a rank-deficient module, whose transforms are not used.
+    if (task.t_b == nullptr || !(task.loss < 1e-3)) continue;
     for (const bool wide : {false, true}) {
       products.push_back(
           {task.b, task.t_b, task.s, task.b.r, const_cast<void*>(task.b.data), task.b.dtype, wide, false});

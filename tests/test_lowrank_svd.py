@@ -344,8 +344,8 @@ def test_a_module_that_lost_too_much_takes_the_qr(monkeypatch: pytest.MonkeyPatc
 
     solve = _C.lowrank_svd
 
-    def second_is_lost(modules, out, quality, status, threads):  # type: ignore[no-untyped-def]
-        solve(modules, out, quality, status, threads)
+    def second_is_lost(modules, out, quality, status, threads, vectors):  # type: ignore[no-untyped-def]
+        solve(modules, out, quality, status, threads, vectors)
         quality[1, 0] = math.inf
 
     monkeypatch.setattr(_C, "lowrank_svd", second_is_lost)

@@ -17,7 +17,7 @@ the CholeskyQR2 algorithm", ETNA 44 (2015); the r × r SVD is Drmač and Veseli�
 SVD algorithm", SIAM J. Matrix Anal. Appl. 29 (2008).
 """
 
-from spectral_fast.kernels.lowrank_svd.op import lowrank_svd
+from spectral_fast.kernels.lowrank_svd.op import lowrank_svd, singular_values
 from spectral_fast.kernels.lowrank_svd.reference import Factored
 
-__all__ = ["Factored", "lowrank_svd"]
+__all__ = ["Factored", "lowrank_svd", "singular_values"]

@@ -13,6 +13,7 @@ from spectral_fast.kernels import native
 from spectral_fast.kernels.lowrank_svd import gram, reference
 from spectral_fast.kernels.lowrank_svd.reference import Factored
 
+EPS32 = torch.finfo(torch.float32).eps
 _one_at_a_time = Lock()  # the number of threads is the process' own
 
 
@@ -55,23 +56,41 @@ def gram_svd(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> tuple[Tensor, Tenso
         s (r,), T_B (r, r) and T_A (r, r) of each module, one after the other, as one float64 vector; and per module
         (modules, 2) float64 the loss and the amplification of `gram.Solved`.
     """
-    from spectral_fast import _C
-
     if any(b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] for b, a in zip(bs, as_, strict=True)):
         raise ValueError("each b (m, r) and a (r, n) must share r")
+    return _call(bs, as_, vectors=True)
+
+
+def singular_values(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
+    """The singular values of each b @ a: eigenvalues of R_B G_A R_Bᵀ, unless a bound on their error asks for more."""
+    # The loss is that bound: it may be half of what the contract allows.
+    narrow = [i for i, (b, a) in enumerate(zip(bs, as_, strict=True)) if torch.float64 not in (b.dtype, a.dtype)]
+    flat, quality = _call([bs[i] for i in narrow], [as_[i] for i in narrow], vectors=False)
+    found = dict(zip(narrow, torch.split(flat, [bs[i].shape[1] for i in narrow]), strict=True))
+    losses = dict(zip(narrow, quality[:, 0].tolist(), strict=True))
+    again = [i for i in range(len(bs)) if not losses.get(i, torch.inf) <= 15 * bs[i].shape[1] * EPS32]
+    solved = lowrank_svd([bs[i] for i in again], [as_[i] for i in again], [names[i] for i in again])
+    found |= {i: x.s for i, x in zip(again, solved, strict=True)}
+    return [found[i] for i in range(len(bs))]
+
+
+def _call(bs: Sequence[Tensor], as_: Sequence[Tensor], vectors: bool) -> tuple[Tensor, Tensor]:
+    from spectral_fast import _C
+
     bs, as_ = [native.readable(b) for b in bs], [native.readable(a) for a in as_]
     rows = [
         (b.data_ptr(), a.data_ptr(), b.shape[0], a.shape[1], b.shape[1], native.CODES[b.dtype], native.CODES[a.dtype])
         for b, a in zip(bs, as_, strict=True)
     ]
-    flat, quality = _results([b.shape[1] for b in bs])
+    flat, quality = _results([b.shape[1] for b in bs], vectors)
     status = torch.empty(len(bs), dtype=torch.int32)  # which step failed: whatever it was, the loss is infinite
-    _C.lowrank_svd(native.table(rows, 7), flat.numpy(), quality.numpy(), status.numpy(), torch.get_num_threads())
+    arrays = flat.numpy(), quality.numpy(), status.numpy()
+    _C.lowrank_svd(native.table(rows, 7), *arrays, torch.get_num_threads(), vectors)
     return flat, quality
 
 
-def _results(ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
-    flat = torch.empty(sum(r + 2 * r * r for r in ranks), dtype=torch.float64)
+def _results(ranks: Sequence[int], vectors: bool = True) -> tuple[Tensor, Tensor]:
+    flat = torch.empty(sum(r + 2 * r * r * vectors for r in ranks), dtype=torch.float64)
     return flat, torch.empty(len(ranks), 2, dtype=torch.float64)
 
 

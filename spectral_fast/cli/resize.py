@@ -11,6 +11,8 @@ from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import bar
 
+MANY = 2000  # modules, for which PEFT's search takes some ten minutes
+
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
@@ -59,6 +61,12 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         overwrite=args.overwrite,
         progress=bar("resize"),
     )
+    if not options.pad and len({module.kept for module in resized.values()}) > 1 and len(adapter.modules) > MANY:
+        warn(
+            [
+                f"PEFT tries every one of {len(adapter.modules)} patterns on every module, for minutes to hours: --pad needs none"
+            ]
+        )
     before, after = (sum(r * (x.m + x.n) for x, r in zip(modules, ranks, strict=True)) for ranks in _ranks(resized))
     kept = [module.kept for module in resized.values()]
     errors = [module.error for module in resized.values()]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from spectral_fast.adapter import Adapter, LoraModule
+from spectral_fast.kernels.lowrank_svd import singular_values
 from spectral_fast.options import check, option
 from spectral_fast.provenance import versions
-from spectral_fast.spectrum import lowrank_svd
 from spectral_fast.toolbox import measures
 from spectral_fast.toolbox.measures import Floats
 from spectral_fast.toolbox.streaming import Batch, Factors, Progress, streamed
@@ -121,10 +121,9 @@ def inspect_adapter(
 
     def solve(batch: Batch, factors: Factors) -> list[Inspected]:
         bs, as_ = map(list, zip(*factors, strict=True))
-        spectra = lowrank_svd(bs, as_, [module.name for module in batch])
+        found = singular_values(bs, as_, [module.name for module in batch])
         return [
-            Inspected(module, abs(module.scaling) * x.s.numpy(), spike)
-            for module, x in zip(batch, spectra, strict=True)
+            Inspected(module, abs(module.scaling) * s.numpy(), spike) for module, s in zip(batch, found, strict=True)
         ]
 
     with streamed(adapter, chosen, solve, progress) as results:

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.backends import chosen_backends
 from spectral_fast.edit import Measured
+from spectral_fast.kernels.lowrank_svd import singular_values
 from spectral_fast.options import check, option
 from spectral_fast.provenance import versions
 from spectral_fast.sensitivity import Sensitivity
@@ -200,8 +201,8 @@ def _kept(
 
         def solve(batch: Batch, factors: Factors) -> list[tuple[str, int]]:
             names = [module.name for module in batch]
-            spectra = lowrank_svd(*_columns(factors, range(len(batch))), names)
-            return [(name, measures.rank_within(x.s.numpy(), share)) for name, x in zip(names, spectra, strict=True)]
+            values = singular_values(*_columns(factors, range(len(batch))), names)
+            return [(name, measures.rank_within(s.numpy(), share)) for name, s in zip(names, values, strict=True)]
 
         with streamed(adapter, modules, solve, progress) as results:
             kept = {name: k for batch in results for name, k in batch}

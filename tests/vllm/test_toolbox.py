@@ -14,6 +14,7 @@ from spectral_fast.evaluation.evaluate import Gsm8k
 from spectral_fast.evaluation.profiles import EvaluationOptions
 from spectral_fast.policies import RandomIndex
 from spectral_fast.toolbox.export import export_adapter
+from spectral_fast.toolbox.extraction import ExtractOptions, extract_adapter
 from spectral_fast.toolbox.merging import MergeOptions, merge_adapters
 from spectral_fast.toolbox.resize import ResizeOptions, resize_adapter
 
@@ -38,11 +39,25 @@ def exported(folder: Path) -> Path:
     return folder
 
 
+def extracted(folder: Path) -> Path:
+    """From the base model and a copy with the adapter merged in, with ranks that differ."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(embedded.base_model_dir()), str(SOURCE))
+    tuned.merge_and_unload().save_pretrained(folder.with_name("tuned"))
+    options = ExtractOptions(error=0.3)
+    found = extract_adapter(str(embedded.base_model_dir()), str(folder.with_name("tuned")), options, folder)
+    assert len(set(found.ranks.values())) > 1
+    return folder
+
+
 MADE = {
     "of one rank": lambda folder: merged(folder, method="svd", rank=16),
     "of mixed ranks": lambda folder: merged(folder, method="svd", energy=0.9),
     "in core space": lambda folder: merged(folder, method="core_ties", density=0.7, rank=32),
     "resized and exported": exported,
+    "extracted": extracted,
 }
 
 
