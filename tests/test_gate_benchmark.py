@@ -19,7 +19,7 @@ if "benchmarks" not in sys.modules:  # not through sys.path: the root holds `ker
     assert spec is not None
     sys.modules["benchmarks"] = module_from_spec(spec)
 
-from benchmarks import gate  # noqa: E402
+from benchmarks import gate, novelty  # noqa: E402
 
 
 def made(arm: str, seed: int, losses: list[float], accepted: int, solved: str) -> gate.Run:
@@ -76,3 +76,23 @@ def test_a_tiny_run_writes_its_table_and_its_picture_and_is_not_done_twice(
     assert gate.main([*words, "--keep", str(keep)]) == 0
     torch.set_num_threads(threads)
     assert capsys.readouterr().out == told
+
+
+def test_novelties_are_compared_by_their_ranks_within_blocks() -> None:
+    assert novelty.correlation([1, 2, 3], [10, 20, 1000]) == pytest.approx(1)
+    assert novelty.correlation([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
+    found = [novelty.Look(i / 200, -i / 200, 1.0 + i % 100, 0.3, i % 4 == 0) for i in range(200)]
+    first, last = novelty.table(found)
+    assert (first["until"], last["until"]) == (100, 200)
+    assert (first["accepted"], first["novelty"], first["rank_correlation"]) == ("0.25", "0.247", "-1.000")
+    assert first["with_loss"] == "+1.000"
+
+
+def test_a_short_watch_writes_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(novelty, "BLOCK", 3)
+    threads = torch.get_num_threads()
+    assert novelty.main(["--steps", "6", "--burn_in", "2", "--out", str(tmp_path / "table.csv")]) == 0
+    torch.set_num_threads(threads)
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [row["until"] for row in rows] == ["3", "6"]
+    assert float(rows[0]["novelty"]) > 0.3  # the first is new altogether
