@@ -42,7 +42,7 @@ class Gate(ABC):
 
     @abstractmethod
     def decide(self, loss: float, hidden: Tensor, logits: Tensor, labels: Tensor, mean: Mean = alone) -> bool:
-        """Whether this micro-batch is accepted; changes nothing but the random generator.
+        """Whether this micro-batch is accepted; its gradient is not taken in yet, `accepted` does that.
 
         Args:
             loss: its mean over the tokens.
