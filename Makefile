@@ -69,12 +69,13 @@ bench-smoke: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks --quick --cores 2
 
 # Experiments on the embedded model, over three seeds: adaptive ranks against one rank (13 minutes of one core), gated training
-# against random skipping (20), LS-LoRA against LoRA (20).
+# against random skipping, and a gate watched (25), LS-LoRA against LoRA (20).
 adaptive gate spline: export MALLOC_MMAP_THRESHOLD_ = 2000000000
 adaptive gate spline: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 adaptive gate spline: export MALLOC_TOP_PAD_ = 200000000
 adaptive gate spline: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$@
+	$(if $(filter gate,$@),OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.novelty)
 
 # Every Triton and CUDA kernel for every architecture, compiled without a GPU; results/codegen.csv.
 codegen: $(VENV)/installed-test

@@ -136,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     settled = found[args.burn_in + 4 * BLOCK :]
     if settled:
         print(f"accepted of the {len(settled)} last: {fmean(x.accepted for x in settled):.3f}")
+        within = [float(row["rank_correlation"]) for row in rows if row["until"] > args.burn_in + BLOCK]
+        print(f"rank correlation of the two novelties within blocks, mean: {fmean(within):+.3f}")
     with args.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()

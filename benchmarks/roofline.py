@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from benchmarks import traffic
-from benchmarks.cases import ALL_LINEAR, LLAMA2_7B, LLAMA3_70B, Adapter, Model, Shape
+from benchmarks.cases import ALL_LINEAR, LLAMA2_7B, LLAMA3_70B, LOOK, Adapter, Head, Model, Shape
 from benchmarks.codegen import uncompiled
 from benchmarks.timing import ROOT
 from benchmarks.traffic import Launch, Traffic
 from spectral_fast.bench import least
 from spectral_fast.bench.cards import CARDS
 from spectral_fast.bench.least import Work
+from spectral_fast.kernels.head_sketch import Hashes, head_sketch
 from spectral_fast.kernels.recompose import Product, recompose
 from spectral_fast.kernels.sensitivity import Module, grouped_products, segment_products
 from spectral_fast.kernels.spectral_linear import spectral_linear
@@ -192,6 +193,19 @@ def _grams(modules: Sequence[Shape], r: int) -> list[Launch]:
     return launched(lambda: grams([empty(m, r) for m, _ in modules], [empty(r, n) for _, n in modules], padded(r)))
 
 
+def look(case: Head) -> Row:
+    """The sketch of a micro-batch at the output embedding."""
+    labels, hashes = torch.ones(case.tokens, dtype=torch.int64), Hashes.draw(case.hidden, case.vocabulary, case.m, 0)
+    hidden, logits = empty(case.tokens, case.hidden), empty(case.tokens, case.vocabulary)
+    launches = launched(lambda: head_sketch(hidden, logits, labels, hashes, case.top_k))
+    work = Work(hidden.nbytes + logits.nbytes, {"float32": 2 * case.tokens * (case.top_k + 1) * case.m})
+    return row(
+        "head_sketch",
+        f"{case.tokens} tokens, {case.hidden}, {case.vocabulary} ids, top {case.top_k}",
+        [(launches, work)],
+    )
+
+
 def table(found: Sequence[Row]) -> str:
     """For people: MB, and ms by the cards' peaks."""
     lines = [
@@ -222,9 +236,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
     parser.add_argument("--out", type=Path, default=CSV, help="(default: results/roofline.csv)")
     args = parser.parse_args(argv)
+    assert isinstance(LOOK.case, Head)
     models = (LLAMA2_7B, LLAMA3_70B)
     found = [row for model in models for r in RANKS for row in rows(model, r)]
     found += [row for model in models for row in spline_rows(model)]
+    found += [look(LOOK.case)]
     print(table(found))
     print(
         "\nMB to and from memory, each operand once per kernel; again: loaded once more, out of the L2 cache: tiles of"

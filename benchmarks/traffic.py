@@ -285,7 +285,35 @@ def _spline_backward(x: Launch) -> Traffic:
     return _spline_tables(x) + Traffic(x["p_x"].nbytes + x["p_dy"].nbytes, 0, x["p_dx"].nbytes + x["p_sums"].nbytes)
 
 
+def _top(x: Launch) -> Traffic:
+    e, rows = x["p_logits"].element_size(), x["vocabulary"] * x["p_logits"].element_size()
+    live = int((x["p_labels"] != -100).sum())
+    gold = int((x["p_labels"] >= 0).sum()) * e
+    # Once for the logsumexp, once for each byte of the least that is kept, once to keep.
+    again = live * rows * (x["BYTES"] + 1) + gold
+    return Traffic(live * rows, again, live * (2 * 4 + x["top"] * 12), WORD * x.programs)
+
+
+def _count(x: Launch) -> Traffic:
+    tokens, features, m = x.grid[0], x["features"], x["m"]
+    tables = features * (4 + WORD) + 2 * m * WORD
+    hidden = tokens * features * x["p_hidden"].element_size()
+    return Traffic(hidden + tables, (tokens - 1) * tables, tokens * m * 4)
+
+
+def _convolve(x: Launch) -> Traffic:
+    runs, parts = x.grid
+    errors = x["p_errors"] != 0
+    live, terms = int(errors.any(1).sum()), int(errors.sum())
+    of_terms = errors.numel() * (4 + 4)
+    row = x["m"] * 4
+    return Traffic(of_terms + live * row, (parts - 1) * of_terms + (terms - live) * row, runs * row)
+
+
 MODELS: dict[str, Callable[[Launch], Traffic]] = {
+    "top_kernel": _top,
+    "count_kernel": _count,
+    "convolve_kernel": _convolve,
     "project_kernel": _project,
     "expand_kernel": _expand,
     "products_kernel": _products,

@@ -73,21 +73,24 @@ def unsigned(hashes: Hashes) -> tuple[Tensor, ...]:
     return hashes.bucket_h, hashes.sign_h.abs(), hashes.bucket_e, hashes.sign_e.abs()
 
 
+SIZES = [
+    (33, 12, 100, 32, 3),  # more tokens than are summed in float32
+    (6, 12, 100, 32, 3),
+    (4, 7, 65, 5, 64),
+    (3, 130, 64, 300, 1),
+    (2, 16, 40, 16, 500),
+    (3, 5, 5000, 8, 4),
+    (1, 1, 1, 1, 1),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("tokens", "features", "vocabulary", "m", "top_k"),
-    [
-        (40, 12, 100, 32, 3),
-        (4, 7, 65, 5, 64),
-        (3, 130, 64, 300, 1),
-        (2, 16, 130, 16, 500),
-        (3, 5, 5000, 8, 4),
-        (1, 1, 1, 1, 1),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "features", "vocabulary", "m", "top_k"), SIZES)
 def test_z_is_right_for_every_size_and_dtype(
     backend: str, tokens: int, features: int, vocabulary: int, m: int, top_k: int, dtype: torch.dtype
 ) -> None:
+    if backend == "gpu" and tokens > 6:
+        pytest.skip("the interpreter is slow")
     hidden, logits, labels = batch(tokens, features, vocabulary, dtype)
     hashes = Hashes.draw(features, vocabulary, m, seed=3)
     z = head_sketch(hidden, logits, labels, hashes, top_k)

@@ -27,6 +27,7 @@ if "benchmarks" not in sys.modules:
 from benchmarks import roofline, traffic  # noqa: E402
 from benchmarks.codegen import uncompiled  # noqa: E402
 from spectral_fast.kernels import gpu  # noqa: E402
+from spectral_fast.kernels.head_sketch import Hashes, head_sketch  # noqa: E402
 from spectral_fast.kernels.recompose import Product, recompose  # noqa: E402
 from spectral_fast.kernels.sensitivity import Module, grouped_products, segment_products  # noqa: E402
 from spectral_fast.kernels.spectral_linear import spectral_linear  # noqa: E402
@@ -118,6 +119,12 @@ def grams(r: int, length: int) -> Callable[[], None]:
     return run
 
 
+def sketched() -> None:
+    labels = torch.tensor([3, -100, 70, 0, 1, 1])
+    hashes = Hashes.draw(40, 2100, 300, seed=0)
+    head_sketch(randn(6, 40), randn(6, 2100), labels, hashes, 5)
+
+
 def svds() -> None:
     from spectral_fast.kernels.batched_svd.gpu import svd_launch
 
@@ -147,6 +154,7 @@ RUNS = {
     "batched_svd": svds,
     "spline, piecewise": splined("piecewise", None),
     "spline, soft, with a base": splined("soft", randn(60, 100)),
+    "head_sketch": sketched,
 }
 
 

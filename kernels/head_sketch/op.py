@@ -204,9 +204,9 @@ def _cpu_sketch(hidden: Tensor, *rest: Any) -> Tensor:
     from spectral_fast import _C
 
     *tensors, m = rest
-    hidden, z, kept = native.readable(hidden), torch.empty(m), [x.contiguous() for x in tensors]
-    arrays = (x.numpy() for x in (*kept, z))
-    _C.tensor_sketch(hidden.data_ptr(), native.CODES[hidden.dtype], *arrays, torch.get_num_threads())
+    hidden, z = native.readable(hidden), torch.empty(m)
+    arguments: list[Any] = [*(x.contiguous().numpy() for x in tensors), z.numpy(), torch.get_num_threads()]
+    _C.tensor_sketch(hidden.data_ptr(), native.CODES[hidden.dtype], *arguments)
     return z
 
 

@@ -14,14 +14,14 @@ class History:
     """What a gate has decided so far.
 
     Attributes:
-        novelties, losses, accepts: one each per micro-batch; losses are means over the tokens.
+        novelties, losses, accepts: one each per micro-batch; losses are means over the tokens, None of no tokens.
         optimizer_steps: windows of which something was accepted.
         told: whether the logs say what the gate was made with.
     """
 
     def __init__(self) -> None:
         self.novelties: list[float] = []
-        self.losses: list[float] = []
+        self.losses: list[float | None] = []
         self.accepts: list[bool] = []
         self.optimizer_steps, self.told = 0, False
 

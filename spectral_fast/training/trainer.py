@@ -124,8 +124,16 @@ class _Gated:
         return loss
 
     def _accepts(self: Any, loss: Tensor) -> bool:
-        mean = self._over_ranks(loss.detach().float()).item() * self._window / max(self._micro, 1)
-        if not math.isfinite(mean):
+        # Of a micro-batch without a label the loss is 0 / 0; of ranks, those count that have one.
+        labelled = self._micro > 0
+        own = (
+            loss.detach().float() * (self._window / self._micro)
+            if labelled
+            else loss.new_zeros((), dtype=torch.float32)
+        )
+        total, share = self._over_ranks(torch.stack([own, torch.full_like(own, labelled)])).tolist()
+        mean = total / share if share else math.nan
+        if share and not math.isfinite(mean):
             raise ValueError(
                 f"the training diverged: the loss is {mean} after step {self.state.global_step}; lower learning_rate, "
                 f"which was {self.args.learning_rate:g}"
@@ -137,7 +145,7 @@ class _Gated:
             dist.broadcast(first, 0)
             accepted = bool(first.item())
         self.history.accepts.append(accepted)
-        self.history.losses.append(mean)
+        self.history.losses.append(mean if share else None)
         if (novelty := self.gate.metrics().get("novelty")) is not None:
             self.history.novelties.append(novelty)
         return bool(accepted)

@@ -42,7 +42,7 @@ class Gate(ABC):
 
     @abstractmethod
     def decide(self, loss: float, hidden: Tensor, logits: Tensor, labels: Tensor, mean: Mean = alone) -> bool:
-        """Whether this micro-batch is accepted; changes nothing but the random generator.
+        """Whether this micro-batch is accepted; its gradient is not taken in yet, `accepted` does that.
 
         Args:
             loss: its mean over the tokens.
@@ -81,6 +81,7 @@ class Gate(ABC):
     def state_dict(self) -> dict[str, Any]:
         """All that changes, as `torch.load(weights_only=True)` reads it."""
         return {
+            "kind": type(self).__name__,
             "generator": self.generator.get_state(),
             "step_count": self.step_count,
             "accepted_count": self.accepted_count,
@@ -90,8 +91,10 @@ class Gate(ABC):
         """Go on as the gate that gave it.
 
         Raises:
-            KeyError, ValueError: it is of another kind of gate, or of other sizes.
+            ValueError: it is of another kind of gate, or of other sizes.
         """
+        if state["kind"] != type(self).__name__:
+            raise ValueError(f"the state is of a {state['kind']}, this gate is a {type(self).__name__}")
         self.generator.set_state(state["generator"])
         self.step_count, self.accepted_count = int(state["step_count"]), int(state["accepted_count"])
 

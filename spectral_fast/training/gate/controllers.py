@@ -13,6 +13,9 @@ DECAY = 0.95  # of the acceptance rate's moving average
 class Threshold:
     """tau += rate (r − target), kept within [0, 1], for r the moving average of what was accepted, of decay 0.95.
 
+    So sigmoid(beta (novelty − 1)) is the least share that can be accepted: one half, if all is new throughout. A stream
+    that stays there wants more directions or a longer burn-in.
+
     Attributes:
         target: share to accept.
         rate: of the steps of tau.

@@ -220,10 +220,10 @@ class HeadGradientGate(Gate):
         Raises:
             ValueError: it was made with other sizes, seed or mode.
         """
+        super().load_state_dict(state)
         for name, value in self._made().items():
             if state["made"][name] != value:
                 raise ValueError(f"the gate was made with {name} = {state['made'][name]}, this one has {value}")
-        super().load_state_dict(state)
         self.sketch.load_state_dict(state["sketch"])
         self.controller.tau, self.controller.accepted = (float(state["controller"][x]) for x in ("tau", "accepted"))
         self._counted = int(state["counted"])
