@@ -62,11 +62,8 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         progress=bar("resize"),
     )
     if not options.pad and len({module.kept for module in resized.values()}) > 1 and len(adapter.modules) > MANY:
-        warn(
-            [
-                f"PEFT tries every one of {len(adapter.modules)} patterns on every module, for minutes to hours: --pad needs none"
-            ]
-        )
+        count = len(adapter.modules)
+        warn([f"PEFT tries each of {count} patterns on every module, for minutes to hours: --pad needs none"])
     before, after = (sum(r * (x.m + x.n) for x, r in zip(modules, ranks, strict=True)) for ranks in _ranks(resized))
     kept = [module.kept for module in resized.values()]
     errors = [module.error for module in resized.values()]
