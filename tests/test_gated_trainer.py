@@ -13,10 +13,17 @@ import torch
 from gated_tools import HIDDEN, SIZES, VOCABULARY, Scripted, arguments, collate, rows, trainer, weights
 from tiny_models import tiny_llama, with_lora
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    IntervalStrategy,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from spectral_fast.training import GatedSFTTrainer, GatedTrainer, HeadGradientGate
-from spectral_fast.training.gate import Gate, NoveltyAndLossGate, RandomControl
+from spectral_fast.training.gate import Gate, LossFloorGate, NoveltyAndLossGate, RandomControl
 from spectral_fast.training.head import Head
 
 
@@ -231,14 +238,18 @@ def test_a_resumed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert states[0] == states[1]
     last = [t.state.log_history[-2]["loss"] for t in (whole, later)]
     assert last[0] == last[1]
-    other = HeadGradientGate(**SIZES, seed=4)
-    with pytest.raises(ValueError, match="the gate was made with seed = 3, this one has 4"):
+    other = NoveltyAndLossGate(**SIZES, seed=4)
+    with pytest.raises(ValueError, match="is of another gate: the gate was made with seed = 3, this one has 4; give"):
         trainer(tmp_path / "x", other).train(resume_from_checkpoint=checkpoint)
+    for kind in (RandomControl(0.5), HeadGradientGate(**SIZES, seed=3)):
+        told = f"the state is of a NoveltyAndLossGate, this gate is a {type(kind).__name__}"
+        with pytest.raises(ValueError, match=told):
+            trainer(tmp_path / "x", kind).train(resume_from_checkpoint=checkpoint)
 
 
 def test_a_checkpoint_without_a_gate_is_not_gone_on_from(tmp_path: Path) -> None:
     trainer(tmp_path, None, max_steps=1, save_strategy="steps", save_steps=1).train()
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-1 is of a training without a gate, it has no gate\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-1 has no gate\.pt: it is of a training without a gate"):
         trainer(tmp_path, Scripted("y")).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
@@ -302,6 +313,78 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
         trainer(tmp_path, RandomControl(0.99, burn_in=9), learning_rate=1e30).train()
 
 
+def unlabelled(data: list[dict[str, list[int]]], which: set[int]) -> list[dict[str, list[int]]]:
+    """The rows, of which those of some micro-batches of two have no label."""
+    return [{**row, "labels": [-100] * len(row["labels"])} if i // 2 in which else row for i, row in enumerate(data)]
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_micro_batch_without_a_label_teaches_nothing_and_ends_nothing(tmp_path: Path, window: int) -> None:
+    data = unlabelled(rows(), {1, 4})
+    how = {"gradient_accumulation_steps": window, "max_steps": 8 // window, "train_sampling_strategy": "sequential"}
+    plain, made = (trainer(tmp_path, gate, data, **how) for gate in (None, HeadGradientGate(**SIZES, burn_in=8)))
+    plain.train()
+    made.train()
+    assert same(weights(plain), weights(made))
+    assert logged(plain, "loss") == logged(made, "loss")
+    assert [i for i, loss in enumerate(made.history.losses) if loss is None] == [1, 4]
+    assert [i for i, novelty in enumerate(made.history.novelties) if novelty == 0] == [1, 4]
+
+
+def test_a_micro_batch_without_a_label_does_not_move_the_loss_floor(tmp_path: Path) -> None:
+    how = {
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "learning_rate": 0.0,
+        "train_sampling_strategy": "sequential",
+    }
+    made = trainer(tmp_path, LossFloorGate(0.5), unlabelled(rows(), {0, 3, 5}), **how)
+    made.train()
+    wanted = LossFloorGate(0.5)
+    for loss in made.history.losses:
+        if loss is not None:
+            wanted.floor.step(loss)
+    assert made.gate.floor.level == pytest.approx(wanted.floor.level, rel=1e-6)
+    assert not any(made.history.accepts[i] for i in (0, 3, 5))
+
+
+def test_evaluation_is_not_shown_to_the_gate(tmp_path: Path) -> None:
+    def made() -> Any:
+        gate = HeadGradientGate(**SIZES, target_novelty=0.9, target_novelty_scaler=50.0, burn_in=1)
+        return trainer(tmp_path, gate, max_steps=8)
+
+    whole, seen = made(), made()
+    seen.eval_dataset, seen.args.eval_strategy, seen.args.eval_steps = rows(4, 1), IntervalStrategy.STEPS, 1
+    whole.train()
+    seen.train()
+    assert len(logged(seen, "eval_loss")) == 8
+    assert vars(seen.history) == vars(whole.history)
+    assert 0 < sum(seen.history.accepts) < 8
+    assert not seen._head._backbone._forward_hooks
+    assert not seen._head._model._forward_hooks
+
+
+def test_an_optimizer_and_a_schedule_that_are_given_rest_too(tmp_path: Path) -> None:
+    model = with_lora(tiny_llama())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 / (1 + n))
+    how = {"train_dataset": rows(), "data_collator": collate, "optimizers": (optimizer, schedule)}
+    GatedTrainer(model, arguments(tmp_path, max_steps=7), gate=Scripted("nyn"), **how).train()
+    assert schedule.last_epoch == 2
+
+
+def test_the_windows_that_end_an_epoch_are_shorter(tmp_path: Path) -> None:
+    how = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}
+    how |= {"train_sampling_strategy": "sequential"}
+    plain, made, rested = (
+        trainer(tmp_path, gate, rows(10), **how) for gate in (None, Scripted("y"), Scripted("yyyyn"))
+    )
+    for each in (plain, made, rested):
+        each.train()
+    assert same(weights(plain), weights(made))
+    assert (rested.state.global_step, rested.history.optimizer_steps) == (6, 4)
+
+
 def test_what_does_not_go_with_a_gate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="made for d_hidden = 48, vocab_size = 96; the model has 48, 97"):
         trainer(tmp_path, HeadGradientGate(HIDDEN, VOCABULARY - 1))
@@ -309,11 +392,13 @@ def test_what_does_not_go_with_a_gate_is_refused(tmp_path: Path, monkeypatch: py
         GatedTrainer(gate=3)
     with pytest.raises(ValueError, match="auto_find_batch_size does not go with a gate"):
         trainer(tmp_path, Scripted("y"), auto_find_batch_size=True)
-    unlabelled = [{"input_ids": torch.tensor(row["input_ids"][:6])} for row in rows()]
+    bare = [{"input_ids": torch.tensor(row["input_ids"][:6])} for row in rows()]
     with pytest.raises(ValueError, match="a gate wants labels; the batch has input_ids"):
-        GatedTrainer(with_lora(tiny_llama()), arguments(tmp_path), train_dataset=unlabelled, gate=Scripted("y")).train()
+        GatedTrainer(with_lora(tiny_llama()), arguments(tmp_path), train_dataset=bare, gate=Scripted("y")).train()
     with pytest.raises(ValueError, match="Linear has not both"):
         Head(SimpleNamespace(get_base_model=Linear))
+    with pytest.raises(ValueError, match="BartForConditionalGeneration has an encoder"):
+        Head(BartForConditionalGeneration(BartConfig(vocab_size=9, d_model=16, encoder_layers=1, decoder_layers=1)))
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     with pytest.raises(
         RuntimeError, match="a gated training is one process per GPU, plain or DDP; this is one process"

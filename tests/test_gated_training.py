@@ -81,16 +81,41 @@ def test_a_resumed_run_decides_and_ends_as_the_whole_one(trained: tuple[Path, di
 
 def test_a_checkpoint_is_gone_on_from_with_its_gate_only(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     words = ["--resume_from_checkpoint", str(trained[0] / "checkpoint-3")]
-    with pytest.raises(ValueError, match="checkpoint-3 is of a training with a gate, and slora_enable is off"):
+    with pytest.raises(ValueError, match="checkpoint-3 holds the state of a gate, and slora_enable is off"):
         run(tmp_path / "run", *words, slora_enable=False)
     with pytest.raises(ValueError, match="the gate was made with k = 8, this one has 4"):
         run(tmp_path / "run", *words, slora_k=4)
     shutil.copytree(trained[0] / "checkpoint-3", tmp_path / "checkpoint-3", ignore=shutil.ignore_patterns("gate.pt"))
-    with pytest.raises(ValueError, match="checkpoint-3 is of a training with no gate, and slora_enable is on"):
+    with pytest.raises(ValueError, match="checkpoint-3 holds the state of no gate, and slora_enable is on"):
         run(tmp_path / "run", "--resume_from_checkpoint", str(tmp_path / "checkpoint-3"))
     with pytest.raises(ValueError, match=r"of max_optimizer_steps = 1: it is the end already"):
         run(tmp_path / "run", *words, slora_max_optimizer_steps=1)
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_burn_in_beyond_the_epochs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="burn_in = 8 micro-batches are all accepted, and num_train_epochs gives 8:"):
+        run(tmp_path / "run", "--max_steps", "-1", "--num_train_epochs", "1", slora_burn_in=8)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_gate_and_splines_are_trained_together(tmp_path: Path) -> None:
+    spline = {"use_spline": True, "num_knots": 6, "spline_reg_weight": 0.5}
+    result = run(tmp_path / "run", **spline)
+    assert 1 < result["gate"]["accepted_steps"] < 12
+    assert result["splines"]["deviation"] > 1e-5
+    history = json.loads((tmp_path / "run" / "log_history.json").read_text())
+    assert all({"gate/novelty", "spline/deviation"} <= set(entry) for entry in history if "loss" in entry)
+    parameters = json.loads((tmp_path / "run" / "training_params.json").read_text())
+    assert {"gate_args", "spline_args"} <= set(parameters)
+    begun = tmp_path / "begun" / "run"
+    shutil.copytree(tmp_path / "run", begun, ignore=shutil.ignore_patterns("checkpoint-6", "final_checkpoint"))
+    assert run(begun, "--resume_from_checkpoint", "latest", **spline)["gate"] == result["gate"]
+    files = [x / "final_checkpoint" / "adapter_model.safetensors" for x in (begun, tmp_path / "run")]
+    got, wanted = (load_file(file) for file in files)
+    assert got.keys() == wanted.keys()
+    assert any("spline" in name for name in wanted)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 def test_a_replaced_run_leaves_no_decisions(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

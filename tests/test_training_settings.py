@@ -106,6 +106,7 @@ def test_the_yaml_of_the_original_is_read_as_it_stands(tmp_path: Path) -> None:
     assert model.lora_target_modules == ("q_proj", "v_proj")
     assert (training.warmup_steps, training.eval_strategy, training.max_length) == (0.03, "steps", 256)
     assert (training.seed, training.report_to, settings.run_name) == (42, [], "first")
+    assert training.project == "slora"
     assert (data.train_dataset_path, data.val_dataset_path) == ("some/data", "some/data")
     assert (data.train_split, data.val_split) == ("train[:1000]", "train[1000:1100]")
     assert (data.question_column, data.answer_column) == ("q", "a")
@@ -178,7 +179,7 @@ def test_settings_open_every_gate(kind: str) -> None:
         ("lora: {bias: all}", "bias of section lora can be none only, got 'all'"),
         ("lora: {r: 4}\nlora_r: 4", "lora_r stands there twice"),
         ("model: {bnb_4bit_compute_dtype: float16}", "can be bfloat16 only, got 'float16': give dtype"),
-        ("logging: {use_wandb: true, wandb_project: slora}", "told by the environment: WANDB_PROJECT=slora"),
+        ("slora: {enable: true, gate: both, target_novelty: 1}", "target_novelty must be < 1; got 1.0"),
         ("name: gpt2", "unknown key 'name'"),
         ("a: [", "is not YAML that can be read"),
     ],

@@ -48,6 +48,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.training import load, train
 
     settings = load(args.config, vars(args), args.rest)
+    os.environ.setdefault("WANDB_PROJECT", settings.training.project)  # transformers tells W&B no other way
     result = train(settings, overwrite=args.overwrite, progress=counter)
     loss = f"loss {result['train_loss']:.4f}"
     if "eval_loss" in result:

@@ -63,7 +63,7 @@ class RunFolder:
             if gated != settings.slora.enable:
                 held, now = ("a", "off") if gated else ("no", "on")
                 raise ValueError(
-                    f"{checkpoint} is of a training with {held} gate, and slora_enable is {now}; give the same"
+                    f"{checkpoint} holds the state of {held} gate, and slora_enable is {now}; give the same"
                 )
             return cls(path, checkpoint)
         occupied = [*_checkpoints(path), *(path / name for name in (FINAL, PARAMETERS))]

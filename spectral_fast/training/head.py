@@ -25,7 +25,7 @@ class Head:
         logits: (batch, tokens, vocab_size), scaled and capped as the model does; None if it has not formed them.
 
     Raises:
-        ValueError: the model has no output embedding, or nothing before it.
+        ValueError: the model has no output embedding, or nothing before it, or an encoder.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,6 +35,11 @@ class Head:
             raise ValueError(
                 "a gate wants a causal language model, a backbone and an output embedding; "
                 f"{type(self._model).__name__} has not both"
+            )
+        if getattr(self._model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"a gate wants a causal language model; {type(self._model).__name__} has an encoder, and labels that "
+                "are not shifted"
             )
         self.d_hidden, self.vocab_size = int(head.in_features), int(head.out_features)
         self.hidden: Tensor | None = None

@@ -137,6 +137,20 @@ class GateArguments:
         check(self)
         if self.k > self.m:
             raise ValueError(f"there are at most m directions: k must be <= m = {self.m}; got {self.k}")
+        if self.target_novelty == 1 and self.gate in ("loss_floor", "both"):
+            raise ValueError("no loss is below a floor that lets all pass: target_novelty must be < 1; got 1.0")
+
+    def check_burn_in(self, micro_batches: int, source: str) -> None:
+        """Refuse a training that is over before the gate decides anything.
+
+        Raises:
+            ValueError: naming both numbers.
+        """
+        if self.enable and micro_batches <= self.burn_in:
+            raise ValueError(
+                f"slora_burn_in = {self.burn_in} micro-batches are all accepted, and {source} gives {micro_batches}: "
+                "the gate would never decide; lower slora_burn_in"
+            )
 
     def open(self, d_hidden: int, vocab_size: int) -> Gate:
         """The gate for an output embedding of these sizes."""

@@ -25,7 +25,7 @@ _NAMES: dict[str, dict[str, str]] = {
         "response_field": "answer_column",
     },
     "slora": {"novelty_scaler": "slora_target_novelty_scaler"},
-    "logging": {"wandb_run_name": "run_name", "report_to": "report_to"},
+    "logging": {"wandb_project": "project", "wandb_run_name": "run_name", "report_to": "report_to"},
 }
 # What can be said in one way only here: the value that means that, and what else to do.
 _FIXED = {
@@ -54,9 +54,6 @@ def in_our_words(section: str, values: Mapping[str, Any]) -> tuple[dict[str, Any
             ours |= {"attn_implementation": "flash_attention_2"} if value else {}
         elif (section, name) == ("logging", "use_wandb"):
             ours["report_to"] = values.get("report_to") or ("wandb" if value else "none")
-        elif (section, name) == ("logging", "wandb_project"):
-            if values.get("use_wandb"):
-                raise ValueError(f"wandb_project is told by the environment: WANDB_PROJECT={value}; leave it out")
         else:
             others[name] = value
     if section == "data" and values.get("eval_split") is not None and "dataset_name" in values:

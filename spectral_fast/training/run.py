@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -84,6 +85,9 @@ def train(
         **gate,
     )
     folder.check(config)  # in which PEFT has put the modules that "all-linear" means
+    if settings.training.max_steps <= 0:
+        batches = math.ceil(len(trainer.train_dataset) / settings.training.per_device_train_batch_size)
+        settings.slora.check_burn_in(math.ceil(batches * settings.training.num_train_epochs), "num_train_epochs")
     if gate and folder.checkpoint is not None:
         trainer.take_up(folder.checkpoint)
     trainer.remove_callback(PrinterCallback)

@@ -66,12 +66,8 @@ class Settings:
             raise ValueError(f"use_spline is for an adapter of plain LoRA, and {other}; leave out one of the two")
         if self.training.packing and self.training.train_sampling_strategy == "group_by_length":
             raise ValueError("group_by_length and packing exclude each other: packed rows are all of one length")
-        micro_batches = self.training.max_steps * self.training.gradient_accumulation_steps
-        if self.slora.enable and 0 < micro_batches <= self.slora.burn_in:
-            raise ValueError(
-                f"slora_burn_in = {self.slora.burn_in} micro-batches are all accepted, and max_steps gives "
-                f"{micro_batches}: the gate would never decide; lower slora_burn_in"
-            )
+        if self.training.max_steps > 0:
+            self.slora.check_burn_in(self.training.max_steps * self.training.gradient_accumulation_steps, "max_steps")
 
     @property
     def run_name(self) -> str:

@@ -220,10 +220,13 @@ class _Gated:
         file = checkpoint / GATE_STATE
         if not file.is_file():
             raise FileNotFoundError(
-                f"{checkpoint} is of a training without a gate, it has no {GATE_STATE}: leave the gate out"
+                f"{checkpoint} has no {GATE_STATE}: it is of a training without a gate, or was saved by save_only_model"
             )
         state = torch.load(file, weights_only=True)
-        self.gate.load_state_dict(state["gate"])
+        try:
+            self.gate.load_state_dict(state["gate"])
+        except ValueError as error:
+            raise ValueError(f"{checkpoint} is of another gate: {error}; give the same") from error
         vars(self.history).update(state["history"])
         if self.max_optimizer_steps is not None and self.history.optimizer_steps >= self.max_optimizer_steps:
             raise ValueError(
