@@ -1,60 +1,39 @@
-"""Merging file to file: exact sums, truncation, unions of modules, dtypes, what is refused; methods in subspaces."""
+"""Merging file to file: exact sums, truncation, unions of modules, dtypes, what is refused."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_tools import files, handmade
-from merge_tools import peft_adapter, relative, update, weighted_sum
+from adapter_tools import handmade
+from merge_tools import (
+    layer_adapter,
+    merge,
+    peft_adapter,
+    random_factors,
+    relative,
+    three_adapters,
+    update,
+    weighted_sum,
+)
 from safetensors.torch import load_file
 from toolbox_tools import many
 
 from spectral_fast import embedded
 from spectral_fast.adapter import Adapter
 from spectral_fast.cli import main
-from spectral_fast.toolbox.merging import META, METHODS, MergedModule, MergeOptions, merge_adapters
+from spectral_fast.toolbox.merging import META, METHODS, MergeOptions, merge_adapters
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float32)}
 
 
-def merge(
-    folders: Sequence[Path], weights: Sequence[float], out: Path, *, method: str, **settings: Any
-) -> dict[str, MergedModule]:
-    call = {key: settings.pop(key) for key in ("overwrite", "modules", "warn") if key in settings}
-    if METHODS[method].sparsify:
-        settings.setdefault("density", 0.5)
-    options = MergeOptions(method=method, **settings)
-    return merge_adapters([Adapter.open(x) for x in folders], weights, options, out, **call)
-
-
-def layer_adapter(folder: Path, modules: dict[str, tuple[torch.Tensor, torch.Tensor]], **config: Any) -> Path:
-    """Of factors b, a by name."""
-    tensors = {}
-    for name, (b, a) in modules.items():
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.clone()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.clone()
-    return handmade(folder, config, tensors)
-
-
-def random_factors(m: int, n: int, r: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in ((m, r), (r, n)))
-
-
 @pytest.fixture
 def three(tmp_path: Path) -> list[Path]:
-    """Of ranks 4, 2 to 6, and 3; the last has other targets."""
-    return [
-        peft_adapter(tmp_path / "a", 1),
-        peft_adapter(tmp_path / "b", 2, r=6, rank_pattern={"o_proj": 2}, alpha_pattern={"q_proj": 3}, use_rslora=True),
-        peft_adapter(tmp_path / "c", 3, r=3, target_modules=["o_proj", "up_proj"]),
-    ]
+    return three_adapters(tmp_path)
 
 
 @pytest.mark.parametrize("weights", [[1.0, 0.5, -0.3], [2.0, 2.0, 2.0]])
@@ -100,110 +79,6 @@ def test_the_truncated_sum_is_the_nearest_of_its_rank_and_its_error_is_told(
             assert r == 6 if not goal else error <= bound < float(s[r - 1 :].norm() / s.norm())
 
 
-def dense_core(deltas: list[torch.Tensor], bs: list[torch.Tensor], as_: list[torch.Tensor]) -> tuple[Any, ...]:
-    u = torch.linalg.svd(torch.cat(bs, 1), full_matrices=False)[0]
-    vh = torch.linalg.svd(torch.cat(as_), full_matrices=False)[2]
-    return [u.mT @ delta @ vh.mT for delta in deltas], lambda core: u @ core @ vh
-
-
-def dense_knots(deltas: list[torch.Tensor], *_: Any) -> tuple[Any, ...]:
-    u, s, vh = torch.linalg.svd(torch.cat(deltas, 1), full_matrices=False)
-    k = int((s > 1e-5).sum())
-    parts = (s[:k, None] * vh[:k]).split(deltas[0].shape[1], 1)
-    return list(parts), lambda core: u[:, :k] @ core
-
-
-def ties(matrices: list[torch.Tensor], weights: list[float], density: float) -> torch.Tensor:
-    """Written entry by entry."""
-    trimmed = []
-    for x in matrices:
-        least = x.abs().flatten().sort(descending=True).values[int(density * x.numel()) - 1]
-        trimmed.append(torch.where(x.abs() >= least, x, 0))
-    out = torch.zeros_like(matrices[0])
-    for index in torch.cartesian_prod(*map(torch.arange, out.shape)).tolist():
-        values = [(float(x[tuple(index)]), weight) for x, weight in zip(trimmed, weights, strict=True)]
-        sign = 1 if sum(x for x, _ in values) >= 0 else -1
-        agree = [x * weight for x, weight in values if x * sign > 0]
-        out[tuple(index)] = sum(agree) / max(len(agree), 1)
-    return out
-
-
-@pytest.mark.parametrize(("method", "space"), [("core_ties", dense_core), ("knots", dense_knots)])
-def test_ties_in_a_subspace_is_that_of_its_definition_on_dense_matrices(
-    tmp_path: Path, method: str, space: Any
-) -> None:
-    factors = [random_factors(14, 11, r, seed) for seed, r in enumerate((3, 2))]
-    weights, alphas = [0.7, -0.4], [6, 5]
-    folders = [
-        layer_adapter(tmp_path / str(i), {"x.q": pair}, r=len(pair[1]), lora_alpha=alpha)
-        for i, (pair, alpha) in enumerate(zip(factors, alphas, strict=True))
-    ]
-    [module] = merge(folders, weights, tmp_path / "out", method=method).values()
-    deltas = [update(folder)["base_model.model.x.q"] for folder in folders]
-    matrices, back = space(deltas, [b.double() for b, _ in factors], [a.double() for _, a in factors])
-    wanted = back(ties(matrices, weights, 0.5))
-    assert relative(update(tmp_path / "out")["base_model.model.x.q"], wanted) < 64 * EPS[torch.float32]
-    assert module.r == 5
-    assert 0 < module.agreement < 1
-
-
-@pytest.mark.parametrize("method", ["core_dare", "core_dare_ties", "knots_dare"])
-def test_random_masks_follow_from_the_seed_alone(tmp_path: Path, three: list[Path], method: str) -> None:
-    weights = [1.0, 0.5, -0.3]
-    before = torch.get_num_threads()
-    try:
-        for name, threads, seed in (("one", 1, 0), ("two", 2, 0), ("other", 1, 1)):
-            torch.set_num_threads(threads)
-            merge(three, weights, tmp_path / name, method=method, seed=seed)
-    finally:
-        torch.set_num_threads(before)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-    one, other = update(tmp_path / "one"), update(tmp_path / "other")
-    assert all(relative(other[name], one[name]) > 0.01 for name in one)
-
-
-@pytest.mark.parametrize("method", ["core_dare", "core_ties", "knots", "knots_dare"])
-def test_with_all_entries_of_one_adapter_a_subspace_loses_nothing(tmp_path: Path, method: str) -> None:
-    source = peft_adapter(tmp_path / "a", 1)
-    merge([source], [0.5], tmp_path / "out", method=method, density=1.0)
-    wanted, got = weighted_sum([source], [0.5]), update(tmp_path / "out")
-    assert max(relative(got[name], wanted[name]) for name in wanted) < 64 * EPS[torch.float32]
-
-
-def test_the_unsparsified_core_is_the_sum(tmp_path: Path, three: list[Path]) -> None:
-    merge(three, [1.0, 0.5, -0.3], tmp_path / "out", method="core_dare", density=1.0)
-    wanted, got = weighted_sum(three, [1.0, 0.5, -0.3]), update(tmp_path / "out")
-    assert max(relative(got[name], wanted[name]) for name in wanted) < 64 * EPS[torch.float32]
-
-
-def test_task_singular_vectors_are_made_orthogonal(tmp_path: Path) -> None:
-    factors = [random_factors(14, 11, r, seed) for seed, r in enumerate((3, 2))]
-    folders = [layer_adapter(tmp_path / str(i), {"q": pair}, r=len(pair[1])) for i, pair in enumerate(factors)]
-    merge(folders, [1.0, 1.0], tmp_path / "out", method="tsv")
-    us, ss, vhs = zip(
-        *(torch.linalg.svd(update(x)["base_model.model.q"], full_matrices=False) for x in folders), strict=True
-    )
-    ranks = [3, 2]
-    nearest = []
-    for side in (
-        [u[:, :r] for u, r in zip(us, ranks, strict=True)],
-        [v[:r].mT for v, r in zip(vhs, ranks, strict=True)],
-    ):
-        p, _, qh = torch.linalg.svd(torch.cat(side, 1), full_matrices=False)
-        nearest.append(p @ qh)
-    values = torch.cat([s[:r] for s, r in zip(ss, ranks, strict=True)])
-    wanted = (nearest[0] * values) @ nearest[1].mT
-    assert relative(update(tmp_path / "out")["base_model.model.q"], wanted) < 64 * EPS[torch.float32]
-
-
-def test_task_singular_vectors_of_twins_are_shared(tmp_path: Path) -> None:
-    source = peft_adapter(tmp_path / "a", 1)
-    merge([source, source], [0.5, 0.5], tmp_path / "out", method="tsv")
-    wanted, got = update(source), update(tmp_path / "out")
-    # P = Q = [U U] / √2 of 2 r columns that span r dimensions: each half gives half of w ΔW.
-    assert max(relative(got[name], 0.5 * wanted[name]) for name in wanted) < 64 * EPS[torch.float32]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_zero_updates_and_ranks_beyond_the_sides_are_merged_like_all_others(tmp_path: Path, method: str) -> None:
     (b, a), (tall_b, tall_a) = random_factors(5, 40, 6, 0), random_factors(40, 5, 6, 1)
@@ -242,6 +117,31 @@ def test_dtypes_are_kept_and_the_wider_one_wins(tmp_path: Path, method: str) -> 
             assert max(relative(got[key], wanted[key]) for key in wanted) < EPS[dtype]
 
 
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_float8_is_merged_if_another_dtype_is_given(tmp_path: Path, method: str) -> None:
+    folder = layer_adapter(tmp_path / "a", {"q": random_factors(6, 7, 4, 0, torch.float8_e4m3fn)})
+    with pytest.raises(ValueError, match=r"q is stored as torch\.float8_e4m3fn, .*: give dtype bfloat16"):
+        merge([folder, folder], [1.0, 2.0], tmp_path / "out", method=method)
+    merge([folder, folder], [1.0, 2.0], tmp_path / "out", method=method, dtype="float32", rank=None)
+    assert relative(update(tmp_path / "out")["base_model.model.q"], 3 * update(folder)["base_model.model.q"]) < 1e-5
+
+
+@pytest.mark.parametrize("weights", [[1e-7, 2e-7], [1e5, 2e5]])
+def test_what_float16_has_no_room_for_is_refused_and_stored_as_float32(tmp_path: Path, weights: list[float]) -> None:
+    folder = layer_adapter(tmp_path / "a", {"q": random_factors(6, 7, 4, 0, torch.float16)})
+    with pytest.raises(ValueError, match=r"q: merged factors .* beyond float16 .*: give dtype float32"):
+        merge([folder, folder], weights, tmp_path / "out", method="cat")
+    merge([folder, folder], weights, tmp_path / "out", method="cat", dtype="float32")
+    wanted = weighted_sum([folder, folder], weights)
+    assert relative(update(tmp_path / "out")["base_model.model.q"], wanted["base_model.model.q"]) < EPS[torch.float32]
+
+
+def test_the_alpha_of_mixed_ranks_is_a_whole_number(tmp_path: Path, three: list[Path]) -> None:
+    merge(three, [1.0, 0.5, -0.3], tmp_path / "out", method="cat")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert [(type(x), x) for x in (config["r"], config["lora_alpha"])] == [(int, 10), (int, 10)]
+
+
 def test_convolutions_and_embeddings_are_merged(tmp_path: Path) -> None:
     prefix, folders = "base_model.model.", []
     for i, r in enumerate((4, 2)):
@@ -263,6 +163,15 @@ def test_convolutions_and_embeddings_are_merged(tmp_path: Path) -> None:
         f"{prefix}words.lora_embedding_A": (6, 20),
         f"{prefix}words.lora_embedding_B": (8, 6),
     }
+
+
+def test_biases_that_one_adapter_has_are_said_by_the_config(tmp_path: Path) -> None:
+    plain = load_file(handmade(tmp_path / "plain") / "adapter_model.safetensors")
+    bias = {"base_model.model.model.layers.0.self_attn.o_proj.base_layer.bias": torch.ones(10)}
+    folders = [tmp_path / "plain", handmade(tmp_path / "bias", {"bias": "lora_only"}, {**plain, **bias})]
+    merge(folders, [1.0, 1.0], tmp_path / "out", method="cat")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["bias"] == "lora_only"
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == {*plain, *bias}
 
 
 def test_tensors_beside_the_factors_come_along_unless_adapters_differ_in_them(tmp_path: Path) -> None:
@@ -319,7 +228,9 @@ def test_adapters_of_other_shapes_are_refused_and_of_another_base_model_warned_o
     folders = [
         layer_adapter(tmp_path / "a", {"q": random_factors(6, 7, 4, 0)}, base_model_name_or_path="one"),
         layer_adapter(tmp_path / "b", {"q": random_factors(6, 8, 4, 0)}, base_model_name_or_path="two"),
-        layer_adapter(tmp_path / "c", {"q": random_factors(6, 7, 4, 0)}, base_model_name_or_path="two", bias="all"),
+        layer_adapter(
+            tmp_path / "c", {"q": random_factors(6, 7, 4, 0)}, base_model_name_or_path="two", megatron_core="x"
+        ),
     ]
     with pytest.raises(ValueError, match=r"q has lora_B \(6, 4\) and lora_A \(4, 7\) in .*a, \(6, 4\) and \(4, 8\) in"):
         merge(folders[:2], [1.0, 1.0], tmp_path / "out", method="svd")
@@ -327,7 +238,7 @@ def test_adapters_of_other_shapes_are_refused_and_of_another_base_model_warned_o
     merge([folders[0], folders[2]], [1.0, 1.0], tmp_path / "out", method="svd", warn=told.extend)
     assert told == [
         f"the base model of {folders[0]} is one, and that of {folders[2]} two",
-        f"bias differ; the merged adapter has them from {folders[0]}",
+        f"megatron_core differ; the merged adapter has them from {folders[0]}",
     ]
 
 
@@ -348,7 +259,15 @@ def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any], mes
         MergeOptions(**settings)
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, float("nan")]])
+def test_an_adapter_that_shares_no_module_with_the_others_is_warned_of(tmp_path: Path, three: list[Path]) -> None:
+    other = layer_adapter(tmp_path / "other", {"transformer.q": random_factors(6, 7, 4, 0)})
+    told: list[str] = []
+    merge([*three, other], [1.0, 1.0, 1.0, 1.0], tmp_path / "out", method="cat", warn=told.extend)
+    [warning] = [text for text in told if "no other adapter" in text]
+    assert f"has any module of {other}, such as base_model.model.transformer.q: are they of one" in warning
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, float("nan")], [1.0, 1e30], [1e-31, 1.0]])
 def test_weights_that_cannot_be_meant_are_refused(tmp_path: Path, weights: list[float]) -> None:
     folder = handmade(tmp_path / "a")
     with pytest.raises(ValueError, match="weight"):
@@ -369,7 +288,7 @@ def test_values_that_are_not_finite_are_refused_and_nothing_is_left(tmp_path: Pa
 
 def test_the_command_merges_and_tells_what_it_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora, out = str(embedded.adapter_dir()), tmp_path / "out"
-    argv = ["merge", "--lora_path", lora, lora, "--weights", "0.5", "-1.5", "--out_dir", str(out)]
+    argv = ["merge", "--lora_path", lora, lora, "--weights", "0.5", "-1.5e0", "--out_dir", str(out)]
     assert main([*argv, "--rank", "8", "--json", "--target_modules", "q_proj"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (len(result["modules"]), result["ranks"], result["weights"]) == (4, [8, 8], [0.5, -1.5])

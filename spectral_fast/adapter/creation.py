@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectral_fast import atomic
 from spectral_fast.adapter.folder import WEIGHTS, check_factors
-from spectral_fast.adapter.naming import CONFIG, LoraModule, in_model, with_ranks
+from spectral_fast.adapter.naming import CONFIG, LoraModule, alpha_for, in_model, with_ranks
 from spectral_fast.tensorfile import Layout, TensorInfo, writing_safetensors
 
 Other = tuple[TensorInfo, Callable[[], Tensor]]  # what it is, and a function that gives it
@@ -56,12 +56,12 @@ def new_config(modules: Iterable[LoraModule], others: Mapping[str, Any] | None =
         "base_model_name_or_path": None,
         "inference_mode": True,
         "r": largest.r,
-        "lora_alpha": largest.scaling * largest.r,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": [in_model(name) for name in named],
         **(others or {}),
     }
+    config["lora_alpha"] = alpha_for(largest.r, largest.scaling, config)
     return with_ranks(config, named, (), {})
 
 

@@ -272,7 +272,7 @@ def with_ranks(
     resized = dict(config)
     if config.get("init_lora_weights") == "orthogonal":  # for which PEFT wants even ranks, before it loads the weights
         resized["init_lora_weights"] = True
-    made = {name: (r, _alpha(r, scaling, config)) for name, (r, scaling) in wanted.items()}
+    made = {name: (r, alpha_for(r, scaling, config)) for name, (r, scaling) in wanted.items()}
     if not others and len(set(made.values())) == 1:
         [(resized["r"], resized["lora_alpha"])] = set(made.values())
         resized |= {"rank_pattern": {}, "alpha_pattern": {}}
@@ -289,7 +289,8 @@ def with_ranks(
     return resized
 
 
-def _alpha(r: int, scaling: float, config: Mapping[str, Any]) -> int | float:
+def alpha_for(r: int, scaling: float, config: Mapping[str, Any]) -> int | float:
+    """The lora_alpha that gives a module of rank r this scaling, a whole number if it can be."""
     alpha = scaling * (math.sqrt(r) if config.get("use_rslora") else r)
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "subspaces",
         "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 0.5 0.5 --method svd --rank 16 --out_dir ./merged",
     )
+    # argparse's own knows no exponents before Python 3.14, and takes -1e-3 for a flag.
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     parser.add_argument("--lora_path", required=True, nargs="+", help="adapters: folders or Hugging Face names")
     parser.add_argument(
         "--weights", required=True, nargs="+", type=float, metavar="FLOAT", help="what each is multiplied by"
@@ -90,7 +93,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     }
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     text = f"merged {len(sources)} adapters ({options.method}): {len(merged)} modules, {span} -> {args.out_dir}"
-    if result["error_most"]:
+    if result["error_most"] >= 5e-5:  # as a percentage, more than 0.00
         text += (
             f"\ntruncated: |ΔW - ΔW'| / |ΔW| is {result['error_mean']:.2%} on average, {result['error_most']:.2%} at "
             f"most, in {worst}"

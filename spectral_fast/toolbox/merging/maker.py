@@ -69,10 +69,11 @@ class Maker:
                 kept = x.spectrum.only(torch.arange(min(made[name].r, len(x.spectrum.s))))
                 cut.append(replace(kept, dtypes=(made[name].dtype, made[name].dtype)))
             for name, (b, a), x in zip(names, rebuild(cut, [x.s for x in cut], names=names), merged, strict=True):
+                error = _error(x.spectrum.s, len(a))
                 none = made[name].r - len(a)  # directions that the adapters have not
                 if none:
                     b, a = pad(b, (0, none)), pad(a, (0, 0, 0, none))
-                yield b, a, _error(x.spectrum.s, len(a)), x.agreement
+                yield b, a, error, x.agreement
 
     def _combine(self, matrices: Sequence[Tensor], weights: Sequence[float]) -> Combined:
         options = self._options

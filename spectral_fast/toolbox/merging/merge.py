@@ -89,6 +89,7 @@ def merge_adapters(
     check_out_dir(out_dir, [source.path for source in sources], overwrite=overwrite)
     _check_weights(sources, weights)
     plan = Plan.of(sources, modules or [list(source.modules.values()) for source in sources])
+    _check_shares(sources, plan, weights)
     warn(plan.warnings)
     ranks = plan.ranks(options)
     scaling = plan.scaling(weights, options)
@@ -103,7 +104,7 @@ def merge_adapters(
     def write(maker: Maker, names: Names, modules: Sequence[Tasks]) -> list[tuple[str, MergedModule]]:
         done = []
         for name, (b, a, error, agreement) in zip(names, maker.factors(names, modules, made), strict=True):
-            put(name, b.to(made[name].dtype), a.to(made[name].dtype))
+            put(name, *(_in_dtype(made[name].dtype, x, name) for x in (b, a)))
             parts = [part.source for part in plan.parts[name]]
             done.append((name, MergedModule(parts, made[name].r, error, agreement)))
         return done
@@ -149,6 +150,30 @@ def _check_weights(sources: Sequence[Adapter], weights: Sequence[float]) -> None
     bad = [weight for weight in weights if not math.isfinite(weight) or weight == 0]
     if bad:
         raise ValueError(f"weights must be finite and not zero (leave the adapter out instead); got {bad[0]}")
+
+
+def _check_shares(sources: Sequence[Adapter], plan: Plan, weights: Sequence[float]) -> None:
+    for name, found in plan.parts.items():
+        for part in found:
+            weight, scaling = weights[part.source], part.module.scaling
+            if scaling and not 1e-30 < abs(weight * scaling) < 1e30:
+                raise ValueError(
+                    f"weight times scaling must be between 1e-30 and 1e30, for the sake of float32; it is {weight:g} "
+                    f"times {scaling:g} for {name} of {sources[part.source].path}"
+                )
+
+
+def _in_dtype(dtype: torch.dtype, factor: Tensor, name: str) -> Tensor:
+    """The factor as it will be stored, if float16, whose range is narrow, has room for it."""
+    stored = factor.to(dtype)
+    if stored.dtype == torch.float16 != factor.dtype:
+        lost = float((stored.to(factor) - factor).norm())
+        if not lost <= 0.01 * float(factor.norm()):
+            raise ValueError(
+                f"{name}: merged factors are between {float(factor.abs().min()):.3g} and "
+                f"{float(factor.abs().max()):.3g}, beyond float16 (6e-8 to 65504): give dtype float32"
+            )
+    return stored
 
 
 class _Stream:

@@ -20,7 +20,9 @@ from spectral_fast.toolbox.merging.spaces import tsv_rank
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # Those under which a module computes something else than x + s B A x: all adapters must agree.
 _MEANING = ("fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "trainable_token_indices", "lora_bias")
-_OWN = {*_TARGETS, *_MEANING, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save"}
+_OWN = {*_TARGETS, *_MEANING, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+_OWN |= {"modules_to_save", "bias"}  # those of all adapters, as the tensors are
+_BIASES = ("none", "lora_only", "all")
 # Of the beginning of a training, which is over: PEFT warns of them, or acts on them.
 _BEGINNING = {"init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "peft_version"}
 _UNIMPORTANT = {*_BEGINNING, "lora_dropout", "inference_mode", "base_model_name_or_path", "revision"}
@@ -80,7 +82,8 @@ class Plan:
                     )
         for source in sources:
             _check_source(source)
-        return cls(parts, shapes, _others(sources), _warnings(sources))
+        alone = _alone(sources, parts) if len(sources) > 1 else []
+        return cls(parts, shapes, _others(sources), _warnings(sources) + alone)
 
     def ranks(self, options: MergeOptions) -> dict[str, int]:
         """The rank of each merged module, as far as it does not depend on singular values: then the largest."""
@@ -117,10 +120,9 @@ class Plan:
         """The merged modules, in the dtype that is given or else the widest of their parts."""
         made = {}
         for name, found in self.parts.items():
-            first, stored = found[0].module, found[0].module.dtype
-            for part in found[1:]:
-                stored = torch.promote_types(stored, part.module.dtype)
-            module = plain_module(name, first.m, first.n, ranks[name], DTYPES[dtype] if dtype else stored, scaling)
+            first = found[0].module
+            stored = DTYPES[dtype] if dtype else _widest([part.module for part in found])
+            module = plain_module(name, first.m, first.n, ranks[name], stored, scaling)
             if _embeds(first):
                 module = replace(module, b_key=f"{name}.lora_embedding_B", a_key=f"{name}.lora_embedding_A")
             made[name] = module
@@ -147,12 +149,13 @@ class Plan:
             kept |= dict.fromkeys(_TARGETS[1:]) | {"target_modules": [in_model(name) for name in modules]}
         saved = [name for config in configs for name in config.get("modules_to_save") or ()]
         kept["modules_to_save"] = list(dict.fromkeys(saved)) or None
+        kept["bias"] = max((config.get("bias") or "none" for config in configs), key=_BIASES.index)
         return new_config(modules.values(), kept)
 
 
 def in_model_order(name: str) -> list[tuple[int, str]]:
     """A key that sorts modules as the usual decoders have them: PEFT draws random masks in this order."""
-    return [(int(word), "") if word.isdigit() else (_ORDER.get(word, len(_ORDER)), word) for word in name.split(".")]
+    return [(int(word), "") if word.isdecimal() else (_ORDER.get(word, len(_ORDER)), word) for word in name.split(".")]
 
 
 _WORDS = "model embed_tokens layers self_attn q_proj k_proj v_proj o_proj mlp gate_proj up_proj down_proj"
@@ -162,6 +165,17 @@ _ORDER = {word: i for i, word in enumerate(_WORDS.split())}
 def _embeds(module: LoraModule) -> bool:
     """Whether it is an embedding."""
     return bool(re.search(r"\.lora_embedding_[AB]", module.b_key))
+
+
+def _widest(modules: Sequence[LoraModule]) -> torch.dtype:
+    widest = modules[0].dtype
+    for module in modules:
+        if module.dtype.itemsize == 1:
+            raise ValueError(
+                f"{module.name} is stored as {module.dtype}, too coarse for a merged one: give dtype bfloat16"
+            )
+        widest = torch.promote_types(widest, module.dtype)
+    return widest
 
 
 def _stored(sources: Sequence[Adapter], part: Part) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -205,12 +219,33 @@ def _others(sources: Sequence[Adapter]) -> dict[str, Other]:
             if key not in source.weights.tensors or reason.startswith("belongs to adapter"):
                 continue
             first = owner.setdefault(key, source)
-            if first is not source and not torch.equal(first.weights.read(key), source.weights.read(key)):
+            if first is not source and not _same_tensor(first, source, key):
                 raise ValueError(
                     f"{key} differs between {first.path} and {source.path} and is no LoRA factor ({reason}): "
                     "only one of the adapters may have it"
                 )
     return {key: (source.weights.tensors[key], partial(source.weights.read, key)) for key, source in owner.items()}
+
+
+def _same_tensor(one: Adapter, other: Adapter, key: str) -> bool:
+    if one.weights.tensors[key] != other.weights.tensors[key]:
+        return False
+    a, b = (source.weights.read(key).reshape(-1).view(torch.uint8) for source in (one, other))
+    return torch.equal(a, b)
+
+
+def _alone(sources: Sequence[Adapter], parts: Mapping[str, Sequence[Part]]) -> list[str]:
+    """Warnings of adapters that share no module with any other."""
+    firsts: dict[int, str] = {}
+    for name, found in parts.items():
+        for part in found:
+            firsts.setdefault(part.source, name)
+    shared = {part.source for found in parts.values() if len(found) > 1 for part in found}
+    return [
+        f"no other adapter has any module of {sources[i].path}, such as {name}: are they of one base model?"
+        for i, name in firsts.items()
+        if i not in shared
+    ]
 
 
 def _warnings(sources: Sequence[Adapter]) -> list[str]:

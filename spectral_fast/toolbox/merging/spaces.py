@@ -124,7 +124,7 @@ def by_tsv(modules: Sequence[Tasks], names: Sequence[str], density: float) -> li
 
 def tsv_rank(r: int, side: int, tasks: int, density: float) -> int:
     """How many directions of rank r each of some tasks keeps: a share of them, and no more than fit in a side."""
-    return max(1, min(side // tasks, math.ceil(density * r)))
+    return max(1, min(side // tasks, math.ceil(round(density * r, 9))))
 
 
 def by_dense(tasks: Tasks, combine: Combine) -> Combined:
