@@ -178,11 +178,9 @@ void top_logits(std::int64_t logits, std::int64_t dtype, py::ssize_t vocabulary,
       }))
     throw std::invalid_argument("labels must be ids below vocabulary, -1 or -100");
   if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be from 0 to 2, got " + std::to_string(dtype));
-  const spectral_fast::TopLogitsTask task{address<const void>(logits), static_cast<DType>(dtype),
-                                          size_of(vocabulary),         size_of(top),
-                                          labels.data(),               logsumexp.mutable_data(),
-                                          gold.mutable_data(),         values.mutable_data(),
-                                          ids.mutable_data()};
+  const spectral_fast::TopLogitsTask task{
+      address<const void>(logits), static_cast<DType>(dtype), size_of(vocabulary),   size_of(top),      labels.data(),
+      logsumexp.mutable_data(),    gold.mutable_data(),       values.mutable_data(), ids.mutable_data()};
   py::gil_scoped_release release;
   spectral_fast::top_logits(task, static_cast<std::size_t>(rows), threads);
 }
@@ -265,9 +263,8 @@ double frequent_directions(const Array<double>& basis, const Array<double>& squa
   expect_shape("z", z, {m});
   expect_shape("out", out, {k, m});
   expect_shape("out_squares", out_squares, {k});
-  const spectral_fast::FrequentDirectionsTask task{basis.data(), squares.data(),     z.data(),
-                                                   size_of(k),   size_of(m),         out.mutable_data(),
-                                                   out_squares.mutable_data()};
+  const spectral_fast::FrequentDirectionsTask task{
+      basis.data(), squares.data(), z.data(), size_of(k), size_of(m), out.mutable_data(), out_squares.mutable_data()};
   py::gil_scoped_release release;
   return spectral_fast::kernels().frequent_directions(task);
 }

@@ -17,8 +17,8 @@ inline float largest_of(typename Vector<float, kBytes>::Type v) {
   }
 }
 
-// exp(x) for -87 < x <= 0 within 2 + |x| / 8 roundoffs, and at least exp(-87) for what is below; NaN stays. By 2^(n + r)
-// with |r| <= 1 / 2, where the series of 2^r up to r^6 lacks 1.2e-7 at most.
+// exp(x) for -87 < x <= 0 within 2 + |x| / 8 roundoffs, and at least exp(-87) for what is below; NaN stays. By 2^(n +
+// r) with |r| <= 1 / 2, where the series of 2^r up to r^6 lacks 1.2e-7 at most.
 inline Vf exp_of(Vf x) {
   constexpr float kShift = 0x1.8p23f, kLog2e = 0x1.715476p0f;  // what is added to the shift is rounded to an integer
   const Vf least = Vf{} - 87.0f;
@@ -205,8 +205,7 @@ inline void tensor_sketch_of(const TensorSketchTask& task, std::size_t run) {
         const float* rotated = twice + m + i - bucket;
         for (std::size_t v = 0; v < kVectors; ++v) sums[v] += errors[k] * load<Vf>(rotated + v * kFloats);
       }
-      for (std::size_t v = 0; v < kVectors; ++v)
-        store(z + i + v * kFloats, load<Vf>(z + i + v * kFloats) + sums[v]);
+      for (std::size_t v = 0; v < kVectors; ++v) store(z + i + v * kFloats, load<Vf>(z + i + v * kFloats) + sums[v]);
     }
   }
   std::copy(z, z + m, task.sums + run * m);

@@ -75,9 +75,9 @@ struct TopLogitsTask {
 constexpr std::int64_t kIgnored = -100, kElsewhere = -1;
 
 // z = sum over tokens t of s_h(t) * s_e(t), a circular convolution of length m. CountSketches: s_h has
-// sign_h[i] hidden[t][i] in bucket bucket_h[i], s_e has sign_e[j] e[j] in bucket bucket_e[j], for e = softmax - onehot at
-// the largest logits of the row, as TopLogitsTask leaves them, and at its label. Tokens of label kIgnored are not read.
-// The sum of each run of kTokensOfSketch tokens is left in a row of sums.
+// sign_h[i] hidden[t][i] in bucket bucket_h[i], s_e has sign_e[j] e[j] in bucket bucket_e[j], for e = softmax - onehot
+// at the largest logits of the row, as TopLogitsTask leaves them, and at its label. Tokens of label kIgnored are not
+// read. The sum of each run of kTokensOfSketch tokens is left in a row of sums.
 struct TensorSketchTask {
   const void* hidden;
   DType dtype;
@@ -90,9 +90,9 @@ struct TensorSketchTask {
 };
 constexpr std::size_t kTokensOfSketch = 32;
 
-// U^T = basis (k x m, row-major) has as many orthonormal rows as `squares` (k, descending) has positive values, and zeros
-// below; z is m values. out and out_squares are the same for U diag(squares) U^T + z z^T: the k largest eigenvalues less
-// the next one.
+// U^T = basis (k x m, row-major) has as many orthonormal rows as `squares` (k, descending) has positive values, and
+// zeros below; z is m values. out and out_squares are the same for U diag(squares) U^T + z z^T: the k largest
+// eigenvalues less the next one.
 struct FrequentDirectionsTask {
   const double *basis, *squares, *z;
   std::size_t k, m;

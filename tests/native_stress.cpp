@@ -173,16 +173,17 @@ std::vector<double> run(int threads) {
         for (std::size_t t = 0; t < kTokens; ++t) labels[t] = static_cast<std::int64_t>(7 * t % vocabulary);
         labels[3] = kIgnored;
         std::vector<float> lse(kTokens), gold(kTokens), values(kTokens * top), z(m);
-        top_logits({logits.data(), dtype, vocabulary, top, labels.data(), lse.data(), gold.data(), values.data(),
-                    ids.data()},
-                   kTokens, threads);
+        top_logits(
+            {logits.data(), dtype, vocabulary, top, labels.data(), lse.data(), gold.data(), values.data(), ids.data()},
+            kTokens, threads);
         std::vector<std::int32_t> bucket_h(features), bucket_e(vocabulary);
         for (std::size_t i = 0; i < features; ++i) bucket_h[i] = static_cast<std::int32_t>(i * i % m);
         for (std::size_t j = 0; j < vocabulary; ++j) bucket_e[j] = static_cast<std::int32_t>((m - 1 + j) % m);
         const std::vector<float> sign_h(features, -1.0f), sign_e(vocabulary, 1.0f);
-        tensor_sketch({hidden.data(), dtype, kTokens, features, top, m, lse.data(), gold.data(), values.data(),
-                       ids.data(), labels.data(), bucket_h.data(), bucket_e.data(), sign_h.data(), sign_e.data(), nullptr},
-                      z.data(), threads);
+        tensor_sketch(
+            {hidden.data(), dtype, kTokens, features, top, m, lse.data(), gold.data(), values.data(), ids.data(),
+             labels.data(), bucket_h.data(), bucket_e.data(), sign_h.data(), sign_e.data(), nullptr},
+            z.data(), threads);
         results.insert(results.end(), lse.begin(), lse.end());
         results.insert(results.end(), values.begin(), values.end());
         results.insert(results.end(), z.begin(), z.end());
