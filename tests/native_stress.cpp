@@ -164,6 +164,33 @@ std::vector<double> run(int threads) {
       segment_products({p.data(), q.data(), dtype, r, starts.data(), g.data()}, 5, threads);
       results.insert(results.end(), g.begin(), g.end());
     }
+  for (const DType dtype : {DType::bfloat16, DType::float16, DType::float32})
+    for (const std::size_t vocabulary : {1, 15, 64, 65, 200, 5000})
+      for (const std::size_t features : {1, 67}) {
+        // Runs of 32 tokens, of which the second is not whole; more buckets than a strip, and fewer.
+        constexpr std::size_t kTokens = 37;
+        const std::size_t top = std::min<std::size_t>(vocabulary, 17), m = features == 1 ? 3 : 131;
+        const auto logits = random_values(dtype, kTokens * vocabulary, generator);
+        const auto hidden = random_values(dtype, kTokens * features, generator);
+        std::vector<std::int64_t> labels(kTokens), ids(kTokens * top);
+        for (std::size_t t = 0; t < kTokens; ++t) labels[t] = static_cast<std::int64_t>(7 * t % vocabulary);
+        labels[3] = kIgnored;
+        std::vector<float> lse(kTokens), gold(kTokens), values(kTokens * top), z(m);
+        top_logits(
+            {logits.data(), dtype, vocabulary, top, labels.data(), lse.data(), gold.data(), values.data(), ids.data()},
+            kTokens, threads);
+        std::vector<std::int32_t> bucket_h(features), bucket_e(vocabulary);
+        for (std::size_t i = 0; i < features; ++i) bucket_h[i] = static_cast<std::int32_t>(i * i % m);
+        for (std::size_t j = 0; j < vocabulary; ++j) bucket_e[j] = static_cast<std::int32_t>((m - 1 + j) % m);
+        const std::vector<float> sign_h(features, -1.0f), sign_e(vocabulary, 1.0f);
+        tensor_sketch(
+            {hidden.data(), dtype, kTokens, features, top, m, lse.data(), gold.data(), values.data(), ids.data(),
+             labels.data(), bucket_h.data(), bucket_e.data(), sign_h.data(), sign_e.data(), nullptr},
+            z.data(), threads);
+        results.insert(results.end(), lse.begin(), lse.end());
+        results.insert(results.end(), values.begin(), values.end());
+        results.insert(results.end(), z.begin(), z.end());
+      }
   const DType kinds[] = {DType::bfloat16, DType::float16, DType::float32};
   for (const std::size_t count : {0, 1, 16, 513, 33001})
     for (const std::size_t knots : {2, 5, 17, 70})
@@ -195,54 +222,30 @@ std::vector<double> run(int threads) {
         spline_backward(task, sums.data(), threads);
         results.insert(results.end(), sums.begin(), sums.end());
         for (const std::vector<char>* bytes : {&out, &dx}) results.insert(results.end(), bytes->begin(), bytes->end());
-        for (const DType dtype : {DType::bfloat16, DType::float16, DType::float32})
-          for (const std::size_t vocabulary : {1, 15, 64, 65, 200, 5000})
-            for (const std::size_t features : {1, 67}) {
-              // Runs of 32 tokens, of which the second is not whole; more buckets than a strip, and fewer.
-              constexpr std::size_t kTokens = 37;
-              const std::size_t top = std::min<std::size_t>(vocabulary, 17), m = features == 1 ? 3 : 131;
-              const auto logits = random_values(dtype, kTokens * vocabulary, generator);
-              const auto hidden = random_values(dtype, kTokens * features, generator);
-              std::vector<std::int64_t> labels(kTokens), ids(kTokens * top);
-              for (std::size_t t = 0; t < kTokens; ++t) labels[t] = static_cast<std::int64_t>(7 * t % vocabulary);
-              labels[3] = kIgnored;
-              std::vector<float> lse(kTokens), gold(kTokens), values(kTokens * top), z(m);
-              top_logits({logits.data(), dtype, vocabulary, top, labels.data(), lse.data(), gold.data(), values.data(),
-                          ids.data()},
-                         kTokens, threads);
-              std::vector<std::int32_t> bucket_h(features), bucket_e(vocabulary);
-              for (std::size_t i = 0; i < features; ++i) bucket_h[i] = static_cast<std::int32_t>(i * i % m);
-              for (std::size_t j = 0; j < vocabulary; ++j) bucket_e[j] = static_cast<std::int32_t>((m - 1 + j) % m);
-              const std::vector<float> sign_h(features, -1.0f), sign_e(vocabulary, 1.0f);
-              tensor_sketch(
-                  {hidden.data(), dtype, kTokens, features, top, m, lse.data(), gold.data(), values.data(), ids.data(),
-                   labels.data(), bucket_h.data(), bucket_e.data(), sign_h.data(), sign_e.data(), nullptr},
-                  z.data(), threads);
-              results.insert(results.end(), lse.begin(), lse.end());
-              results.insert(results.end(), values.begin(), values.end());
-              results.insert(results.end(), z.begin(), z.end());
-            }
-        for (const double x : results)
-          if (!std::isfinite(x)) fail("a result is not finite");
-        return results;
       }
+  for (const double x : results)
+    if (!std::isfinite(x)) fail("a result is not finite");
+  return results;
+}
 
-  void check_choice() {
-    const Kernels none{"none", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr};
-    const Kernels some{"some", [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr};
-    const Kernels* const list[] = {&none, &some};
-    if (&choose(list, 2, nullptr) != &some || &choose(list, 2, "") != &some || &choose(list, 2, "some") != &some)
-      fail("the best supported, or the forced instruction set must be chosen");
-    for (const char* forced : {"none", "unknown"}) {
-      const std::string wanted = std::strcmp(forced, "none") == 0 ? "does not have" : "is no instruction set";
-      try {
-        choose(list, 2, forced);
-      } catch (const std::runtime_error& error) {
-        if (std::string(error.what()).find(wanted) != std::string::npos) continue;
-      }
-      fail("a forced instruction set that cannot be used must be an error that says so");
+void check_choice() {
+  const Kernels none{"none", [] { return false; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                     nullptr};
+  const Kernels some{"some", [] { return true; }, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
+                     nullptr};
+  const Kernels* const list[] = {&none, &some};
+  if (&choose(list, 2, nullptr) != &some || &choose(list, 2, "") != &some || &choose(list, 2, "some") != &some)
+    fail("the best supported, or the forced instruction set must be chosen");
+  for (const char* forced : {"none", "unknown"}) {
+    const std::string wanted = std::strcmp(forced, "none") == 0 ? "does not have" : "is no instruction set";
+    try {
+      choose(list, 2, forced);
+    } catch (const std::runtime_error& error) {
+      if (std::string(error.what()).find(wanted) != std::string::npos) continue;
     }
+    fail("a forced instruction set that cannot be used must be an error that says so");
   }
+}
 
 }  // namespace
 
