@@ -74,3 +74,11 @@ def trainer(
 
 def weights(trained: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trained.model.named_parameters() if p.requires_grad}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float = 0) -> bool:
+    return all(torch.allclose(a[name], b[name], rtol=rtol, atol=rtol * 0.1) for name in a)
+
+
+def logged(trained: Any, key: str) -> list[Any]:
+    return [entry[key] for entry in trained.state.log_history if key in entry]

@@ -47,7 +47,10 @@ def gate(case: str, rank: int) -> Gate:
 def train(case: str, out: Path, rank: int, size: int) -> dict[str, Any]:
     """The rows of a step are the same, whether one process has four of them or two have two."""
     how = {"per_device_train_batch_size": 4 // size, "train_sampling_strategy": "sequential", **CASES[case]}
-    made = trainer(out / case, gate(case, rank), rows(32), **how)
+    data = rows(32)
+    for row in data[2:4] if case == "by means of ranks" else []:  # the second rank's, which has fewer in its window so
+        row["labels"][:-1] = [-100] * (len(row["labels"]) - 1)
+    made = trainer(out / case, gate(case, rank), data, **how)
     made.train()
     return {"weights": weights(made), "history": vars(made.history), "rate": made.lr_scheduler.get_last_lr()}
 
