@@ -3,14 +3,18 @@
 ``python -m benchmarks`` (``make bench``) prints the tables and writes ``results/<machine>.csv``;
 ``pytest benchmarks --benchmark-only`` times single kernels.
 
-    cases.py      workloads, as data             factors.py  their tensors
-    peers.py      implementations compared       figures.py  the figures to reach
+    cases.py      workloads, as data             tasks.py    which of them are run
+    factors.py    their tensors                  peers.py    implementations compared
     workloads.py  both together, and floors      timing.py   interleaved repeats, pinning
     worker.py     one workload in one process    floors.py   measured bandwidth and peak
     files.py      commands, timed from outside   machine.py  where it ran
     records.py    rows of the CSV                run.py      all of it, in order
+    figures.py    the figures to reach
 
     toolbox.py    resize and inspect, file to file
+    head.py       the subspace gate's look       stream.py   the directions that it keeps
+    spline.py     LS-LoRA beside LoRA            gate.py     gated training beside random skipping
+    novelty.py    a gate, watched
 
 Of calibration:
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import cases, scaling
 from benchmarks import peers_calibration as today
-from benchmarks.cases import OURS, TINY_LLAMA, WITHOUT, Calibration
+from benchmarks import scaling, tasks
+from benchmarks.cases import TINY_LLAMA, Calibration
 from benchmarks.models import peft_model
 from benchmarks.samples import examples
+from benchmarks.tasks import OURS, WITHOUT
 from benchmarks.workloads import Candidate, Workload
 from spectral_fast.bench.gate import WrongResult
 from spectral_fast.calibration.calibrate import calibrate
@@ -68,12 +69,12 @@ def plain(model: Any, samples: Sequence[Example], batch_size: int) -> Found:
 # Name -> (implementation, nominal batch).
 RUNS: dict[str, tuple[Callable[[Any, Sequence[Example], int], Found], int]] = {
     OURS: (ours, BATCH),
-    cases.BATCH_8: (ours, 8),
-    cases.PADDED: (ours_padded, BATCH),
-    cases.HOOKS[0]: (today.by_hooks, 2),
-    cases.HOOKS[1]: (today.by_hooks, 8),
-    cases.PLAIN[0]: (plain, 2),
-    cases.PLAIN[1]: (plain, 8),
+    tasks.BATCH_8: (ours, 8),
+    tasks.PADDED: (ours_padded, BATCH),
+    tasks.HOOKS[0]: (today.by_hooks, 2),
+    tasks.HOOKS[1]: (today.by_hooks, 8),
+    tasks.PLAIN[0]: (plain, 2),
+    tasks.PLAIN[1]: (plain, 8),
 }
 
 

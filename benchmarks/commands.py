@@ -14,19 +14,9 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from benchmarks.cases import (
-    ITEMSIZE,
-    ONE,
-    OURS,
-    STREAMED,
-    TWO,
-    WEIGHTWATCHER,
-    WEIGHTWATCHER_PYTHON,
-    Calibration,
-    Spectra,
-    Task,
-)
+from benchmarks.cases import ITEMSIZE, Calibration, Spectra, Task
 from benchmarks.records import Measurement, Table
+from benchmarks.tasks import ONE, OURS, STREAMED, TWO, WEIGHTWATCHER, WEIGHTWATCHER_PYTHON
 from benchmarks.timing import Finished, run_pinned
 
 WHOLE = "{}, the whole command"

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks import cases, files
-from benchmarks.cases import ONE, OURS, STREAMED, SUMMED, TWO, WITHOUT, Adapter, Calibration, Task
+from benchmarks import files, tasks
+from benchmarks.cases import ITEMSIZE, Adapter, Calibration, Task
 from benchmarks.records import Measurement, Table
 from benchmarks.scaling import Shape
+from benchmarks.tasks import ONE, OURS, STREAMED, SUMMED, TWO, WITHOUT
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,14 @@ def times_read(table: Table) -> float:
     case, read = table.task.case, table.of(STREAMED).read_bytes
     assert isinstance(case, Calibration)
     assert read is not None
-    return read / (Shape.of(case).parameters * cases.ITEMSIZE[case.dtype])
+    return read / (Shape.of(case).parameters * ITEMSIZE[case.dtype])
 
 
 def against_weightwatcher(what: Callable[[Table, Measurement], float | None]) -> Callable[[Table], float | None]:
     """Something of WeightWatcher's measurement; None where it was left out."""
 
     def measure(table: Table) -> float | None:
-        found = [x for x in table.measurements if x.implementation.startswith(cases.WEIGHTWATCHER)]
+        found = [x for x in table.measurements if x.implementation.startswith(tasks.WEIGHTWATCHER)]
         return what(table, found[0]) if found else None
 
     return measure
@@ -117,22 +118,22 @@ def spectra_memory(table: Table) -> float:
 CALIBRATION = "calibrate, bfloat16 Llama of 8 layers"
 FIGURES = (
     Figure(
-        f"SVD + rebuild, {cases.SURGERY_70B.case}: per-module QR + SVD + rebuild in torch / ours",
-        cases.SURGERY_70B,
+        f"SVD + rebuild, {tasks.SURGERY_70B.case}: per-module QR + SVD + rebuild in torch / ours",
+        tasks.SURGERY_70B,
         times_faster("torch QR + SVD"),
         10,
         at_least=True,
     ),
     Figure(
-        f"SVD + rebuild, {cases.ALL_70B.case}: the same",
-        cases.ALL_70B,
+        f"SVD + rebuild, {tasks.ALL_70B.case}: the same",
+        tasks.ALL_70B,
         times_faster("torch QR + SVD"),
         8,
         at_least=True,
     ),
     Figure(
-        f"SVD of {cases.CORES_64.case}: torch, its best way and thread count / ours",
-        cases.CORES_64,
+        f"SVD of {tasks.CORES_64.case}: torch, its best way and thread count / ours",
+        tasks.CORES_64,
         times_faster("torch batched SVD", "torch SVD one by one"),
         4,
         at_least=True,
@@ -141,82 +142,82 @@ FIGURES = (
         Figure(
             f"gate.embed + novelty, {task.case}: the original's method in torch / ours",
             task,
-            times_faster(cases.ORIGINAL),
+            times_faster(tasks.ORIGINAL),
             5,
             at_least=True,
         )
-        for task in (cases.LOOK, cases.LOOK_32)
+        for task in (tasks.LOOK, tasks.LOOK_32)
     ),
     Figure(
         "the same in bfloat16, in % of the forward pass of a Llama with 16 layers of 2048 on those tokens",
-        cases.LOOK,
-        lambda table: 100 * times_as_long(OURS, cases.PASS)(table),
+        tasks.LOOK,
+        lambda table: 100 * times_as_long(OURS, tasks.PASS)(table),
         2,
         at_least=False,
     ),
     Figure(
-        f"update of the directions, {cases.UPDATE.case}: SVD of m × (k + 1) in torch / ours",
-        cases.UPDATE,
-        times_faster(cases.SVD_EACH),
+        f"update of the directions, {tasks.UPDATE.case}: SVD of m × (k + 1) in torch / ours",
+        tasks.UPDATE,
+        times_faster(tasks.SVD_EACH),
         5,
         at_least=True,
     ),
     Figure(
-        f"edit, {cases.EDIT_70B.case}, without start-up / cp + sync",
-        cases.EDIT_70B,
+        f"edit, {tasks.EDIT_70B.case}, without start-up / cp + sync",
+        tasks.EDIT_70B,
         times_as_long(files.WORK, files.COPY),
         2,
         at_least=False,
     ),
     Figure(
         "start-up of that command / python -c 'import torch'",
-        cases.EDIT_70B,
+        tasks.EDIT_70B,
         times_as_long(files.START, files.TORCH),
         1.3,
         at_least=False,
     ),
     Figure(
         "peak memory of that edit / (8 × factors of the largest module + 500 MB)",
-        cases.EDIT_70B,
+        tasks.EDIT_70B,
         memory,
         1,
         at_least=False,
     ),
     *(
-        Figure(f"{CALIBRATION}: {peer} / ours", cases.CALIBRATE, faster(ours, peer), target, at_least=True)
-        for peers, target in ((cases.HOOKS, 3.0), (cases.PLAIN, 1.8))
-        for ours, peer in zip((OURS, cases.BATCH_8), peers, strict=True)
+        Figure(f"{CALIBRATION}: {peer} / ours", tasks.CALIBRATE, faster(ours, peer), target, at_least=True)
+        for peers, target in ((tasks.HOOKS, 3.0), (tasks.PLAIN, 1.8))
+        for ours, peer in zip((OURS, tasks.BATCH_8), peers, strict=True)
     ),
     *(
-        Figure(f"a pass with {what} / without g", cases.COST, paired(name, WITHOUT), 1.02, at_least=False)
+        Figure(f"a pass with {what} / without g", tasks.COST, paired(name, WITHOUT), 1.02, at_least=False)
         for what, name in (("g per sample", OURS), ("g summed", SUMMED))
     ),
     Figure(
         "memory that a pass keeps for g per sample / (tokens × r × 2 bytes × modules)",
-        cases.COST,
+        tasks.COST,
         extra_memory,
         1.2,
         at_least=False,
     ),
-    Figure("probe --stream, Llama-2-7B shape: peak memory in GB", cases.STREAM, peak_gigabytes, 3, at_least=False),
-    Figure("the same: weights read / weights", cases.STREAM, times_read, 2.05, at_least=False),
+    Figure("probe --stream, Llama-2-7B shape: peak memory in GB", tasks.STREAM, peak_gigabytes, 3, at_least=False),
+    Figure("the same: weights read / weights", tasks.STREAM, times_read, 2.05, at_least=False),
     Figure(
         "streamed / in memory, float32 Llama of 8 layers, g equal to 1e-5",
-        cases.STREAM_OR_MEMORY,
-        times_as_long(OURS, cases.IN_MEMORY),
+        tasks.STREAM_OR_MEMORY,
+        times_as_long(OURS, tasks.IN_MEMORY),
         1.3,
         at_least=False,
     ),
     Figure(
         "calibrate: 1 rank / 2 ranks on gloo, one thread each",
-        cases.RANKS,
+        tasks.RANKS,
         faster(TWO, ONE),
         1.7,
         at_least=True,
     ),
     *(
         figure
-        for task in (cases.MINILM, cases.WIDE)
+        for task in (tasks.MINILM, tasks.WIDE)
         for figure in (
             Figure(
                 f"spectra and tail exponents, {task.case}: WeightWatcher / ours",
@@ -235,7 +236,7 @@ FIGURES = (
             Figure(
                 "the same: svdvals per layer in torch, in its best way / ours",
                 task,
-                times_faster(cases.SVDVALS, cases.SIDE_BY_SIDE),
+                times_faster(tasks.SVDVALS, tasks.SIDE_BY_SIDE),
                 1.5,
                 at_least=True,
             ),
@@ -249,33 +250,33 @@ FIGURES = (
         )
     ),
     Figure(
-        f"spline forward + backward, {cases.SPLINE.case}: {cases.TORCH_SPLINE} / ours",
-        cases.SPLINE,
-        times_faster(cases.TORCH_SPLINE),
+        f"spline forward + backward, {tasks.SPLINE.case}: {tasks.TORCH_SPLINE} / ours",
+        tasks.SPLINE,
+        times_faster(tasks.TORCH_SPLINE),
         4,
         at_least=True,
     ),
     *(
         Figure(
-            f"resize to r = 16, file to file, {cases.RESIZE_7B.case}: {peer} / ours",
-            cases.RESIZE_7B,
+            f"resize to r = 16, file to file, {tasks.RESIZE_7B.case}: {peer} / ours",
+            tasks.RESIZE_7B,
             times_faster(peer),
             target,
             at_least=True,
         )
-        for peer, target in ((cases.DENSE_SVD, 1000), (cases.SVD_LOWRANK, 10))
+        for peer, target in ((tasks.DENSE_SVD, 1000), (tasks.SVD_LOWRANK, 10))
     ),
     Figure(
-        f"inspect, {cases.INSPECT_312.case}: per-module QR + SVD in torch / ours",
-        cases.INSPECT_312,
-        times_faster(cases.QR_SVD),
+        f"inspect, {tasks.INSPECT_312.case}: per-module QR + SVD in torch / ours",
+        tasks.INSPECT_312,
+        times_faster(tasks.QR_SVD),
         8,
         at_least=True,
     ),
     Figure(
-        f"add_weighted_adapter (svd), two of {cases.WEIGHTED.case}: PEFT / with the backend, equal to 1e-5",
-        cases.WEIGHTED,
-        times_faster(cases.PEFT),
+        f"add_weighted_adapter (svd), two of {tasks.WEIGHTED.case}: PEFT / with the backend, equal to 1e-5",
+        tasks.WEIGHTED,
+        times_faster(tasks.PEFT),
         100,
         at_least=True,
     ),

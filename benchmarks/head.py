@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import OURS, PASS, WHOLE, Calibration, Head
+from benchmarks.cases import Calibration, Head
 from benchmarks.models import config
+from benchmarks.tasks import OURS, PASS, WHOLE
 from benchmarks.workloads import Candidate, Workload
 from spectral_fast.bench.gate import EPS32, WrongResult
 from spectral_fast.kernels.head_sketch import reference

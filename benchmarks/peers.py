@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.cases import ORIGINAL, OURS, SVD_EACH, WHOLE
+from benchmarks.tasks import ORIGINAL, OURS, SVD_EACH, WHOLE
 from spectral_fast.bench.factors import Factors
 from spectral_fast.bench.peers import piecewise_spline
 from spectral_fast.kernels.batched_svd import batched_svd

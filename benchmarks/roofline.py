@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks import traffic
-from benchmarks.cases import ALL_LINEAR, LLAMA2_7B, LLAMA3_70B, LOOK, Adapter, Head, Model, Shape
+from benchmarks.cases import ALL_LINEAR, LLAMA2_7B, LLAMA3_70B, Adapter, Head, Model, Shape
 from benchmarks.codegen import uncompiled
+from benchmarks.tasks import LOOK
 from benchmarks.timing import ROOT
 from benchmarks.traffic import Launch, Traffic
 from spectral_fast.bench import least

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import cases, commands, files
+from benchmarks import commands, files, tasks
 from benchmarks.cases import Task
 from benchmarks.figures import FIGURES
 from benchmarks.machine import commit, hardware, slug
@@ -20,9 +20,9 @@ COMMANDS = {"edit": files.edit, "stream": commands.stream, "ranks": commands.ran
 RESULTS = Path(__file__).parent / "results"
 
 
-def tables(tasks: Sequence[Task], all_cores: Sequence[int], work_dir: Path | None) -> Iterator[Table]:
+def tables(chosen: Sequence[Task], all_cores: Sequence[int], work_dir: Path | None) -> Iterator[Table]:
     """The tables of each task, on each number of cores."""
-    for task in tasks:
+    for task in chosen:
         if task.work in COMMANDS:
             yield from COMMANDS[task.work](task, all_cores, work_dir)
             continue
@@ -43,17 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work_dir", type=Path, help="where files are written: 14 GB on a disk, not in memory")
     parser.add_argument("--out", type=Path, help="the CSV (default: results/MACHINE.csv for all tasks, else none)")
     args = parser.parse_args(argv)
-    tasks = [task for task in (cases.QUICK if args.quick else cases.FULL) if args.only in f"{task.work}: {task.case}"]
-    if not tasks:
+    chosen = [task for task in (tasks.QUICK if args.quick else tasks.FULL) if args.only in f"{task.work}: {task.case}"]
+    if not chosen:
         parser.error(f"--only {args.only!r} is in no task's name; --list prints them")
     if args.list:
-        print(*(f"{task.work}: {task.case}" for task in tasks), sep="\n")
+        print(*(f"{task.work}: {task.case}" for task in chosen), sep="\n")
         return 0
 
     command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)])
     machine = {**hardware(), "commit": commit(), "command": command}
     done = []
-    for table in tables(tasks, args.cores, args.work_dir):
+    for table in tables(chosen, args.cores, args.work_dir):
         print(table, end="\n\n", flush=True)
         done.append(table)
 

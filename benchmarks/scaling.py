@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cases
-from benchmarks.cases import ONE, OURS, STREAMED, SURGERY, TWO, Calibration
+from benchmarks import tasks
+from benchmarks.cases import SURGERY, Calibration
+from benchmarks.tasks import ONE, OURS, STREAMED, TWO
 
 LOGITS = 2**24  # that the head forms at once
 LOGIT_BYTES = 16  # of each: in the model's dtype twice, in float32 twice, and what lies between
@@ -283,13 +284,13 @@ def measured(path: Path) -> str:
         rows[key] for key in (("calibrate", OURS), ("ranks", ONE), ("ranks", TWO), ("stream", STREAMED))
     )
     share = efficiency(ours)
-    case = cases.STREAM.case
+    case = tasks.STREAM.case
     assert isinstance(case, Calibration)
     shape, work = Shape.of(case), Work(int(big["tokens"]), 0, 0, case.rank)
     # This machine multiplies in float32: part of a weight, and what it is multiplied with and gives, are widened.
     widened = 4 * (WIDENED + 2 * work.tokens * shape.mlp)
     peak_memory = PROCESS + KEPT + widened + streamed_memory(shape, work)
-    streamed, memory_ = (rows["stream or memory", name] for name in (OURS, cases.IN_MEMORY))
+    streamed, memory_ = (rows["stream or memory", name] for name in (OURS, tasks.IN_MEMORY))
     lines = [
         "| run | quantity | predicted | measured |",
         "|---|---|---|---|",

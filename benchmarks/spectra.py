@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cases import OURS, SIDE_BY_SIDE, SVDVALS, Spectra
+from benchmarks.cases import Spectra
 from benchmarks.machine import software
+from benchmarks.tasks import OURS, SIDE_BY_SIDE, SVDVALS
 from benchmarks.timing import timed
 from spectral_fast.allocation import SpectralOptions, layers_of, spectra
 from spectral_fast.allocation.tail import searched_tail

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.cases import OURS, SVD_EACH, WITHOUT_WEIGHTS, Stream
+from benchmarks.cases import Stream
+from benchmarks.tasks import OURS, SVD_EACH, WITHOUT_WEIGHTS
 from benchmarks.workloads import Candidate, Workload
 from spectral_fast.bench.gate import RATIO, WrongResult
 from spectral_fast.training.gate import FrequentDirections

@@ -16,8 +16,9 @@ from torch import nn
 
 from benchmarks import models
 from benchmarks.calibration import Found, check, for_pass, ours
-from benchmarks.cases import IN_MEMORY, TINY_LLAMA, Calibration
+from benchmarks.cases import TINY_LLAMA, Calibration
 from benchmarks.samples import examples
+from benchmarks.tasks import IN_MEMORY
 from benchmarks.workloads import Candidate, Workload
 from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.calibrate import calibrate

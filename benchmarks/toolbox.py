@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import adapter_file
-from benchmarks.cases import DENSE_SVD, OURS, QR_SVD, SVD_LOWRANK, TINY, VALUES_ALONE, Adapter
+from benchmarks.cases import TINY, Adapter
+from benchmarks.tasks import DENSE_SVD, OURS, QR_SVD, SVD_LOWRANK, VALUES_ALONE
 from benchmarks.workloads import Candidate, Workload
 from spectral_fast.adapter import Adapter as Opened
 from spectral_fast.bench.gate import WrongResult

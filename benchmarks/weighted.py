@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import PEFT, TINY, Adapter
+from benchmarks.cases import TINY, Adapter
+from benchmarks.tasks import PEFT
 from benchmarks.workloads import Candidate, Workload
 from spectral_fast.bench.gate import WrongResult
 from spectral_fast.integrations.peft import fast_svd

@@ -19,7 +19,7 @@ spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py"
 assert spec is not None
 sys.modules["benchmarks"] = module_from_spec(spec)
 
-from benchmarks import calibration, cases, commands, factors, files, models, peers, samples, timing  # noqa: E402
+from benchmarks import calibration, cases, commands, factors, files, models, peers, samples, tasks, timing  # noqa: E402
 from benchmarks.cases import Adapter, Cores, Task  # noqa: E402
 from benchmarks.figures import FIGURES  # noqa: E402
 from benchmarks.records import Measurement, Table, write_csv  # noqa: E402
@@ -97,7 +97,7 @@ def test_the_gate_refuses_a_sum_that_lacks_a_token() -> None:
 
 def test_every_calibration_and_every_pass_finds_the_same_g() -> None:
     tiny = cases.TINY_LLAMA
-    ways = [(calibration.calibrations, list(calibration.RUNS)), (calibration.cost_of_g, [cases.OURS, cases.SUMMED])]
+    ways = [(calibration.calibrations, list(calibration.RUNS)), (calibration.cost_of_g, [tasks.OURS, tasks.SUMMED])]
     for prepare, names in ways:
         for candidate in prepare(tiny, names).candidates:
             candidate.check(candidate.run())
@@ -115,7 +115,7 @@ def test_the_gate_refuses_g_that_lacks_a_label() -> None:
 
 def test_what_autograd_keeps_more_for_g_is_p_and_the_leaves() -> None:
     with torch.enable_grad():
-        workload = calibration.cost_of_g(cases.TINY_LLAMA, [cases.OURS, cases.WITHOUT])
+        workload = calibration.cost_of_g(cases.TINY_LLAMA, [tasks.OURS, tasks.WITHOUT])
         kept = {}
         for candidate in workload.candidates:
             assert candidate.saved is not None
@@ -124,7 +124,7 @@ def test_what_autograd_keeps_more_for_g_is_p_and_the_leaves() -> None:
     assert tokens is not None
     p, leaves = tokens * tiny.rank * 2 * tiny.modules, tiny.samples * tiny.rank * 4 * tiny.modules
     starts = (tiny.samples + 1) * 8
-    assert kept[cases.OURS] - kept[cases.WITHOUT] == p + leaves + starts
+    assert kept[tasks.OURS] - kept[tasks.WITHOUT] == p + leaves + starts
 
 
 def test_factors_have_the_condition_numbers_they_are_said_to_have() -> None:
@@ -150,16 +150,16 @@ def test_runs_take_turns_and_a_slow_one_stops_at_its_budget() -> None:
     assert seconds["slow"][0] >= 0.02
 
 
-@pytest.mark.parametrize("task", [*cases.FULL, *cases.QUICK], ids=str)
+@pytest.mark.parametrize("task", [*tasks.FULL, *tasks.QUICK], ids=str)
 def test_a_task_reaches_its_worker_unchanged(task: Task) -> None:
     assert Task.loads(task.dumps()) == task
 
 
 def test_the_issue_s_adapters_have_their_known_sizes() -> None:
-    assert len(cases.SURGERY_70B.case.shapes()) == 160
-    assert len(cases.ALL_70B.case.shapes()) == 560
-    assert cases.EDIT_70B.case.nbytes == 1_656_750_080
-    assert cases.EDIT_70B.case.largest_module == 64 * (8192 + 28672) * 2
+    assert len(tasks.SURGERY_70B.case.shapes()) == 160
+    assert len(tasks.ALL_70B.case.shapes()) == 560
+    assert tasks.EDIT_70B.case.nbytes == 1_656_750_080
+    assert tasks.EDIT_70B.case.largest_module == 64 * (8192 + 28672) * 2
 
 
 def table(task: Task, *measurements: Measurement, cores: int = 2) -> Table:
@@ -172,8 +172,8 @@ def test_a_figure_compares_with_the_best_number_of_threads_on_most_cores() -> No
         Measurement("torch QR + SVD", 2, [20.0]),
         Measurement("torch QR + SVD", 1, [9.0, 11.0]),
     )
-    one_core = table(cases.SURGERY_70B, ours, replace(fast, seconds=[99.0]), cores=1)
-    line = FIGURES[0].line([one_core, table(cases.SURGERY_70B, ours, slow, fast)])
+    one_core = table(tasks.SURGERY_70B, ours, replace(fast, seconds=[99.0]), cores=1)
+    line = FIGURES[0].line([one_core, table(tasks.SURGERY_70B, ours, slow, fast)])
     assert line is not None
     assert line.split()[-4:] == ["10.00", "≥", "10", "PASS"]
     assert FIGURES[1].line([one_core]) is None
@@ -181,7 +181,7 @@ def test_a_figure_compares_with_the_best_number_of_threads_on_most_cores() -> No
 
 def test_what_misses_its_figure_is_called_short() -> None:
     edit = table(
-        cases.EDIT_70B,
+        tasks.EDIT_70B,
         Measurement(files.WORK, 2, [4.2]),
         Measurement(files.EDIT, 2, [6.0], peak_bytes=3 * 10**9),
         Measurement(files.START, 2, [1.8]),
@@ -195,15 +195,15 @@ def test_what_misses_its_figure_is_called_short() -> None:
 def test_figures_of_calibration_take_rounds_in_pairs_and_count_bytes() -> None:
     cost = replace(
         table(
-            cases.COST,
-            Measurement(cases.OURS, 2, [2.0, 3.0, 8.0], saved_bytes=1000 + 8 * 64 * 2 * 16),
-            Measurement(cases.SUMMED, 2, [1.0, 3.0, 9.0]),
-            Measurement(cases.WITHOUT, 2, [1.0, 3.0, 4.0], saved_bytes=1000),
+            tasks.COST,
+            Measurement(tasks.OURS, 2, [2.0, 3.0, 8.0], saved_bytes=1000 + 8 * 64 * 2 * 16),
+            Measurement(tasks.SUMMED, 2, [1.0, 3.0, 9.0]),
+            Measurement(tasks.WITHOUT, 2, [1.0, 3.0, 4.0], saved_bytes=1000),
         ),
         tokens=4,
     )
     read = int(2.1 * 13.476e9)
-    stream = table(cases.STREAM, Measurement(cases.STREAMED, 2, [9.0], peak_bytes=2_500_000_000, read_bytes=read))
+    stream = table(tasks.STREAM, Measurement(tasks.STREAMED, 2, [9.0], peak_bytes=2_500_000_000, read_bytes=read))
     ends = [line.split()[-4:] for figure in FIGURES[6:] if (line := figure.line([cost, stream]))]
     assert ends == [
         ["2.00", "≤", "1.02", "short"],
@@ -216,7 +216,7 @@ def test_figures_of_calibration_take_rounds_in_pairs_and_count_bytes() -> None:
 
 def test_every_measurement_is_a_row(tmp_path: Path) -> None:
     ours, other = Measurement(peers.OURS, 2, [1.0, 3.0]), Measurement("PEFT svd", 2, [8.0], extrapolated=True)
-    write_csv(tmp_path / "x.csv", [table(cases.CORES_64, ours, other)], {"cpu": "a, b"})
+    write_csv(tmp_path / "x.csv", [table(tasks.CORES_64, ours, other)], {"cpu": "a, b"})
     with (tmp_path / "x.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["ratio_to_ours"] for row in rows] == ["1", "4"]
@@ -240,13 +240,13 @@ def test_a_quick_run_goes_all_the_way_and_leaves_the_committed_results_alone(tmp
 def test_weightwatcher_is_left_out_with_a_reason_where_it_is_absent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv(cases.WEIGHTWATCHER_PYTHON, raising=False)
-    [task] = [task for task in cases.QUICK if task.work == "spectra"]
+    monkeypatch.delenv(tasks.WEIGHTWATCHER_PYTHON, raising=False)
+    [task] = [task for task in tasks.QUICK if task.work == "spectra"]
     [found] = commands.spectra(task, [1], None)
-    assert [x.implementation for x in found.measurements] == [cases.OURS, cases.SVDVALS, cases.SIDE_BY_SIDE]
-    assert f"{cases.WEIGHTWATCHER} is left out: {cases.WEIGHTWATCHER_PYTHON} names no" in capsys.readouterr().err
-    full = replace(found, task=cases.WIDE)
-    [ratio] = [figure for figure in FIGURES if figure.task == cases.WIDE and "WeightWatcher /" in figure.text]
+    assert [x.implementation for x in found.measurements] == [tasks.OURS, tasks.SVDVALS, tasks.SIDE_BY_SIDE]
+    assert f"{tasks.WEIGHTWATCHER} is left out: {tasks.WEIGHTWATCHER_PYTHON} names no" in capsys.readouterr().err
+    full = replace(found, task=tasks.WIDE)
+    [ratio] = [figure for figure in FIGURES if figure.task == tasks.WIDE and "WeightWatcher /" in figure.text]
     line = ratio.line([full])
     assert line is not None
     assert line.endswith("not measured")

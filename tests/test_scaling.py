@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py"
 assert spec is not None
 sys.modules.setdefault("benchmarks", module_from_spec(spec))
 
-from benchmarks import calibration, cases, models, samples, scaling, streamed  # noqa: E402
+from benchmarks import calibration, cases, models, samples, scaling, streamed, tasks  # noqa: E402
 from benchmarks.peers_calibration import ADAPTER  # noqa: E402
 from spectral_fast.calibration.calibrate import calibrate  # noqa: E402
 from spectral_fast.calibration.decoder import Decoder, ready_for  # noqa: E402
@@ -48,7 +49,7 @@ def test_the_samples_of_the_page_are_those_of_the_benchmark() -> None:
 def test_shapes_have_their_known_numbers_of_parameters() -> None:
     sizes = [round(shape.parameters / 1e9, 2) for shape in scaling.MODELS]
     assert sizes == [8.03, 70.55, 405.85]
-    case = cases.STREAM.case
+    case = tasks.STREAM.case
     assert isinstance(case, cases.Calibration)
     assert round(scaling.Shape.of(case).parameters * 2 / 1e9, 1) == 13.5
 
@@ -58,14 +59,14 @@ def test_operations_are_those_that_torch_counts(examples: list[Any]) -> None:
 
     # In float32, so that no product is made in another way; attention is a kernel whose operations torch counts
     # without a mask, and the branch is an operator of our own: both are left out on both sides.
-    model = models.peft_model(cases.replace(cases.TINY_LLAMA, dtype="float32"))
+    model = models.peft_model(replace(cases.TINY_LLAMA, dtype="float32"))
     [pack] = packs(examples, 2, tokens=10**9)
     passes = calibration.Passes(model, pack)
     with FlopCounterMode(display=False) as counter:
         passes.with_g(pack.starts)
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
     work = scaling.Work.of(examples, rank=0)
-    assert counted == scaling.flops(SHAPE, cases.replace(work, pairs=0), recomputed=False)
+    assert counted == scaling.flops(SHAPE, replace(work, pairs=0), recomputed=False)
 
 
 @pytest.mark.parametrize("shape", scaling.MODELS, ids=lambda shape: shape.name)
