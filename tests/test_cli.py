@@ -118,6 +118,14 @@ def test_a_wrong_command_line_ends_with_status_2(
     assert not list(tmp_path.iterdir())
 
 
+def test_help_tells_of_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert "ranks that hold 90, 95 and 99 % of" in " ".join(told.split())
+
+
 def test_a_flag_may_be_spelt_with_dashes_or_with_underscores(
     probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

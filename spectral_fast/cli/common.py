@@ -28,7 +28,7 @@ def add_command(commands: Any, name: str, run: Callable[..., Any], help: str, ex
     """A subcommand whose `run` takes the parsed flags and returns its result as JSON and as text."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=help,
+        help=help.replace("%", "%%"),  # argparse formats it, but not the description
         description=help[0].upper() + help[1:] + ".",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
