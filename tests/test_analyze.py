@@ -103,6 +103,12 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         analyze(empty, gated, out)
     with pytest.raises(FileExistsError, match="is a folder; name a file"):
         analyze(baseline, gated, tmp_path)
+    (gated / "gate_metrics.json").write_text('{"acceptance_rate": 1.0}')
+    with pytest.raises(ValueError, match=r"gate_metrics\.json must have acceptance_rate and accept_history"):
+        analyze(baseline, gated, out)
+    (baseline / "log_history.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="holds no training loss"):
+        analyze(baseline, gated, out)
     (baseline / "log_history.json").write_text("{")
     with pytest.raises(ValueError, match=r"log_history\.json is no JSON"):
         analyze(baseline, gated, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,17 @@ def test_a_replaced_run_leaves_no_decisions(trained: tuple[Path, dict[str, Any]]
     assert not (tmp_path / "run" / "gate_metrics.json").exists()
 
 
-def test_the_command_says_what_was_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_was_accepted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "")
+    monkeypatch.delenv("WANDB_PROJECT")  # and back to what it was afterwards
     text = {**FLAGS, "output_dir": str(tmp_path / "run"), "slora_gate": "random", "slora_max_optimizer_steps": 2}
+    text["logging"] = {"use_wandb": False, "wandb_project": "some"}
     (tmp_path / "train.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in text.items()))
     flags = ["--slora_seed", "1", "--slora_target_novelty", "0.3"]
     assert main(["train", "--config", str(tmp_path / "train.yaml"), *WORDS, *flags, "--no_gradient_checkpointing"]) == 0
+    assert os.environ["WANDB_PROJECT"] == "some"
     metrics = json.loads((tmp_path / "run" / "gate_metrics.json").read_text())
     assert (metrics["optimizer_steps"], metrics["novelty_history"], metrics["avg_novelty"]) == (2, [], None)
     total = metrics["total_steps"]

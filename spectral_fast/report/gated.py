@@ -54,10 +54,15 @@ class TrainingRecord:
             raise FileNotFoundError(f"{path} has no {LOG_HISTORY}, nor a checkpoint with a {STATE}")
         content = _json(file)
         entries = content.get("log_history") if isinstance(content, dict) else content
-        if not isinstance(entries, list) or not any("loss" in entry for entry in entries):
+        whole = isinstance(entries, list) and all(isinstance(entry, dict) and "step" in entry for entry in entries)
+        if entries is None or not whole or not any("loss" in entry for entry in entries):
             raise ValueError(f"{file} holds no training loss: train longer than logging_steps")
         metrics = path / GATE_METRICS
-        return cls(path, entries, _json(metrics) if metrics.is_file() else None)
+        gate = _json(metrics) if metrics.is_file() else None
+        wanted = ("acceptance_rate", "accept_history")
+        if gate is not None and not (isinstance(gate, dict) and all(name in gate for name in wanted)):
+            raise ValueError(f"{metrics} must have {' and '.join(wanted)}, as a gated training leaves them")
+        return cls(path, entries, gate)
 
     def curve(self, key: str) -> tuple[Floats, Floats]:
         """Steps and values of the log's entries with this key; steps count rejected ones, too."""
@@ -167,7 +172,7 @@ def _page(
         ("steps of the optimizer", "optimizer_steps", "d"),
         ("micro-batches accepted", "acceptance_rate", ".1%"),
         ("novelty, mean", "avg_novelty", ".3f"),
-        ("seconds", "seconds", ".0f"),
+        ("seconds, since a resumption if there was one", "seconds", ".0f"),
     )
     lines = [
         "# Gated training beside training on all",
