@@ -45,7 +45,7 @@ class Gate(ABC):
         """Whether this micro-batch is accepted; its gradient is not taken in yet, `accepted` does that.
 
         Args:
-            loss: its mean over the tokens.
+            loss: its mean over the tokens; NaN if none has a label.
             hidden: what enters the output embedding, (batch, tokens, d_hidden).
             logits: what leaves it, (batch, tokens, vocab_size); or, where logits are not formed, its weight
                 (vocab_size, d_hidden).

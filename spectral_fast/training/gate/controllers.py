@@ -52,8 +52,8 @@ class LossFloor:
     """A quantile of a stream of losses that falls while it is watched: level + offset · spread.
 
     Level and spread are moving averages of the loss and of its distance from the level; the offset, which begins at the
-    normal distribution's, goes up by rate · quantile whenever a loss is below the floor, and else down, so that in the
-    long run a share `quantile` lies below.
+    normal distribution's, goes down by rate · (1 − quantile) whenever a loss is below the floor, and else up by
+    rate · quantile, so that in the long run a share `quantile` lies below.
 
     Attributes:
         quantile: share of losses below the floor, within (0, 1).
