@@ -42,7 +42,7 @@ def dense_knots(deltas: list[torch.Tensor], *_: Any) -> tuple[Any, ...]:
     return list(parts), lambda core: u[:, :k] @ core
 
 
-def ties(matrices: list[torch.Tensor], weights: list[float], density: float) -> torch.Tensor:
+def ties(matrices: list[torch.Tensor], weights: list[float], density: float, majority_sign: str) -> torch.Tensor:
     """Written entry by entry."""
     trimmed = []
     for x in matrices:
@@ -51,28 +51,32 @@ def ties(matrices: list[torch.Tensor], weights: list[float], density: float) -> 
     out = torch.zeros_like(matrices[0])
     for index in torch.cartesian_prod(*map(torch.arange, out.shape)).tolist():
         values = [(float(x[tuple(index)]), weight) for x, weight in zip(trimmed, weights, strict=True)]
-        sign = 1 if sum(x for x, _ in values) >= 0 else -1
+        total = sum(x for x, _ in values)
+        votes = sum((x > 0) - (x < 0) for x, _ in values) if majority_sign == "frequency" else total
+        sign = 1 if (votes or total) >= 0 else -1
         agree = [x * weight for x, weight in values if x * sign > 0]
         out[tuple(index)] = sum(agree) / max(len(agree), 1)
     return out
 
 
+@pytest.mark.parametrize("majority_sign", ["total", "frequency"])
+@pytest.mark.parametrize(("m", "n"), [(14, 11), (4, 11), (14, 4)])  # of 5 directions together, or 4
 @pytest.mark.parametrize(("method", "space"), [("core_ties", dense_core), ("knots", dense_knots)])
 def test_ties_in_a_subspace_is_that_of_its_definition_on_dense_matrices(
-    tmp_path: Path, method: str, space: Any
+    tmp_path: Path, method: str, space: Any, m: int, n: int, majority_sign: str
 ) -> None:
-    factors = [random_factors(14, 11, r, seed) for seed, r in enumerate((3, 2))]
+    factors = [random_factors(m, n, r, seed) for seed, r in enumerate((3, 2))]
     weights, alphas = [0.7, -0.4], [6, 5]
     folders = [
         layer_adapter(tmp_path / str(i), {"x.q": pair}, r=len(pair[1]), lora_alpha=alpha)
         for i, (pair, alpha) in enumerate(zip(factors, alphas, strict=True))
     ]
-    [module] = merge(folders, weights, tmp_path / "out", method=method).values()
+    [module] = merge(folders, weights, tmp_path / "out", method=method, majority_sign=majority_sign).values()
     deltas = [update(folder)["base_model.model.x.q"] for folder in folders]
     matrices, back = space(deltas, [b.double() for b, _ in factors], [a.double() for _, a in factors])
-    wanted = back(ties(matrices, weights, 0.5))
+    wanted = back(ties(matrices, weights, 0.5, majority_sign))
     assert relative(update(tmp_path / "out")["base_model.model.x.q"], wanted) < 64 * EPS
-    assert module.r == 5
+    assert module.r == min(5, m, n)
     assert 0 < module.agreement < 1
 
 

@@ -41,7 +41,8 @@ def combine(
         weights: what each is multiplied by, after signs are elected.
         how: what to leave out, and whether signs are elected.
         density: share of entries that stay.
-        sign: "total" for the sign of the sum, "frequency" for the more frequent one; a draw is positive.
+        sign: "total" for the sign of the sum, "frequency" for the more frequent one; a draw is positive or, in bases
+            of singular vectors, has the sign of the sum.
         draw: gives the masks of a random sparsification, called once per matrix, in order.
     """
     if how.sparsify and density < 1:
@@ -53,6 +54,8 @@ def combine(
         return Combined(weighted.sum(0), None)
     signs = stacked.sign()
     votes = (stacked if sign == "total" else signs).sum(0)
+    if how.space in ("core", "knots"):  # signs of singular vectors are arbitrary: "positive" would be by chance
+        votes = votes + stacked.sum(0).sign() / 2
     agree = signs == torch.where(votes >= 0, 1, -1)
     count = agree.sum(0)
     cast = int(signs.count_nonzero())

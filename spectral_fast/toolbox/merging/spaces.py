@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from spectral_fast.kernels.batched_svd import batched_svd
 from spectral_fast.kernels.lowrank_svd import Factored
@@ -69,9 +70,11 @@ def by_core(modules: Sequence[Tasks], names: Sequence[str], combine: Combine) ->
     combined = []
     for tasks, tall, flat in zip(modules, left, right, strict=True):
         rows = torch.split(_u(flat) * flat.s, [len(task.a) for task in tasks])  # A_i V
+        p, q = _directions(tall.s), _directions(flat.s)
         pairs = zip(tasks, _coordinates(tall, tasks), rows, strict=True)
-        cores = [_without_rounding(task, task.scaling * (x @ y)) for task, x, y in pairs]
-        combined.append(combine(cores, [task.weight for task in tasks]))
+        cores = [_without_rounding(task, task.scaling * (x[:p] @ y[:, :q])) for task, x, y in pairs]
+        core, agreement = combine(cores, [task.weight for task in tasks])
+        combined.append(Combined(pad(core, (0, len(flat.s) - q, 0, len(tall.s) - p)), agreement))
     return _recomposed(left, [x.matrix for x in combined], right, [x.agreement for x in combined])
 
 
@@ -86,7 +89,7 @@ def by_knots(modules: Sequence[Tasks], names: Sequence[str], combine: Combine) -
         concatenated.append(torch.cat([task.scaling * part @ (_u(x) * x.s) for task, part, x in each], 1))
     products, as_, agreements = [], [], []
     for tasks, tall, parts, (w, s, _) in zip(modules, left, columns, _small_svds(concatenated), strict=True):
-        w = w[:, : max(1, int(_present(s).sum()))]  # the rest has no direction
+        w = w[:, : _directions(s)]
         pairs = [(task, (task.scaling * (w.mT @ part)).to(task.a)) for task, part in zip(tasks, parts, strict=True)]
         rows = [_without_rounding(task, x @ task.a) for task, x in pairs]
         merged, agreement = combine(rows, [task.weight for task in tasks])
@@ -172,6 +175,11 @@ def _v(spectrum: Spectrum) -> Tensor:
 def _present(s: Tensor) -> Tensor:
     """1 where a singular value is not zero, but for rounding; s descends."""
     return (s > len(s) * EPS32 * s[:1]).to(s)
+
+
+def _directions(s: Tensor) -> int:
+    """How many are present, one at least: the others have no entries to count, keep or drop."""
+    return max(1, int(_present(s).sum()))
 
 
 def _small_svds(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
