@@ -277,6 +277,23 @@ def test_ranks_that_share_their_means_decide_the_same() -> None:
     assert torch.equal(ranks[0].sketch.basis, ranks[1].sketch.basis)
 
 
+@pytest.mark.parametrize("kind", [HeadGradientGate, NoveltyAndLossGate])
+def test_the_mean_of_the_ranks_sketches_is_scaled_to_length_1(kind: type[HeadGradientGate]) -> None:
+    made = kind(H, V, m=64, k=8, k_topk=V, burn_in=9)
+    made.update(made.embed(*batch()))
+    mine, other = batch(1), made.embed(*batch(2))
+    shown: list[Tensor] = []
+
+    def mean(x: Tensor) -> Tensor:
+        shown.append((x + torch.cat([x[: len(x) - 64], other])) / 2)
+        return shown[0]
+
+    made.decide(1.0, *mine, mean)
+    z = shown[0][-64:]
+    assert float(z.norm()) < 0.9
+    assert made.last_novelty == pytest.approx(made.novelty(z / z.norm()), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
