@@ -13,6 +13,10 @@
 
     toolbox.py    resize and inspect, file to file
     head.py       the subspace gate's look       stream.py   the directions that it keeps
+
+Experiments on the embedded model, commands of their own:
+
+    experiment.py what they share                adaptive.py adaptive ranks beside one rank
     spline.py     LS-LoRA beside LoRA            gate.py     gated training beside random skipping
     novelty.py    a gate, watched
 

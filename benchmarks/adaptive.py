@@ -7,13 +7,9 @@ answers the embedded held-out problems. Arms are compared problem by problem wit
 
 from __future__ import annotations
 
-import argparse
-import csv
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -21,16 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import commit, hardware
+from benchmarks.experiment import SEEDS, Answers, answer, parser_of, train_on_problems, write_table
 from benchmarks.timing import ROOT
-from spectral_fast import ModelOptions, embedded
-from spectral_fast.embedded.problems import stream
-from spectral_fast.evaluation.adapters import evaluate_adapters
 from spectral_fast.evaluation.comparison import Comparison, compare
-from spectral_fast.evaluation.engines import EngineOptions
-from spectral_fast.evaluation.evaluate import read_correct
-from spectral_fast.evaluation.profiles import EvaluationOptions
-from spectral_fast.training import load, train
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptive-ranks.csv"
 UNIFORM, RANK = "uniform", 8
@@ -41,13 +30,11 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "source": {**ADAPTIVE, "rank_preset": "source"},
     "paper_all": {**ADAPTIVE, "rank_preset": "paper", "top_n_percentile": 1.0},  # no layer is left out
 }
-BATCH, STEPS, SEEDS = 8, 120, 3
+BATCH, STEPS = 8, 120
 TRAINING = (
     f"--num_train_epochs 1 --per_device_train_batch_size {BATCH} --learning_rate 5e-3 --warmup_steps 10 "
     "--train_sampling_strategy group_by_length --no_gradient_checkpointing --save_strategy no --logging_steps 50"
 )
-
-Answers = dict[Any, bool]
 
 
 @dataclass(frozen=True)
@@ -79,27 +66,8 @@ def train_and_answer(
     arm: Mapping[str, Any], seed: int, folder: Path, steps: int, problems: int
 ) -> tuple[dict[str, Any], Answers]:
     """What `train` gives for the flags of an arm, and the answers of its adapter, which stays in the folder."""
-    rows = islice(stream(2, seed=1000 + seed, held_out=False), steps * BATCH)
-    data = folder / "train.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    base = str(embedded.base_model_dir())
-    flags = {
-        "model_name_or_path": base,
-        "train_dataset_path": str(data),
-        "cache_dir": str(folder / "cache"),
-        "lora_dropout": 0.0,
-        **arm,
-    }
-    trained = train(load(None, flags, [*TRAINING.split(), "--seed", str(seed), "--output_dir", str(folder / "run")]))
-    [result] = evaluate_adapters(
-        base,
-        {None: Path(trained["final_checkpoint"])},
-        folder,
-        ModelOptions(),
-        EvaluationOptions(eval_data=str(embedded.heldout_file()), max_samples=problems, fewshot=0, max_tokens=110),
-        EngineOptions(engine="transformers"),
-    ).values()
-    return trained, read_correct(result["predictions_path"])
+    trained = train_on_problems(arm, TRAINING.split(), seed, steps * BATCH, folder)
+    return trained, answer(trained["final_checkpoint"], folder, problems)
 
 
 def table(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -148,11 +116,10 @@ def shares(answers: Sequence[Answers]) -> dict[Any, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, compare; print the table and write it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.adaptive", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.adaptive", __doc__, RESULTS)
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of batches of {BATCH} (default: {STEPS})")
     parser.add_argument("--problems", type=int, default=-1, help="held-out problems (default: all 512)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write (default: %(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     runs = []
@@ -161,15 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with TemporaryDirectory() as folder:
                 runs.append(run(arm, seed, Path(folder), args.steps, args.problems))
             print(f"{arm}, seed {seed}: {fmean(runs[-1].correct.values()):.4f}", file=sys.stderr, flush=True)
-    words = ["python -m benchmarks.adaptive", *(argv if argv is not None else sys.argv[1:])]
-    made = {"steps": args.steps, "batch": BATCH, "commit": commit(), "command": " ".join(words), **hardware()}
-    rows = [{**row, **made} for row in table(runs)]
-    for row in rows:
-        print("  ".join(f"{row[name]!s:>9}" for name in list(row)[:14]))
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(table(runs), {"steps": args.steps, "batch": BATCH}, args.out, "benchmarks.adaptive", argv)
     return 0
 
 

@@ -8,33 +8,23 @@ accepted micro-batches, or at as much data seen. A gate and its random control h
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.machine import commit, hardware
+from benchmarks.experiment import SEEDS, answer, interval, parser_of, train_on_problems, write_table
 from benchmarks.timing import ROOT
-from spectral_fast import ModelOptions, embedded
+from spectral_fast import embedded
 from spectral_fast.atomic import replace_file
-from spectral_fast.embedded.problems import stream
-from spectral_fast.evaluation.adapters import evaluate_adapters
 from spectral_fast.evaluation.comparison import compare
-from spectral_fast.evaluation.engines import EngineOptions
-from spectral_fast.evaluation.evaluate import read_correct
-from spectral_fast.evaluation.profiles import EvaluationOptions
-from spectral_fast.training import load, train
 
 RESULTS = ROOT / "benchmarks" / "results" / "gate.csv"
 PICTURE = ROOT / "docs" / "pictures" / "gate.png"
@@ -42,7 +32,7 @@ ALL, RANDOM = "all", "random"
 GATES = {"novelty": "novelty", "loss_floor": "loss floor", "both": "novelty and loss floor"}
 LABELS = {ALL: "no gate", **GATES, RANDOM: "random, as many"}
 COLOURS = {ALL: "#222222", "novelty": "#0072b2", "loss_floor": "#009e73", "both": "#cc79a7", RANDOM: "#d55e00"}
-BATCH, STEPS, SEEDS, BURN_IN, TARGET = 4, 240, 3, 32, 0.4
+BATCH, STEPS, BURN_IN, TARGET = 4, 240, 32, 0.4
 SAME = 0.03  # shares that differ by no more have one random control
 EVERY, HELD_OUT, PROBLEMS = 24, 96, 256
 TRAINING = (
@@ -52,7 +42,6 @@ TRAINING = (
 )
 # The threshold has 240 micro-batches to settle in, not tens of thousands: it moves in larger steps.
 GATE = {"slora_burn_in": BURN_IN, "slora_novelty_ema_rate": 0.05}
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}  # of Student's t, by degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -98,44 +87,30 @@ class Run:
 
 def run(arm: str, seed: int, folder: Path, steps: int, problems: int, share: float | None = None) -> Run:
     """Train and evaluate one adapter; `share` is what a random gate shall accept."""
-    data, out = folder / "train.jsonl", folder / "run"
-    rows = islice(stream(2, seed=1000 + seed, held_out=False), steps * BATCH)
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     flags: dict[str, Any] = {
-        "model_name_or_path": str(embedded.base_model_dir()),
-        "train_dataset_path": str(data),
         "val_dataset_path": str(embedded.heldout_file()),
         "val_samples": HELD_OUT,
-        "cache_dir": str(folder / "cache"),
         "lora_r": 8,
         "lora_alpha": 16,
-        "lora_dropout": 0.0,
     }
     if arm != ALL:
         own = {"slora_enable": True, "slora_gate": arm, "slora_seed": seed, "slora_target_novelty": share or TARGET}
         flags |= {**GATE, **own, "slora_burn_in": min(BURN_IN, steps - 1)}
-    words = [*TRAINING.split(), "--seed", str(seed), "--max_steps", str(steps), "--eval_steps", str(min(EVERY, steps))]
-    trained = train(load(None, flags, [*words, "--output_dir", str(out)]))
+    words = [*TRAINING.split(), "--max_steps", str(steps), "--eval_steps", str(min(EVERY, steps))]
+    trained = train_on_problems(flags, words, seed, steps * BATCH, folder)
+    out = Path(trained["output_dir"])
     accepts = [True] * steps
     if arm != ALL:
         accepts = json.loads((out / "gate_metrics.json").read_text(encoding="utf-8"))["accept_history"]
     history = json.loads((out / "log_history.json").read_text(encoding="utf-8"))
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    [result] = evaluate_adapters(
-        flags["model_name_or_path"],
-        {None: Path(trained["final_checkpoint"])},
-        folder,
-        ModelOptions(),
-        EvaluationOptions(eval_data=flags["val_dataset_path"], max_samples=problems, fewshot=0, max_tokens=110),
-        EngineOptions(engine="transformers"),
-    ).values()
     return Run(
         arm=arm,
         seed=seed,
         share=fmean(accepts[BURN_IN:] or accepts),
         curve=[(step, sum(accepts[:step]), loss) for step, loss in sorted(losses.items())],
         seconds=trained["seconds"],
-        correct=read_correct(result["predictions_path"]),
+        correct=answer(trained["final_checkpoint"], folder, problems),
     )
 
 
@@ -196,14 +171,6 @@ def _along(found: Run, control: Run) -> float:
     return fmean(found.loss_at(n) - control.loss_at(n) for n in range(min(BURN_IN, last), last + 1))
 
 
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """95 % for the mean of paired differences, by Student's t; NaN for a single one."""
-    if len(differences) < 2:
-        return math.nan, math.nan
-    half = T_975[len(differences) - 1] * stdev(differences) / math.sqrt(len(differences))
-    return fmean(differences) - half, fmean(differences) + half
-
-
 def verdict(row: Mapping[str, Any]) -> str:
     """Whether the gate beats skipping at random, in words: only if both the end and the curve say so."""
     ends = f"loss {row['minus_random']} ({row['low']} to {row['high']}) against random skipping at the end"
@@ -243,12 +210,11 @@ def draw(runs: Sequence[Run], file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, compare; print the table, write it, draw the curves."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.gate", __doc__, RESULTS)
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"micro-batches of {BATCH} (default: {STEPS})")
     parser.add_argument("--problems", type=int, default=PROBLEMS, help="held-out problems to answer (default: 256)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write (default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="PNG to write (default: %(default)s)")
     parser.add_argument("--keep", type=Path, help="folder with a file per run: what is there is not done again")
     args = parser.parse_args(argv)
@@ -280,16 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             pairs.append((found, near[0], every))
             drawn.append(found)
         drawn += [every, controls[0]]
-    words = ["python -m benchmarks.gate", *(argv if argv is not None else sys.argv[1:])]
-    made = {"batch": BATCH, "burn_in": BURN_IN, "target": TARGET, "commit": commit(), "command": " ".join(words)}
-    rows = [{**row, **made, **hardware()} for row in table(pairs)]
-    for row in rows:
-        print("  ".join(f"{row[name]!s:>10}" for name in list(row)[:23]))
+    made = {"batch": BATCH, "burn_in": BURN_IN, "target": TARGET}
+    rows = write_table(table(pairs), made, args.out, "benchmarks.gate", argv)
     print(*map(verdict, rows[-len(GATES) :]), sep="\n")
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
     draw(drawn, args.picture)
     return 0
 

@@ -7,20 +7,17 @@ directions of accepted ones in the same way: the novelty that the gate's stands 
 
 from __future__ import annotations
 
-import argparse
-import csv
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.machine import commit, hardware
+from benchmarks.experiment import parser_of, write_table
 from benchmarks.timing import ROOT
 from spectral_fast import ModelOptions, embedded
 from spectral_fast.calibration.data import IGNORED, encode_question_answer
@@ -121,27 +118,19 @@ def table(found: Sequence[Look]) -> Iterator[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, watch; print the table and write it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.novelty", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.novelty", __doc__, RESULTS)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"micro-batches of {BATCH} (default: {STEPS})")
     parser.add_argument("--burn_in", type=int, default=BURN_IN, help=f"(default: {BURN_IN})")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write (default: %(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = list(looks(args.steps, args.burn_in))
-    words = ["python -m benchmarks.novelty", *(argv if argv is not None else sys.argv[1:])]
-    made = {"batch": BATCH, "burn_in": args.burn_in, "commit": commit(), "command": " ".join(words), **hardware()}
-    rows = [{**row, **made} for row in table(found)]
-    for row in rows:
-        print("  ".join(f"{row[name]!s:>10}" for name in list(row)[:9]))
+    made = {"batch": BATCH, "burn_in": args.burn_in}
+    rows = write_table(table(found), made, args.out, "benchmarks.novelty", argv)
     settled = found[args.burn_in + 4 * BLOCK :]
     if settled:
         print(f"accepted of the {len(settled)} last: {fmean(x.accepted for x in settled):.3f}")
         within = [float(row["rank_correlation"]) for row in rows if row["until"] > args.burn_in + BLOCK]
         print(f"rank correlation of the two novelties within blocks, mean: {fmean(within):+.3f}")
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
     return 0
 
 

@@ -7,23 +7,20 @@ held-out problems, whose loss is taken, too. Arms are compared with LoRA problem
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from scipy.stats import t
 
-from benchmarks.adaptive import BATCH, SEEDS, STEPS, Answers, columns, shares, train_and_answer
-from benchmarks.machine import commit, hardware
+from benchmarks.adaptive import BATCH, STEPS, columns, shares, train_and_answer
+from benchmarks.experiment import SEEDS, Answers, interval, parser_of, write_table
 from benchmarks.timing import ROOT
 from spectral_fast import embedded
 from spectral_fast.calibration.data import encode_question_answer
@@ -119,7 +116,7 @@ def _row(arm: str, seed: str, runs: Sequence[Run], baselines: Mapping[int, Run])
     accuracy = [fmean(run.correct.values()) - fmean(baselines[run.seed].correct.values()) for run in runs]
     loss = [run.losses["eval_loss"] - baselines[run.seed].losses["eval_loss"] for run in runs]
     for name, differences in (("accuracy", accuracy), ("eval_loss", loss)):
-        low, high = _interval(differences)
+        low, high = ("" if math.isnan(end) else f"{end:+.4f}" for end in interval(differences))
         row |= {f"{name}_seeds": f"{fmean(differences):+.4f}", f"{name}_low": low, f"{name}_high": high}
     return row | {name: f"{fmean(run.facts[name] for run in runs):.4f}" if runs[0].facts else "" for name in FACTS}
 
@@ -127,22 +124,12 @@ def _row(arm: str, seed: str, runs: Sequence[Run], baselines: Mapping[int, Run])
 FACTS = (*OF_SPLINES, "reach")
 
 
-def _interval(differences: Sequence[float]) -> tuple[str, str]:
-    """Of their mean, at 95 %, by Student's t over the seeds; nothing for one seed."""
-    n = len(differences)
-    if n < 2:
-        return "", ""
-    half = float(t.ppf(0.975, n - 1)) * stdev(differences) / math.sqrt(n)
-    return f"{fmean(differences) - half:+.4f}", f"{fmean(differences) + half:+.4f}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, compare; print the table, write it and the picture of the splines of the first seed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.spline", description=__doc__.splitlines()[0])
+    parser = parser_of("benchmarks.spline", __doc__, RESULTS)
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of batches of {BATCH} (default: {STEPS})")
     parser.add_argument("--problems", type=int, default=-1, help="held-out problems (default: all 512)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV to write (default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="PNG to write (default: %(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -154,15 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = f"{fmean(runs[-1].correct.values()):.4f}, {runs[-1].losses} {runs[-1].facts}"
             print(f"{arm}, seed {seed}: {found}", file=sys.stderr, flush=True)
     save_spline_picture(args.picture, next(run.splines for run in runs if run.arm == "piecewise"))
-    words = ["python -m benchmarks.spline", *(argv if argv is not None else sys.argv[1:])]
-    made = {"steps": args.steps, "batch": BATCH, "commit": commit(), "command": " ".join(words), **hardware()}
-    rows = [{**row, **made} for row in table(runs)]
-    for row in rows:
-        print("  ".join(f"{row[name]!s:>9}" for name in row if name not in made))
-    with args.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(table(runs), {"steps": args.steps, "batch": BATCH}, args.out, "benchmarks.spline", argv)
     return 0
 
 
