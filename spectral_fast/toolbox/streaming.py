@@ -13,6 +13,7 @@ from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.pipeline import in_order
 
 R = TypeVar("R")
+S = TypeVar("S")
 T = TypeVar("T")
 Batch = list[LoraModule]
 Factors = list[tuple[Tensor, Tensor]]
@@ -41,19 +42,41 @@ def streamed(
             the factors; they are the next batch's when the result after its own is asked for.
         progress: wraps the list of modules.
     """
-    threads = torch.get_num_threads()
-    sizes = [adapter.size_of(module) for module in modules]
+    with in_batches(modules, adapter.size_of, adapter.read, work, progress, torch.get_num_threads()) as results:
+        yield results
+
+
+@contextmanager
+def in_batches(
+    items: Sequence[T],
+    size_of: Callable[[T], int],
+    read: Callable[[T, Tensor], S],
+    work: Callable[[list[T], list[S]], R],
+    progress: Callable[[Sequence[T]], Iterable[T]],
+    threads: int,
+) -> Iterator[Iterator[R]]:
+    """`streamed`, of any items, by some threads.
+
+    Args:
+        items: what to go through.
+        size_of: bytes of memory that an item takes.
+        read: called in a thread with an item and memory, uint8, as large as that or larger.
+        work: called in the same thread with a batch of items and what was read of them.
+        progress: wraps the list of items.
+        threads: how many batches are in work at a time.
+    """
+    sizes = [size_of(item) for item in items]
     room = min(max([BATCH_BYTES, *sizes]), sum(sizes))
     slots = [torch.empty(room, dtype=torch.uint8) for _ in range(threads + 1)]
 
-    def read_and_work(batch: Batch, memory: Tensor) -> R:
-        factors, begin = [], 0
-        for module in batch:
-            factors.append(adapter.read(module, memory[begin:]))
-            begin += adapter.size_of(module)
-        return work(batch, factors)
+    def read_and_work(batch: list[T], memory: Tensor) -> R:
+        found, begin = [], 0
+        for item in batch:
+            found.append(read(item, memory[begin:]))
+            begin += size_of(item)
+        return work(batch, found)
 
-    with in_order(read_and_work, batches(progress(modules), adapter.size_of), slots, threads) as results:
+    with in_order(read_and_work, batches(progress(items), size_of), slots, threads) as results:
         yield results
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,13 +18,12 @@ from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.adapter.creation import check_out_dir, creating
 from spectral_fast.adapter.folder import is_finite
 from spectral_fast.backends import chosen_backends
-from spectral_fast.pipeline import in_order
 from spectral_fast.provenance import versions
 from spectral_fast.toolbox.merging.maker import Maker
 from spectral_fast.toolbox.merging.options import MergeOptions
 from spectral_fast.toolbox.merging.plan import Plan, in_model_order
 from spectral_fast.toolbox.merging.spaces import Task, Tasks
-from spectral_fast.toolbox.streaming import BATCH_BYTES, batches
+from spectral_fast.toolbox.streaming import in_batches
 
 META = "merge_meta.json"
 R = TypeVar("R")
@@ -198,18 +198,8 @@ class _Stream:
         how = self._options.how
         maker = Maker(self._options, self._scaling)
         threads = 1 if how.sparsify == "random" or how.space == "dense" else torch.get_num_threads()
-        room = min(max([BATCH_BYTES, *self._sizes.values()]), sum(self._sizes.values()))
-        slots = [torch.empty(room, dtype=torch.uint8) for _ in range(threads + 1)]
-
-        def read_and_work(names: Names, memory: Tensor) -> R:
-            begin, modules = 0, []
-            for name in names:
-                modules.append(self._tasks(name, memory[begin:]))
-                begin += self._sizes[name]
-            return work(maker, names, modules)
-
-        items = batches(progress(self.names), self._sizes.__getitem__)
-        with in_order(read_and_work, items, slots, threads) as results:
+        size_of = self._sizes.__getitem__
+        with in_batches(self.names, size_of, self._tasks, partial(work, maker), progress, threads) as results:
             yield results
 
     def _tasks(self, name: str, memory: Tensor) -> list[Task]:
