@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,14 @@ class SplineOptions:
 
     def grid(self) -> Tensor:
         """The knots, (num_knots,) float32."""
-        return torch.linspace(self.k_min, self.k_max, self.num_knots)
+        return torch.linspace(self.k_min, self.k_max, self.num_knots, dtype=torch.float32)
 
     def initial(self) -> dict[str, Tensor]:
         """Name -> value of the three parameters at the start, float32."""
         grid = self.grid()
         values = grid + 0.2 * torch.sin(torch.pi * grid) if self.spline_init == "sine" else grid
-        return {VALUES: values, INPUT_SCALE: torch.ones(1), OUTPUT_SCALE: torch.full((1,), self.spline_output_scale)}
+        one = torch.ones(1, dtype=torch.float32)
+        return {VALUES: values, INPUT_SCALE: one, OUTPUT_SCALE: self.spline_output_scale * one}
 
     def apply(
         self, z: Tensor, values: Tensor, input_scale: Tensor, output_scale: Tensor, base: Tensor | None = None
@@ -91,7 +93,7 @@ class SplineOptions:
             base: what it is added to, in whose dtype the result is then.
         """
         if self.spline_tanh:
-            z, input_scale = torch.tanh(z * input_scale), torch.ones_like(input_scale)
+            z, input_scale = torch.tanh(z * input_scale).to(z.dtype), torch.ones_like(input_scale)
         result: Tensor = spline(
             z,
             values,
@@ -169,7 +171,8 @@ class Spline:
 
     def __call__(self, z: Tensor) -> Tensor:
         """What becomes of LoRA's output z, any shape."""
-        return self.options.apply(z, self.values, torch.tensor([self.input_scale]), torch.tensor([self.output_scale]))
+        scales = (self.values.new_tensor([scale]) for scale in (self.input_scale, self.output_scale))
+        return self.options.apply(z, self.values, *scales)
 
     @property
     def deviation(self) -> float:
@@ -216,9 +219,20 @@ def read_splines(folder: Path | str) -> dict[str, Spline]:
         FileNotFoundError: one of the two is missing.
         ValueError: a file is broken, or it is another adapter.
     """
-    file = SafetensorsFile(Path(folder) / "adapter_model.safetensors")
-    options = options_of(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")))
-    names = [key.removesuffix(f".{VALUES}") for key in file.tensors if key.endswith(f".{VALUES}")]
+    path = Path(folder)
+    file = SafetensorsFile(path / "adapter_model.safetensors")
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != PEFT_TYPE:
+        raise ValueError(f"{path} has no splines: adapter_config.json should say peft_type {PEFT_TYPE}, got {kind!r}")
+    options = options_of(config)
+    names = [key.removesuffix(".lora_A.weight") for key in file.tensors if key.endswith(".lora_A.weight")]
     if not names:
-        raise ValueError(f"{folder} has no splines: it should be an adapter that `train --use_spline` wrote")
+        raise ValueError(f"{file.path} has no splines, and no layers of an adapter either")
+    shapes = {VALUES: (options.num_knots,), INPUT_SCALE: (1,), OUTPUT_SCALE: (1,)}
+    for name, (part, shape) in product(names, shapes.items()):
+        held = file.tensors.get(f"{name}.{part}")
+        if held is None or held.shape != shape:
+            got = "nothing" if held is None else held.shape
+            raise ValueError(f"{file.path} should have {name}.{part} of shape {shape}, got {got}")
     return {name: Spline.of(lambda part, name=name: file.read(f"{name}.{part}"), options) for name in names}  # type: ignore[misc]

@@ -140,6 +140,38 @@ def test_adapters_are_switched_combined_disabled_mixed_and_deleted(saved: Path) 
         splined().add_adapter("plain", LoraConfig(target_modules=["q_proj"]))
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_neither_kind_is_put_into_the_layers_of_the_other() -> None:
+    plain, spline = (config(target_modules=["q_proj"]) for config in (LoraConfig, LSLoraConfig))
+    for first, second, complaint in (
+        (plain, spline, "has plain LoRA where the LS-LoRA 'second' shall be"),
+        (spline, plain, "has LS-LoRA where the plain LoRA 'second' shall be"),
+    ):
+        model = tiny_llama()
+        model.add_adapter(first, "first")  # transformers' own way, which does not look at the kinds
+        with pytest.raises(ValueError, match=complaint):
+            model.add_adapter(second, "second")
+
+
+def test_without_a_name_the_active_adapter_is_meant() -> None:
+    model = splined(spline_reg_weight=1.0)
+    model.add_adapter("other", LSLoraConfig(target_modules=["q_proj"], num_knots=7, spline_reg_weight=2.0))
+    randomise(model, 9, "other")
+    for name, layers in (("default", 9), ("other", 3)):
+        model.set_adapter(name)
+        assert len(splines_of(model)) == layers
+        assert sum(p.requires_grad for p in spline_parameters(model)) == 3 * layers
+        assert spline_penalty(model).requires_grad
+        assert torch.equal(spline_penalty(model), spline_penalty(model, name))
+        off = [spline.values - spline.options.grid() for spline in splines_of(model, name).values()]
+        wanted = torch.stack(off).square().mean().item()
+        assert spline_penalty(model).item() == pytest.approx((1 if name == "default" else 2) * wanted, rel=1e-5)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="several LS-LoRA adapters are active, default, other: say which"):
+        spline_penalty(model)
+    assert len(splines_of(model, "other")) == 3
+
+
 def test_merging_and_converting_are_refused(saved: Path) -> None:
     model = splined()
     layer = model.get_submodule(LAYER)
@@ -170,16 +202,29 @@ def test_nothing_here_takes_it_for_plain_lora(saved: Path, tmp_path: Path, capsy
         Adapter.open(saved)
     with pytest.raises(ValueError, match=rf"{words}.*eval --engine transformers"):
         served_rank([saved], None)
-    where = ["--lora_path", str(saved), "--out_dir", str(tmp_path / "out")]
+    adapter, plain = str(saved), str(embedded.adapter_dir())
     base = ["--base_model", str(embedded.base_model_dir())]
     for command in (
-        ["prune", "--keep_ratio", "0.5"],
-        ["probe", *base],
-        ["edit", *base],
-        ["edit", "--mode", "random_index"],
+        ["inspect", "--lora_path", adapter],
+        ["diff", plain, adapter],
+        ["diff", adapter, plain],
+        ["lm-eval", "--lora_dir", adapter, *base],
     ):
-        assert main([*command, *where]) != 0
-        assert "LS-LoRA" in capsys.readouterr().err
+        assert main(command) != 0
+        assert words in capsys.readouterr().err
+    for command in (
+        ["prune", "--lora_path", adapter, "--keep_ratio", "0.5"],
+        ["resize", "--lora_path", adapter, "--rank", "2"],
+        ["clip", "--lora_path", adapter],
+        ["export", "--lora_path", adapter, "--bake_scaling"],
+        ["merge", "--lora_path", plain, adapter, "--weights", "1", "1"],
+        ["probe", "--lora_path", adapter, *base],
+        ["edit", "--lora_path", adapter, *base],
+        ["edit", "--lora_path", adapter, "--mode", "random_index"],
+    ):
+        assert main([*command, "--out_dir", str(tmp_path / "out")]) != 0
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LORA"}))
     for splines in (False, True):
@@ -207,7 +252,7 @@ def test_an_adapter_without_its_splines_is_refused(saved: Path) -> None:
     (saved / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LSLORA"}))
     with pytest.raises(ValueError, match="damaged, or none of LS-LoRA"):
         PeftModel.from_pretrained(tiny_llama(), str(saved))
-    with pytest.raises(ValueError, match="has no splines"):
+    with pytest.raises(ValueError, match=rf"should have \S+{VALUES} of shape \(5,\), got nothing"):
         read_splines(saved)
 
 
@@ -282,6 +327,13 @@ def test_half_precision_leaves_the_splines_in_float32() -> None:
     fresh = get_peft_model(tiny_llama(dtype=torch.bfloat16), LSLoraConfig(target_modules=TARGETS, num_knots=10))
     assert {p.dtype for p in spline_parameters(model)} == {torch.float32}
     assert splines_of(fresh)[LAYER].deviation == 0  # bfloat16 has no 1/3
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        fresh = get_peft_model(tiny_llama(), LSLoraConfig(target_modules=TARGETS, num_knots=10))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in spline_parameters(fresh)} == {torch.float32}
+    assert splines_of(fresh)[LAYER].deviation == 0
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(input_ids=IDS, labels=IDS)
     assert out.logits.dtype == torch.bfloat16

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from spectral_fast.lslora import (
     PRESETS,
     LSLoraConfig,
     SplineLayer,
+    SplineOptions,
     read_splines,
     spline_penalty,
     splines_of,
@@ -76,7 +79,7 @@ def test_the_penalty_is_the_formula(kind: str) -> None:
     assert all(
         getattr(layer, VALUES)["default"].grad.any() for layer in model.modules() if isinstance(layer, SplineLayer)
     )
-    with pytest.raises(ValueError, match="has no LS-LoRA adapter 'default'"):
+    with pytest.raises(ValueError, match="has no LS-LoRA adapter that is active"):
         spline_penalty(with_lora(tiny_llama()))
 
 
@@ -94,6 +97,27 @@ def test_facts_of_splines_on_disk_are_those_in_the_model(saved: Path) -> None:
     z = torch.linspace(-4, 4, 33)
     wanted = facts["output_scale"] * np.interp(facts["input_scale"] * z.clamp(-3, 3).numpy(), k, v)
     np.testing.assert_allclose(spline(z).numpy(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_knots": 7}, rf"should have \S+{VALUES} of shape \(7,\), got \(5,\)"),
+        ({"peft_type": "LORA"}, "should say peft_type LSLORA, got 'LORA'"),
+        (None, "should say peft_type LSLORA, got None"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_splines_is_refused(saved: Path, change: Any, complaint: str) -> None:
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps([] if change is None else json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=complaint):
+        read_splines(saved)
+
+
+def test_with_tanh_the_dtype_stays_too() -> None:
+    options = SplineOptions(spline_tanh=True)
+    z = torch.linspace(-2, 2, 9, dtype=torch.bfloat16)
+    assert options.apply(z, *options.initial().values()).dtype == torch.bfloat16
 
 
 def test_the_picture_shows_every_kind_of_module(saved: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 
+from spectral_fast.lslora.config import LSLoraConfig
 from spectral_fast.splines import PARAMETERS, Spline, SplineOptions
 
 NO_MERGE = (
@@ -55,11 +56,20 @@ class SplineLayer(lora.LoraLayer):  # type: ignore[misc]
         """The only one."""
         return SplineVariant()
 
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter."""
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        """Add an adapter.
+
+        Raises:
+            ValueError: it is one of plain LoRA.
+        """
+        if not isinstance(config, LSLoraConfig):
+            raise ValueError(
+                f"the model has LS-LoRA where the plain LoRA {adapter_name!r} shall be, which is without a spline: "
+                "take it off first"
+            )
         if not hasattr(self, "spline_options"):
             self.spline_options: dict[str, SplineOptions] = {}
-        super().update_layer(*args, **kwargs)
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
 
     def spline(self, adapter_name: str) -> Spline:
         """A copy of an adapter's spline, on the CPU."""

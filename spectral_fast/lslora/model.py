@@ -22,6 +22,16 @@ class LSLoraModel(LoraModel):  # type: ignore[misc]
 
     tuner_layer_cls = SplineLayer
 
+    def _create_and_replace(
+        self, lora_config: LSLoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(target, LoraLayer) and not isinstance(target, SplineLayer):
+            raise ValueError(
+                f"the model has plain LoRA where the LS-LoRA {adapter_name!r} shall be, which would have no spline "
+                "there: take it off first"
+            )
+        super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
+
     @staticmethod
     def _create_new_module(lora_config: LSLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
         made = spline_layer(target)
@@ -78,31 +88,47 @@ def register() -> None:
     PEFT_TYPE_TO_PREFIX_MAPPING[SplineType.LSLORA] = LSLoraModel.prefix
 
 
-def _layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, SplineLayer]]:
-    for name, module in model.named_modules():
-        if isinstance(module, SplineLayer) and adapter_name in module.spline_options:
-            yield name, module
+def _layers(model: nn.Module, adapter_name: str | None) -> Iterator[tuple[str, SplineLayer, str]]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SplineLayer)}
+    if adapter_name is None:
+        active = sorted({a for layer in layers.values() for a in layer.active_adapters if a in layer.spline_options})
+        if len(active) > 1:
+            raise ValueError(f"several LS-LoRA adapters are active, {', '.join(active)}: say which is meant")
+        adapter_name = active[0] if active else ""
+    for name, layer in layers.items():
+        if adapter_name in layer.spline_options:
+            yield name, layer, adapter_name
 
 
-def splines_of(model: nn.Module, adapter_name: str = "default") -> dict[str, Spline]:
-    """Module -> a copy of its spline."""
-    return {name: layer.spline(adapter_name) for name, layer in _layers(model, adapter_name)}
+def splines_of(model: nn.Module, adapter_name: str | None = None) -> dict[str, Spline]:
+    """Module -> a copy of its spline.
 
-
-def spline_parameters(model: nn.Module, adapter_name: str = "default") -> Iterator[nn.Parameter]:
-    """Values and scales of all layers: num_knots + 2 numbers each."""
-    for _, layer in _layers(model, adapter_name):
-        yield from (getattr(layer, name)[adapter_name] for name in PARAMETERS)
-
-
-def spline_penalty(model: nn.Module, adapter_name: str = "default") -> Tensor:
-    """What is to be added to the loss, see `SplineOptions.penalty`.
+    Args:
+        model: with LS-LoRA.
+        adapter_name: None for the active one.
 
     Raises:
-        ValueError: the model has no splines under this name.
+        ValueError: several are active, and none is named.
     """
-    found = [layer for _, layer in _layers(model, adapter_name)]
+    return {name: layer.spline(adapter) for name, layer, adapter in _layers(model, adapter_name)}
+
+
+def spline_parameters(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Parameter]:
+    """Values and scales of all layers: num_knots + 2 numbers each; arguments as for `splines_of`."""
+    for _, layer, adapter in _layers(model, adapter_name):
+        yield from (getattr(layer, name)[adapter] for name in PARAMETERS)
+
+
+def spline_penalty(model: nn.Module, adapter_name: str | None = None) -> Tensor:
+    """What is to be added to the loss, see `SplineOptions.penalty`; arguments as for `splines_of`.
+
+    Raises:
+        ValueError: the model has no splines under this name, or none that are active; or several, and none is named.
+    """
+    found = list(_layers(model, adapter_name))
     if not found:
-        raise ValueError(f"the model has no LS-LoRA adapter {adapter_name!r}")
-    values = torch.stack([getattr(layer, VALUES)[adapter_name].float() for layer in found])
-    return found[0].spline_options[adapter_name].penalty(values)
+        which = "that is active" if adapter_name is None else repr(adapter_name)
+        raise ValueError(f"the model has no LS-LoRA adapter {which}")
+    values = torch.stack([getattr(layer, VALUES)[adapter].float() for _, layer, adapter in found])
+    _, first, adapter = found[0]
+    return first.spline_options[adapter].penalty(values)
