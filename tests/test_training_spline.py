@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lslora_tools import splined as splined_model
 from peft import get_peft_model
 from safetensors.torch import load_file
 from test_training import BASE, FLAGS, WORDS, run
@@ -111,6 +112,7 @@ class Trainer:
 
     def __init__(self, model: Any) -> None:
         self.model, self.logged = model, []
+        self.model_accepts_loss_kwargs, self.compute_loss_func = True, None
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool, num_items_in_batch: Any) -> Any:  # noqa: ARG002
         return (torch.tensor(2.0), "outputs") if return_outputs else torch.tensor(2.0)
@@ -142,6 +144,36 @@ def test_the_penalty_is_added_once_per_step_and_only_in_training(items: int | No
     ]
 
 
+@pytest.mark.parametrize(
+    ("how", "items", "share"),
+    [
+        ({"loss_is_scaled_for_ga": False}, 100, 1),  # what TRL's RewardTrainer says
+        ({"loss_is_scaled_for_ga": True}, None, 4),
+        ({"model_accepts_loss_kwargs": False}, 100, 1),
+        ({"model_accepts_loss_kwargs": False, "compute_loss_func": len}, 100, 4),
+    ],
+)
+def test_the_penalty_is_shared_out_where_the_trainer_does_not(how: dict[str, Any], items: Any, share: int) -> None:
+    model = splined_model(spline_reg_weight=1.0)
+    trainer = splined(Trainer)(model)
+    vars(trainer).update(how)
+    wanted = 2 + spline_penalty(model).item() / share
+    assert trainer.compute_loss(model.train(), {}, num_items_in_batch=items).item() == pytest.approx(wanted)
+
+
+def test_weight_decay_leaves_splines_alone(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to=[])
+    trainer = splined(Trainer)(splined_model(), args)
+    groups = trainer.create_optimizer().param_groups
+    splines = {id(p) for p in spline_parameters(trainer.model)}
+    assert len(splines) == 27
+    for group in groups:
+        held = {id(p) for p in group["params"]}
+        assert held == splines if group["weight_decay"] == 0 else held.isdisjoint(splines)
+
+
 def test_a_preset_fills_in_what_is_not_given(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("spline: {use_spline: true, spline_preset: V3, k_max: 2.0}\nlora_r: 4\n")
@@ -160,10 +192,11 @@ def test_a_preset_fills_in_what_is_not_given(tmp_path: Path) -> None:
         ({"use_spline": True, "use_dora": True}, "plain LoRA, and use_dora is on"),
         ({"use_spline": True, "use_peft": False}, "plain LoRA, and use_peft is off"),
         ({"use_spline": True, "spline_preset": "V9"}, "must be one of V0, V1, V2"),
+        ({"use_spline": True, "spline_preset": ["V0"]}, "spline_preset must be str; got "),
     ],
 )
 def test_what_is_without_effect_is_refused(given: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises((ValueError, TypeError), match=complaint):
         load(None, given, OUT)
 
 

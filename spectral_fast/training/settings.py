@@ -94,7 +94,7 @@ def load(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = (
     gate = next((key for key in values if key.startswith(PREFIXES["slora"])), None)
     if gate is not None and "slora_enable" not in values:
         raise ValueError(f"{gate} is for a gate, and slora_enable is not said: turn it on, or off, or leave both out")
-    values = PRESETS.get(values.get("spline_preset", ""), {}) | values
+    values = PRESETS.get(str(values.get("spline_preset")), {}) | values
     parts: dict[str, Any] = {name: take(cls, values, PREFIXES.get(name, "")) for name, cls in SECTIONS.items()}
     sft = {key: value for key, value in given.items() if _owners()[key] == TRAINING}
     return Settings(training=_sft_config(sft, words), **parts)

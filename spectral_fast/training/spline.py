@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from spectral_fast.options import option
-from spectral_fast.splines import PRESETS, SplineOptions, mean_facts
+from spectral_fast.splines import PARAMETERS, PRESETS, SplineOptions, mean_facts
 
 
 @dataclass
@@ -43,7 +43,7 @@ def splined(trainer_class: Any) -> Any:
 
     Adds `spline_penalty` to the loss of training (not to that of evaluation), and the means over layers of deviation,
     slope variance and scales to what is logged, as spline/deviation and so on. TRL makes the adapter of a quantised
-    model bfloat16, whose steps near 3 are 0.016: the splines stay in float32.
+    model bfloat16, whose steps near 3 are 0.016: the splines stay in float32. Weight decay is not for splines.
     """
     from spectral_fast.lslora import spline_parameters, spline_penalty, splines_of
 
@@ -59,10 +59,18 @@ def splined(trainer_class: Any) -> Any:
             found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if not model.training:
                 return found
-            # With a count of items the trainer leaves it to the loss to be a share of the accumulated batch.
+            # As the trainer's next line will have it, which leaves it to some losses to be a share of a batch.
+            scaled = getattr(self, "loss_is_scaled_for_ga", None)
+            if scaled is None:
+                by_items = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                scaled = by_items or self.compute_loss_func is not None
             penalty = spline_penalty(self.model)
-            penalty = penalty if num_items_in_batch is None else penalty / self.current_gradient_accumulation_steps
+            penalty = penalty / self.current_gradient_accumulation_steps if scaled else penalty
             return (found[0] + penalty, found[1]) if return_outputs else found + penalty
+
+        def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+            # Decay draws to 0, where a spline is not the identity but nothing at all; the penalty is what holds it.
+            return [n for n in super().get_decay_parameter_names(model) if not any(part in n for part in PARAMETERS)]
 
         def log(self, logs: dict[str, float], *args: Any) -> None:
             if "loss" in logs:
