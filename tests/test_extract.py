@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from extract_tools import low_rank, randn, two_models
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import tiny_llama
 from torch import Tensor
 
@@ -28,34 +29,6 @@ from spectral_fast.toolbox.extraction import (
     extract_adapter,
     parts,
 )
-from spectral_fast.toolbox.extraction.range_finder import project
-
-Change = Callable[[str, Tensor], Tensor]
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def low_rank(name: str, weight: Tensor, rank: int = 3) -> Tensor:
-    """A change of that rank in every projection, another in each."""
-    if not name.endswith("proj.weight"):
-        return torch.zeros(())
-    seed = len(name) * 1000 + sum(map(ord, name))
-    return 0.1 * randn(weight.shape[0], rank, seed=seed) @ randn(rank, weight.shape[1], seed=seed + 1)
-
-
-def two_models(
-    folder: Path, change: Change, model: Callable[[], Any] = tiny_llama, dtype: torch.dtype = torch.float32
-) -> tuple[str, str]:
-    """A base model and one whose weights were changed, saved in shards."""
-    base = model().to(dtype)
-    base.save_pretrained(folder / "base")
-    with torch.no_grad():
-        for name, parameter in base.named_parameters():
-            parameter += change(name, parameter)
-    base.save_pretrained(folder / "tuned", max_shard_size="40KB")
-    return str(folder / "base"), str(folder / "tuned")
 
 
 def logits(model: Any) -> Tensor:
@@ -84,61 +57,6 @@ def updates(folder: Path) -> dict[str, Tensor]:
         for name, module in adapter.modules.items()
         for b, a in [adapter.read(module)]
     }
-
-
-def blocks(d: Tensor, step: int = 7) -> Callable[[], Iterator[tuple[int, Tensor]]]:
-    return lambda: ((i, d[i : i + step]) for i in range(0, len(d), step))
-
-
-@pytest.mark.parametrize("shape", [(90, 60), (60, 90)])
-@pytest.mark.parametrize("decay", [0.5, 1.0, 2.0])
-def test_the_space_holds_nearly_what_the_best_would_and_what_it_misses_is_told(
-    shape: tuple[int, int], decay: float
-) -> None:
-    u, _, vh = torch.linalg.svd(randn(*shape), full_matrices=False)
-    s = torch.arange(1, 61) ** -decay
-    d = (u * s) @ vh
-    all_missed = []
-    for passes in (1, 2, 4):
-        found = project(blocks(d), shape, 20, passes, torch.Generator().manual_seed(0))
-        assert found is not None
-        missed = (d.double() - found.y.double() @ found.q.double()).square().sum().item()
-        assert found.energy == pytest.approx(d.double().square().sum().item(), rel=1e-6)
-        assert found.missed == pytest.approx(missed, rel=0.02 if missed > 1e-4 * found.energy else 0.5)
-        torch.testing.assert_close(found.q @ found.q.mT, torch.eye(20), rtol=0, atol=1e-5)
-        all_missed.append(missed)
-    # The mean without any pass (Halko et al., theorem 10.5, k = 12 of 20 columns): 1 + k / (20 - k - 1) of the best.
-    assert all_missed[0] <= (1 + 12 / 7) * s[12:].double().square().sum().item()
-    assert all_missed[0] > all_missed[1] > all_missed[2] >= s[20:].double().square().sum().item() * (1 - 1e-5)
-
-
-def test_a_small_error_is_estimated_by_probes_where_the_sums_cancel() -> None:
-    d = randn(200, 5) @ randn(5, 150, seed=1) + 1e-3 * randn(200, 150, seed=2)
-    found = project(blocks(d), (200, 150), 20, 2, torch.Generator().manual_seed(0))
-    assert found is not None
-    missed = (d.double() - found.y.double() @ found.q.double()).square().sum().item()
-    assert missed < 1e-4 * found.energy
-    # A mean of eight squares of noise of full rank: its relative deviation is some √(2 / (8 · 100)).
-    assert found.missed == pytest.approx(missed, rel=0.25)
-
-
-def test_small_matrices_are_taken_whole_and_zeros_are_none() -> None:
-    for shape in ((5, 40), (40, 5), (1, 1)):
-        d = randn(*shape)
-        found = project(blocks(d), shape, 8, 2, torch.Generator())
-        assert found is not None
-        assert found.missed == 0
-        torch.testing.assert_close(found.y @ found.q, d, rtol=0, atol=1e-5)
-        assert project(blocks(0 * d), shape, 8, 2, torch.Generator()) is None
-    assert project(blocks(torch.zeros(50, 40)), (50, 40), 8, 2, torch.Generator()) is None
-
-
-@pytest.mark.parametrize("columns", [8, 50])
-def test_values_that_are_not_finite_are_refused(columns: int) -> None:
-    d = randn(50, 40)
-    d[3, 4] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        project(blocks(d), (50, 40), columns, 2, torch.Generator())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -271,6 +189,36 @@ def test_the_head_is_adapted_if_it_is_asked_for_and_a_larger_rank_than_a_side_is
             torch.testing.assert_close(delta, d[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")  # PEFT's, of a base that ties them
+@pytest.mark.parametrize(("before", "after"), [(False, True), (True, False)])
+def test_one_of_two_may_tie_its_head_to_the_embedding(tmp_path: Path, before: bool, after: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    tiny_llama(tie_word_embeddings=before).save_pretrained(base)
+    model = tiny_llama(tie_word_embeddings=after)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += low_rank(name, parameter)
+        model.model.embed_tokens.weight += 0.1
+    model.save_pretrained(tuned)
+    options = ExtractOptions(rank=48)
+    found = extract_adapter(str(base), str(tuned), options, tmp_path / "lora", modules_to_save=True)
+    assert found.saved == ["model.embed_tokens.weight", "lm_head.weight"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "lora"))
+    torch.testing.assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(tuned)), rtol=0, atol=2e-3)
+
+
+def test_a_head_that_is_asked_for_and_is_the_embedding_is_told_of(tmp_path: Path) -> None:
+    def change(name: str, weight: Tensor) -> Tensor:
+        return 0.1 * randn(*weight.shape) if "embed" in name or "k_proj" in name else torch.zeros(())
+
+    base, tuned = two_models(tmp_path, change, lambda: tiny_llama(tie_word_embeddings=True))
+    options, targets = ExtractOptions(rank=2), ["lm_head", "k_proj"]
+    found = extract_adapter(base, tuned, options, tmp_path / "lora", target_modules=targets)
+    assert found.lost == {"model.embed_tokens.weight": "an embedding, and lm_head.weight is the same tensor"}
+
+
 def test_two_dtypes_are_told_of_and_float64_is_worked_on_as_such(tmp_path: Path) -> None:
     base, tuned = two_models(tmp_path, low_rank)
     wide = tiny_llama().double()
@@ -366,72 +314,6 @@ def test_thousands_of_tiny_modules_take_seconds(tmp_path: Path, monkeypatch: pyt
     assert time.process_time() - start < 10 / 4  # 12,000 of them in 10 s
     assert len(found.ranks) == 3_000
     assert max(x.error / x.norm for x in found.modules.values()) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("goal", "words"),
-    [
-        ({}, "got none"),
-        ({"rank": 3, "error": 0.1}, "rank=3, error=0.1"),
-        ({"rank": 0}, "rank"),
-        ({"energy": 2.0}, "energy"),
-    ],
-)
-def test_goals_that_cannot_be_meant_are_refused(goal: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        ExtractOptions(**goal)
-
-
-def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    base, tuned = two_models(tmp_path, low_rank)
-    options, out = ExtractOptions(rank=3), tmp_path / "lora"
-    with pytest.raises(ValueError, match="none of 21 linear layers differs"):
-        extract_adapter(base, base, options, out)
-    with pytest.raises(ValueError, match="nope is no linear layer of LlamaForCausalLM, which has q_proj"):
-        extract_adapter(base, tuned, options, out, target_modules=["nope"])
-    tiny_llama(intermediate_size=64).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"\(80, 48\) in .*base, but \(64, 48\) in .*other"):
-        extract_adapter(base, str(tmp_path / "other"), options, out)
-    tiny_llama(num_hidden_layers=2).save_pretrained(tmp_path / "short")
-    with pytest.raises(ValueError, match=r"has no weights for model\.layers\.2"):
-        extract_adapter(base, str(tmp_path / "short"), options, out)
-    for name, change in (("quantised", {"quantization_config": {"quant_method": "fp8"}}), ("empty", None)):
-        (tmp_path / name).mkdir()
-        config = json.loads(Path(base, "config.json").read_text())
-        (tmp_path / name / "config.json").write_text(json.dumps({**config, **(change or {})}))
-    with pytest.raises(ValueError, match="is quantised"):
-        extract_adapter(base, str(tmp_path / "quantised"), options, out)
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
-        extract_adapter(base, str(tmp_path / "empty"), options, out)
-    assert not out.exists()
-
-
-def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    base, tuned = two_models(tmp_path, low_rank)
-    key = "model.layers.1.self_attn.q_proj.weight"
-    file = next(f for f in Path(tuned).glob("*.safetensors") if key in load_file(f))
-    tensors = load_file(file)
-    tensors[key][0, 0] = torch.inf
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{key}: .* NaN or infinite"):
-        extract_adapter(base, tuned, ExtractOptions(rank=3), tmp_path / "lora")
-
-
-def test_an_embedding_of_another_length_is_named(tmp_path: Path) -> None:
-    base, tuned = two_models(tmp_path, low_rank)
-    longer = tiny_llama()
-    with torch.no_grad():
-        for name, parameter in longer.named_parameters():
-            parameter += low_rank(name, parameter)
-    longer.resize_token_embeddings(101, mean_resizing=False)
-    longer.save_pretrained(tmp_path / "longer")
-    found = extract_adapter(
-        base, str(tmp_path / "longer"), ExtractOptions(rank=3), tmp_path / "lora", modules_to_save=True
-    )
-    assert found.lost.keys() == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert "(97, 48) in" in found.lost["lm_head.weight"]
-    assert len(found.ranks) == 21
-    assert tuned
 
 
 def test_the_command_tells_what_it_found_and_keeps_nothing_else(

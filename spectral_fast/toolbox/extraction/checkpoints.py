@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_fast.adapter.folder import is_finite
 from spectral_fast.allocation.layers import empty_and_tensors, weight_files
 from spectral_fast.calibration.checkpoint import check_nothing_missing
-from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.model import ModelOptions, from_pretrained
 from spectral_fast.calibration.tensors import Tensors
 from spectral_fast.tensorfile import TensorInfo
 
@@ -54,9 +55,17 @@ class Pair:
         return (second, first) if self.transposed else (first, second)
 
     def changed(self) -> bool:
-        """Whether a value differs; NaN differs from all."""
+        """Whether a value differs.
+
+        Raises:
+            ValueError: one is not finite afterwards.
+        """
         base, tuned = self.base(), self.tuned()
-        return base.shape != tuned.shape or not torch.equal(base, tuned)
+        if base.shape == tuned.shape and torch.equal(base, tuned):
+            return False
+        if tuned.is_floating_point() and tuned.numel() and not is_finite(tuned):
+            raise ValueError(f"{self.name}: the tuned weights have NaN or infinite values; mend the checkpoint first")
+        return True
 
 
 @dataclass(frozen=True)
@@ -111,22 +120,25 @@ def open_checkpoints(
     model, base = empty_and_tensors(base_model, options, model_class)
     tuned = Tensors(model, weight_files(tuned_model, options))
     modules = dict(model.named_modules())
+    shared = _shared_by_config(model, tuned_model, options)
     kind = type(model).__name__
     wanted = _targets(modules, model, target_modules)
     pairs: dict[tuple[str, str], Pair] = {}
     missing: dict[str, list[str]] = {base_model: [], tuned_model: []}
     dtypes: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
     for name, meant in model.state_dict().items():
-        before, after = base.source(name), tuned.find(name)
+        before, after = base.source(name), tuned.find(name) or tuned.find(shared.get(name, name))
         if before is None or after is None:
             for of, source in ((base_model, before), (tuned_model, after)):
                 if source is None and (before, after) != (None, None):
                     missing[of].append(name)
             continue
-        if (before, after) in pairs:
-            pairs[before, after].tied.append(name)
-            continue
         module, meta = name.rpartition(".")[0], tuned.meta(after)
+        if pair := pairs.get((before, after)):
+            pair.tied.append(name)
+            if pair.reason and module in wanted:
+                pairs[before, after] = replace(pair, reason=f"{pair.reason}, and {name} is the same tensor")
+            continue
         reason = _why_not(name, modules[module], meant.ndim)
         if meta.shape != meant.shape:
             reason = f"{tuple(meant.shape)} in {base_model}, but {tuple(meta.shape)} in {tuned_model}"
@@ -159,6 +171,18 @@ def open_checkpoints(
         (base.files, tuned.files),
         warnings,
     )
+
+
+def _shared_by_config(model: Any, tuned_model: str, options: ModelOptions) -> dict[str, str]:
+    """The output head -> the embedding, if the tuned model's config ties them, whatever the base's says."""
+    from transformers import AutoConfig
+
+    tuned = from_pretrained(AutoConfig, tuned_model, options)
+    ends = [getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("output", "input")]
+    if None in ends or not getattr(tuned.get_text_config(), "tie_word_embeddings", False):
+        return {}
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    return {names[ends[0]]: names[ends[1]]}
 
 
 def _linear(module: Any) -> bool:

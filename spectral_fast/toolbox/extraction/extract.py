@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spectral_fast.adapter.creation import check_out_dir
+from spectral_fast.adapter.folder import is_finite
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.calibration.work_folder import discard, work_folder
 from spectral_fast.options import check, option
@@ -114,8 +115,8 @@ def extract_adapter(
 
     Raises:
         FileNotFoundError: a model is not to be had, or not as safetensors.
-        ValueError: no layer differs; a difference is not finite; a model is quantised, damaged, or not the other's; or
-            `work_dir` is of another run.
+        ValueError: no layer differs; what changed is not finite, or leaves the dtype's range; a model is quantised,
+            damaged, or not the other's; or `work_dir` is of another run.
         FileExistsError: `out_dir` or `work_dir` holds something, and neither `overwrite` nor `resume` is given.
     """
     sources = [Path(model) for model in (base_model, tuned_model) if Path(model).is_dir()]
@@ -125,6 +126,7 @@ def extract_adapter(
         **{"base_model": _stamp(found.files[0]), "tuned_model": _stamp(found.files[1])},
         **{"target_modules": list(target_modules), "model_class": model_class, **asdict(options)},
     }
+    changed = [pair for pair in found.others if pair.changed()]
     with work_folder(work_dir, run, resume=resume) as folder, _hashes(found.files) as hashes:
         parts = Parts(folder / "modules")
         left = [pair for pair in found.matrices if not parts.has(pair.name)]
@@ -132,7 +134,7 @@ def extract_adapter(
             for pair, one in zip(batch, _extract(batch, options), strict=True):
                 parts.add(pair.name, one)
         parts.flush()
-        result = collect(found, parts, modules_to_save=modules_to_save)
+        result = collect(found, parts, changed, modules_to_save=modules_to_save)
 
         def record() -> bytes:
             content = {
@@ -168,7 +170,9 @@ def _extract(batch: Sequence[Pair], options: ExtractOptions) -> list[Extracted]:
             if projections[i] is None:
                 results[i] = Extracted(None, None, 0.0, 0.0, True)
         there = {i: x for i, x in projections.items() if x is not None}
-        spectra = lowrank_svd([x.y for x in there.values()], [x.q for x in there.values()])
+        spectra = lowrank_svd(
+            [x.y for x in there.values()], [x.q for x in there.values()], [batch[i].name for i in there]
+        )
         for (i, projection), spectrum in zip(there.items(), spectra, strict=True):
             k, missed, reached = options.choose(spectrum.s, projection)
             if reached or columns >= min(options.most, *batch[i].shape):
@@ -182,6 +186,11 @@ def _extract(batch: Sequence[Pair], options: ExtractOptions) -> list[Extracted]:
             b, a = a.mT, b.mT
         dtype = DTYPES.get(options.dtype, batch[i].info.dtype)
         b, a = b.to(dtype).contiguous(), a.to(dtype).contiguous()
+        if not (is_finite(b) and is_finite(a)):
+            raise ValueError(
+                f"{batch[i].name}: the factors leave the range of {dtype}, {torch.finfo(dtype).max:.3g}; give another "
+                "dtype, such as float32"
+            )
         results[i] = Extracted(b, a, energy**0.5, max(missed, 0.0) ** 0.5, reached)
     return [results[i] for i in range(len(batch))]
 

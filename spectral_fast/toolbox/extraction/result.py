@@ -47,11 +47,10 @@ class Extraction:
         }
 
 
-def collect(found: Checkpoints, parts: Parts, *, modules_to_save: bool) -> Extraction:
-    """What is in the adapter, and what is not."""
+def collect(found: Checkpoints, parts: Parts, changed: Sequence[Pair], *, modules_to_save: bool) -> Extraction:
+    """What is in the adapter, and what is not, of the matrices and of the others that changed."""
     infos = {pair.name: parts.b_info(pair.name) for pair in found.matrices}
     ranks = {pair.module: 0 if (info := infos[pair.name]) is None else info.shape[1] for pair in found.matrices}
-    changed = [pair for pair in found.others if pair.changed()]
     adapted = {name for name, r in ranks.items() if r}
     saved = [pair.name for pair in changed if modules_to_save and _can_be_saved(pair, found, adapted)]
     if not adapted:
