@@ -101,6 +101,11 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
         adapter = Adapter.open(handmade(tmp_path / name, config, tensors | more))
         with pytest.raises(ValueError, match=message):
             export_adapter(adapter, tmp_path / "out")
+    empty = Adapter.open(handmade(tmp_path / "empty", {}, {}))
+    with pytest.raises(ValueError, match="has no LoRA factors"):
+        export_adapter(empty, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"init_lora_weights=pissa: .* so their spikes are the base's"):
+        clip_adapter(Adapter.open(tmp_path / "pissa"), ClipOptions(), tmp_path / "out")
     adapter = Adapter.open(tmp_path / "plain")
     with pytest.raises(ValueError, match="at least the largest there is, 4; got 3"):
         export_adapter(adapter, tmp_path / "out", rank=3)

@@ -183,14 +183,38 @@ def test_the_command_names_what_only_one_has_and_fails_on_demand(
     assert result["relative_most"] == pytest.approx(1 / 3, rel=1e-2)  # |1 - 1.5| / 1.5, and bfloat16's rounding
     assert main([*argv, "--at_most", "0.1"]) == 1
     text = capsys.readouterr().out
-    assert "3 modules are beyond --at_most 0.1" in text
+    assert "3 modules or tensors are beyond --at_most 0.1" in text
     assert "3 with the same factors bit for bit, 1 with others" in text
     assert main(["diff", str(first), str(first), "--at_most", "0"]) == 0
     save_file({**tensors, last[0]: tensors[last[0]] * float("nan")}, first / "adapter_model.safetensors")
-    assert main([*argv, "--directions", "0"]) == 1
-    assert "directions must be at least 1" in capsys.readouterr().err
+    for flag, value, words in (
+        ("--directions", "0", "1 or more; got 0"),
+        ("--at_most", "nan", "0 or more; got nan"),
+        ("--at_most", "-1", "0 or more; got -1"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*argv, flag, value])
+        assert f"{flag} must be {words}" in capsys.readouterr().err
     assert main(["inspect", "--lora_path", str(first)]) == 1
     assert "layers.2.mlp.down_proj: A holds a NaN" in capsys.readouterr().err
+
+
+def test_tensors_beside_the_modules_are_compared_bit_by_bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = handmade(tmp_path / "first")
+    tensors = load_file(first / "adapter_model.safetensors")
+    norm, magnitude = "base_model.model.model.norm.weight", f"{PREFIX}.0.mlp.down_proj.lora_magnitude_vector"
+    both = {**tensors, norm: torch.ones(10), magnitude: torch.ones(10)}
+    one = handmade(tmp_path / "one", {}, both)
+    other = handmade(tmp_path / "other", {}, {**both, magnitude: torch.arange(10.0), norm: torch.ones(10).bfloat16()})
+    assert compare_adapters(Adapter.open(one), Adapter.open(one)).beyond(0) == []
+    found = compare_adapters(Adapter.open(one), Adapter.open(other))
+    assert all(x.relative == 0 for x in found.modules.values())
+    assert sorted(found.others) == sorted(found.beyond(0)) == sorted([norm, magnitude])
+    assert sorted(compare_adapters(Adapter.open(first), Adapter.open(one)).others) == sorted([norm, magnitude])
+    assert main(["diff", str(one), str(other), "--at_most", "1"]) == 1
+    assert "not the same, beside the modules: 2 tensors" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="at_most must be 0 or more; got nan"):
+        found.beyond(float("nan"))
 
 
 def test_patterns_are_looked_up_as_regular_expressions_would_find_them() -> None:

@@ -27,7 +27,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--at_most",
         type=float,
-        help="exit with 1 if |ΔW1 - ΔW2| / max(|ΔW1|, |ΔW2|) of a module is above this, or only one adapter has it",
+        help="exit with 1 if |ΔW1 - ΔW2| / max(|ΔW1|, |ΔW2|) of a module is above this, only one adapter has it, or "
+        "another tensor differs at all",
     )
     parser.add_argument("--directions", type=int, default=8, help="top directions of the overlaps (default: 8)")
     parser.add_argument("--rows", type=int, default=40, help="lines of the table, largest differences first (40)")
@@ -40,7 +41,12 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
     from spectral_fast.provenance import versions
     from spectral_fast.toolbox.difference import compare_adapters
+    from spectral_fast.usage import UsageError
 
+    if args.at_most is not None and not args.at_most >= 0:
+        raise UsageError(f"--at_most must be 0 or more; got {args.at_most:g}")
+    if args.directions < 1:
+        raise UsageError(f"--directions must be 1 or more; got {args.directions}")
     selection = take(EveryModule, vars(args))
     (first, ones), (second, others) = (selection.open(resolve(x, args.cache_dir)) for x in (args.first, args.second))
     for path, adapter in ((args.first, first), (args.second, second)):
@@ -55,6 +61,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "only_first": found.only[0],
         "only_second": found.only[1],
         "shapes": found.shapes,
+        "others": found.others,
         "config": found.config,
         "relative_most": max(relative, default=None),
         "at_most": args.at_most,
@@ -91,10 +98,12 @@ def _text(result: Mapping[str, Any], rows: int) -> str:
             lines.append(f"only in the {which}: {len(names)} modules, e.g. {names[0]}")
     for name, (one, other) in list(result["shapes"].items())[:5]:
         lines.append(f"{name}: {tuple(one)} and {tuple(other)} cannot be compared")
+    if names := result["others"]:
+        lines.append(f"not the same, beside the modules: {len(names)} tensors, e.g. {names[0]}")
     for key, (one, other) in result["config"].items():
         lines.append(f"{key}: {_shortened(one)} | {_shortened(other)}")
     if result["at_most"] is not None:
-        lines.append(f"{len(result['failures'])} modules are beyond --at_most {result['at_most']:g}")
+        lines.append(f"{len(result['failures'])} modules or tensors are beyond --at_most {result['at_most']:g}")
     return "\n".join(lines)
 
 

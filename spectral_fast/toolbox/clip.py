@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.adapter import Adapter, LoraModule
+from spectral_fast.adapter.naming import changes_base
 from spectral_fast.backends import chosen_backends
 from spectral_fast.options import check, option
 from spectral_fast.provenance import versions
@@ -77,9 +78,14 @@ def clip_adapter(
         module name -> what happened to it, in the order of `modules`.
 
     Raises:
-        ValueError: factors that are not finite, named.
+        ValueError: factors that are not finite, named; or an init by which PEFT changes the base weights.
         FileExistsError: out_dir holds something and `overwrite` is false.
     """
+    if changes_base(adapter.config):
+        raise ValueError(
+            f"init_lora_weights={adapter.config['init_lora_weights']}: the factors hold directions that PEFT takes out "
+            "of the base weights on loading, so their spikes are the base's; convert the adapter to plain LoRA first"
+        )
     chosen = list(adapter.modules.values()) if modules is None else list(modules)
     clipped: dict[str, ClippedModule] = {}
 

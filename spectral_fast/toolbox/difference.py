@@ -60,18 +60,27 @@ class Difference:
         modules: name -> its two updates, of the modules that both have.
         only: names of modules that only the first has, and that only the second has.
         shapes: name -> (m, n) of each, of modules whose updates cannot be compared.
+        others: tensors beside those modules (DoRA's magnitudes, biases, modules_to_save) that are not the same in
+            both, bit for bit.
         config: key of adapter_config.json -> its two values, where they differ.
     """
 
     modules: Mapping[str, ModuleDifference]
     only: tuple[list[str], list[str]]
     shapes: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
+    others: list[str]
     config: Mapping[str, tuple[Any, Any]]
 
     def beyond(self, at_most: float) -> list[str]:
-        """Modules that differ by more than that, cannot be compared, or are in one adapter only."""
+        """Modules that differ by more than that, cannot be compared, or are in one adapter only; and other tensors.
+
+        Raises:
+            ValueError: at_most is no number from 0 on.
+        """
+        if not at_most >= 0:
+            raise ValueError(f"at_most must be 0 or more; got {at_most}")
         far = [name for name, x in self.modules.items() if x.relative > at_most]
-        return [*far, *self.shapes, *self.only[0], *self.only[1]]
+        return [*far, *self.shapes, *self.only[0], *self.only[1], *self.others]
 
 
 def compare_adapters(
@@ -122,12 +131,29 @@ def compare_adapters(
         found,
         ([name for name in ones if name not in others], [name for name in others if name not in ones]),
         {name: shape for name, shape in shapes.items() if shape[0] != shape[1]},
+        _differing_others(first, second),
         {
             key: (first.config.get(key), second.config.get(key))
             for key in sorted(first.config.keys() | second.config.keys())
             if first.config.get(key) != second.config.get(key)
         },
     )
+
+
+def _differing_others(first: Adapter, second: Adapter) -> list[str]:
+    """Tensors that belong to no editable module, and that are not the same in both."""
+    factors = {key for adapter in (first, second) for x in adapter.modules.values() for key in (x.b_key, x.a_key)}
+    ours, theirs = first.weights.tensors, second.weights.tensors
+    return [
+        key
+        for key in (*ours, *(key for key in theirs if key not in ours))
+        if key not in factors
+        and (ours.get(key) != theirs.get(key) or not _same_bits(first.weights.read(key), second.weights.read(key)))
+    ]
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 _Pair = tuple[Tensor, Tensor]

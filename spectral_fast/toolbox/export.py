@@ -110,12 +110,13 @@ def export_adapter(
 
 def _config(adapter: Adapter, rank: int | None) -> dict[str, Any]:
     """The copy's adapter_config.json; refuses what it could not be true of."""
-    if not adapter.modules or adapter.carried_modules:
-        name, *_ = [*adapter.carried_modules, "no module"]
+    if adapter.carried_modules:
+        name = adapter.carried_modules[0]
         raise ValueError(
-            f"{adapter.path}: the scaling cannot be put into all factors: {name} "
-            f"({adapter.carried.get(name, 'can be edited')})"
+            f"{adapter.path}: the scaling cannot be put into all factors: {name} ({adapter.carried[name]})"
         )
+    if not adapter.modules:
+        raise ValueError(f"{adapter.weights.path} has no LoRA factors to put a scaling into; is it the right adapter?")
     largest = max(module.r for module in adapter.modules.values())
     if rank is not None and rank < largest:
         raise ValueError(f"rank must be at least the largest there is, {largest}; got {rank}: resize first")

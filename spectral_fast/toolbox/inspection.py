@@ -89,9 +89,8 @@ class Inspected:
         if dead := self.module.r - len(values):
             found.append(f"{dead} of {self.module.r} directions are zero")
         if spikes := int((self.s > limit).sum()):
-            found.append(
-                f"{spikes} {'spike' if spikes == 1 else 'spikes'}, up to {self.s[0] / np.median(values):.3g} x median"
-            )
+            times = self.s[0] / measures.median(values)
+            found.append(f"{spikes} {'spike' if spikes == 1 else 'spikes'}, up to {times:.3g} x median")
         return found
 
 
