@@ -219,6 +219,7 @@ def test_a_random_control_accepts_its_share_whatever_it_is_shown() -> None:
 def test_both_gates_together_accept_the_wanted_share_and_nothing_below_the_floor() -> None:
     made = opened("both", H, V, target_novelty=0.3, burn_in=20, seed=0, m=64, k=8, k_topk=8, novelty_ema_rate=0.03)
     assert isinstance(made, NoveltyAndLossGate)
+    assert made.floor.quantile == pytest.approx(1 - math.sqrt(0.3))
     noise, accepted = torch.Generator().manual_seed(0), []
     for i in range(1500):
         loss, floor = 1 + float(torch.rand((), generator=noise)), made.metrics()["loss_floor"]

@@ -90,6 +90,18 @@ def test_the_basis_stays_orthonormal(mode: str, reorth_every: int, n: int) -> No
     assert orthogonality(sketch.basis) <= (k * EPS * n if n > 10**4 else 4 * k * EPS)
 
 
+@pytest.mark.parametrize("mode", ["liberty", "orthonormal"])
+def test_errors_in_the_basis_are_squared_every_so_many_updates(mode: str) -> None:
+    sketch = FrequentDirections(24, 6, mode, reorth_every=10)
+    rows = unit(normal(20, 24))
+    for z in rows[:9]:
+        sketch.update(z)
+    sketch.basis += 1e-8 * normal(6, 24, seed=1)
+    assert orthogonality(sketch.basis) > 1e-8
+    sketch.update(rows[9])
+    assert orthogonality(sketch.basis) <= 1e3 * EPS
+
+
 def test_a_direction_just_taken_in_is_half_forgotten_by_the_orthonormal_mode() -> None:
     sketch = FrequentDirections(32, 4, "orthonormal")
     rows = unit(normal(300, 32))

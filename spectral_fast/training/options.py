@@ -116,7 +116,7 @@ class GateArguments:
     gate: str = option("novelty", "what it looks at; random is a control", choices=KINDS)
     target_novelty: float = option(0.3, "share of micro-batches to accept, by any gate", positive=True, high=1.0)
     burn_in: int = option(2000, "micro-batches that are all accepted at first", low=0)
-    seed: int = option(0, "seed of the gate's hashes and draws")
+    seed: int = option(0, "seed of the gate's hashes and draws", low=0, high=2**32 - 1)
     m: int = option(512, "length of a gradient's sketch", low=1)
     k: int = option(64, "most directions that are remembered", low=1)
     target_novelty_scaler: float = option(10.0, "how sharply novelty decides", positive=True)

@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, Any]:
             found.append((full, item))
         for name, item in found:
             if name in keys:
-                raise ValueError(f"{path}: {name} stands there twice, in a section and outside")
+                raise ValueError(f"{path}: {name} stands there twice: in a section and outside, or by two names")
             keys[name] = item
     lists = {
         f.name for cls in SECTIONS.values() for f in fields(cls) if get_origin(get_type_hints(cls)[f.name]) is tuple
