@@ -25,7 +25,8 @@ def svd_lowrank_factors(b: Tensor, a: Tensor) -> Any:
         b a has a smaller rank, the last values of S are zero, and U and V are orthonormal all the same.
 
         Gradients flow to b and a. Those by way of U and Vh need singular values that are distinct and not zero,
-        as in torch; those by way of S alone do not.
+        as in torch, and are NaN otherwise: leave dead ranks out first. (0 / 0 = 0 would be right for a loss of some
+        other directions, but silently wrong for one of U diag(S) Vh.) Those by way of S alone are finite.
 
     Raises:
         TypeError: a factor is no tensor, or of another dtype.

@@ -73,6 +73,14 @@ def test_the_gradient_of_s_alone_is_finite_where_values_are_zero_or_equal() -> N
     assert a.grad.isfinite().all()
 
 
+def test_a_gradient_that_dead_ranks_hide_is_nan_and_not_a_wrong_number() -> None:
+    b, a = torch.zeros(9, 4).requires_grad_(), randn(4, 7, dtype=torch.float32)
+    u, s, vh = svd_lowrank_factors(b, a)
+    ((u * s) @ vh).sum().backward()  # by b it is 1 Aᵀ, of which B = 0 has left no trace in U, S and Vh
+    assert b.grad is not None
+    assert b.grad.isnan().any()
+
+
 @pytest.mark.parametrize(
     ("b", "a", "error", "words"),
     [

@@ -136,7 +136,7 @@ SOURCES = {
 _lock = Lock()
 _wanted = False  # by enable()
 _depth = 0  # of fast_svd(), over all threads
-_codes: dict[str, CodeType] = {}
+_own: dict[FunctionType, CodeType] = {}  # the very functions: whoever else exchanges names of PEFT's gets none of it
 
 
 def enable() -> None:
@@ -144,7 +144,8 @@ def enable() -> None:
 
     Raises:
         ImportError: there is no PEFT.
-        RuntimeError: PEFT's functions are not those that this was written for; nothing is changed then.
+        RuntimeError: PEFT's functions are not those that this was written for, or their sources are not installed;
+            nothing is changed then.
     """
     global _wanted
     with _lock:
@@ -162,7 +163,7 @@ def disable() -> None:
 
 def enabled() -> bool:
     """Whether PEFT's functions have the compact inside now."""
-    return bool(_codes)
+    return bool(_own)
 
 
 @contextmanager
@@ -185,15 +186,14 @@ def fast_svd() -> Iterator[None]:
 
 
 def _switch_on() -> None:
-    if _codes:
+    if _own:
         return
     functions = {path: _plain(function) for path, function in _check().items() if path in INSIDES}
-    for path, function in functions.items():
-        own = function.__code__
+    for function in functions.values():
+        _own[function] = function.__code__
         originals[function.__name__] = FunctionType(
-            own, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
         )
-        _codes[path] = own
     for path, function in functions.items():
         function.__code__ = _plain(INSIDES[path]).__code__
 
@@ -201,10 +201,10 @@ def _switch_on() -> None:
 def _switch_off() -> None:
     if _wanted or _depth:
         return
-    for path, code in _codes.items():
-        _plain(find(path)).__code__ = code
+    for function, code in _own.items():
+        function.__code__ = code
     # A call that another thread is in the midst of may still ask for them: `originals` stay.
-    _codes.clear()
+    _own.clear()
 
 
 def _plain(function: Callable[..., Any]) -> FunctionType:
@@ -223,8 +223,13 @@ def _check() -> dict[str, Callable[..., Any]]:
         try:
             found[path] = find(path)
             same = source_hash(found[path]) == expected
-        except (ImportError, AttributeError, TypeError, OSError):  # it is gone, no function, or has no source
+        except (ImportError, AttributeError, TypeError):  # it is gone, or no function
             same = False
+        except OSError as error:
+            raise RuntimeError(
+                f"PEFT {peft.__version__} is installed without its sources, by which its functions are known: {path} "
+                f"has none. Use PEFT as it is, or install version {WRITTEN_FOR} with its .py files"
+            ) from error
         if not same:
             odd.append(path)
     if odd:

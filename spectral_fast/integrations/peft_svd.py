@@ -18,7 +18,7 @@ from spectral_fast.functional import svd_lowrank_factors
 Pair = tuple[Tensor, Tensor]
 # The functions as PEFT has them, by name: filled in while the compact route is on.
 originals: dict[str, Callable[..., Any]] = {}
-LARGEST = 0.5  # rank of an update over that of a full matrix: above, the dense SVD is not the dearer one
+LARGEST = 0.5  # columns of the factors over the rank of a full matrix: above, the dense SVD is not the dearer one
 _FLOATS = (torch.float32, torch.float64)  # PEFT's SVDs know no others
 
 
@@ -48,7 +48,8 @@ def merged(
         and others["driver"] is None
         and len(pairs) == present > 0
         and all(x.dtype in _FLOATS for pair in pairs for x in pair)
-        and new_rank <= min(len(pairs[0][0]), pairs[0][1].shape[1])
+        and new_rank <= (full := min(len(pairs[0][0]), pairs[0][1].shape[1]))
+        and sum(b.shape[1] for b, _ in pairs) <= LARGEST * full
     ):
         b, a = (torch.cat(factors, dim) for factors, dim in zip(zip(*pairs, strict=True), (1, 0), strict=True))
         u, s, vh = svd_lowrank_factors(b.detach(), a.detach())
@@ -68,7 +69,7 @@ def converted(module: Any, rank: float, adapter_name: str) -> tuple[Tensor, Tens
         dtype = torch.promote_types(pair[0].dtype, pair[1].dtype)
         u, s, vh = svd_lowrank_factors(*(x.detach().float() for x in pair))
         effective = rank if isinstance(rank, int) else _find_cutoff_index(s, threshold=rank)
-        if effective <= min(u.shape[0], vh.shape[1]):  # else it is for PEFT to refuse
+        if 0 < effective <= min(u.shape[0], vh.shape[1]):  # else it is for PEFT to refuse
             b, a = (x.to(dtype) for x in _of_rank(u * s, vh, effective))
             if isinstance(module.get_base_layer(), Conv1D):
                 b, a = a.T, b.T
@@ -242,7 +243,7 @@ def _plain(layer: Any, adapter: str) -> bool:
         and weight is not None
         and _usable(weight)
         and torch.promote_types(weight.dtype, pair[0].dtype) in _FLOATS
-        and layer.r[adapter] <= min(weight.shape)
+        and layer.r[adapter] <= LARGEST * min(weight.shape)
     )
 
 
@@ -250,7 +251,7 @@ def _of_rank(b: Tensor, a: Tensor, rank: int) -> Pair:
     """The first directions, or more by zeros in B and further orthonormal rows in A, as a dense SVD has them."""
     missing = rank - len(a)
     if missing > 0:
-        random = torch.randn(missing, a.shape[1], generator=torch.Generator().manual_seed(0)).to(a)
+        random = torch.randn(missing, a.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(a)
         rows = torch.linalg.qr(torch.cat([a, random]).T).Q.T[len(a) :]
         b, a = nn.functional.pad(b, (0, missing)), torch.cat([a, rows])
     return b[:, :rank].contiguous(), a[:rank].contiguous()
