@@ -16,15 +16,15 @@ class FrequentDirections {
     double* p = p_.reserve(2 * (k + 1));
     double *d = p + k + 1, *values = values_.reserve(k + 1), *q = q_.reserve((k + 1) * (k + 1));
     pad(z, m, ld, rest);
-    const double length = std::sqrt(dot(rest, rest, ld));
+    const double length = length_of(rest, ld);
     if (!std::isfinite(length)) return std::numeric_limits<double>::quiet_NaN();
     project(rows, r, ld, rest, p, false);
-    double left = std::sqrt(dot(rest, rest, ld));
+    double left = length_of(rest, ld);
     // Twice is enough, and once where much is left; if a second time takes half of it, it was rounding.
     if (left < length / 2) {
       const double once = left;
       project(rows, r, ld, rest, p, true);
-      left = std::sqrt(dot(rest, rest, ld));
+      left = length_of(rest, ld);
       if (left < once / 2) left = 0;
     }
     std::copy_n(squares, r, d);
@@ -55,6 +55,12 @@ class FrequentDirections {
   static void pad(const double* from, std::size_t m, std::size_t ld, double* to) {
     std::copy_n(from, m, to);
     std::fill(to + m, to + ld, 0.0);
+  }
+
+  // 0 where the square is subnormal: it has too few digits to divide by its root.
+  static double length_of(const double* x, std::size_t n) {
+    const double squared = dot(x, x, n);
+    return squared < std::numeric_limits<double>::min() ? 0 : std::sqrt(squared);
   }
 
   // p [+]= the products of x with orthonormal rows, and x less its part in their span.

@@ -60,9 +60,9 @@ struct LogSumExp {
   }
 
   float value() const {
-    if (largest == kLowest) return std::numeric_limits<float>::quiet_NaN();  // of nothing finite
     double sum = 0;
     for (std::size_t i = 0; i < kFloats; ++i) sum += static_cast<double>(total[i]);
+    if (sum < 0.5) return -kInfinity;  // the largest itself counts 1
     return static_cast<float>(static_cast<double>(largest) + std::log(sum));
   }
 };
@@ -83,7 +83,9 @@ inline float bound_of(const float* x, std::size_t n, std::size_t k) {
     const float bound = float_of(middle);
     Vu counts{};
     for (std::size_t i = 0; i < n; i += kFloats) counts += load<Vf>(x + i) >= bound ? Vu{} + 1 : Vu{};
-    const std::size_t count = std::accumulate(&counts[0], &counts[0] + kFloats, std::size_t{0});
+    std::uint32_t lanes[kFloats];
+    store(lanes, counts);
+    const std::size_t count = std::accumulate(lanes, lanes + kFloats, std::size_t{0});
     (count < k ? high : low) = middle;
     if (count >= k && count <= k + k / 8) break;
   }

@@ -72,6 +72,37 @@ def test_eigenvectors_are_orthonormal_and_right_however_close_the_values(name: s
     assert float(((basis.mT * (squares / size)) @ basis - exact).abs().amax()) <= 10 * n * EPS
 
 
+@pytest.mark.parametrize("scale", [1e-162, 1e-160, 1e-158, 1e-155, 1e-150, 1.0, 1e150])
+def test_directions_are_orthonormal_or_left_out_however_small_or_large_the_vectors(scale: float) -> None:
+    basis, squares = torch.zeros(3, 20).double(), torch.zeros(3).double()
+    for z in scale * normal(5, 20):
+        basis, squares, _ = frequent_directions(basis, squares, z)
+    assert int(squares.count_nonzero()) == int(basis.any(1).sum()) == (0 if scale < 1e-154 else 3)
+    assert orthogonality(basis) <= 1000 * EPS
+
+
+@pytest.mark.parametrize(
+    ("rank", "k", "m"), [(20, 1, 20), (20, 5, 20), (20, 20, 20), (3, 5, 20), (3, 3, 20), (3, 2, 20), (1, 4, 20)]
+)
+def test_what_is_missing_is_within_the_bound_for_streams_of_any_rank(rank: int, k: int, m: int) -> None:
+    rows = normal(60, rank) @ normal(rank, m, seed=1)
+    rows[::7] = 0
+    rows[1::7] = rows[2::7][: len(rows[1::7])]
+    basis, squares, total = torch.zeros(k, m).double(), torch.zeros(k).double(), 0.0
+    for z in rows:
+        basis, squares, removed = frequent_directions(basis, squares, z)
+        total += removed
+    gram = rows.mT @ rows
+    rounding = 100 * len(rows) * EPS * float(gram.trace())
+    missing = torch.linalg.eigvalsh(gram - (basis.mT * squares) @ basis)
+    tails = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
+    assert missing[0] >= -rounding
+    assert missing[-1] <= total + rounding
+    assert total <= min(float(tails[j:].sum()) / (k + 1 - j) for j in range(k + 1)) + rounding
+    assert orthogonality(basis) <= 1000 * EPS
+    assert int(squares.count_nonzero()) <= min(rank, k)
+
+
 def test_the_op_keeps_to_what_it_says_of_itself() -> None:
     basis = torch.eye(3, 5).double()
     squares = torch.tensor([3.0, 2, 1]).double()

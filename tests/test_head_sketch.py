@@ -139,6 +139,25 @@ def test_from_the_weight_in_chunks_of_any_size_it_is_the_same(chunk: int) -> Non
     check(hidden, logits, labels, hashes, 16, z)
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # Triton's interpreter is NumPy
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("least", [-math.inf, torch.finfo(torch.float32).min])
+def test_a_chunk_of_ids_that_are_all_masked_counts_nothing(least: float) -> None:
+    hidden, _, labels = batch(8, 24, 40)
+    weight, bias = torch.randn(700, 24, generator=torch.Generator().manual_seed(0)), torch.zeros(700)
+    bias[300:] = least
+    hashes = Hashes.draw(24, 700, 64, seed=0)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    z = head_sketch_from_weight(hidden, weight, labels, hashes, 16, bias, chunk=350)
+    wanted = by_definition(hidden, dense_errors(logits, labels, 16)[0], hashes)
+    torch.testing.assert_close(z.double(), wanted, rtol=0, atol=1e-4)
+    top = top_logits(torch.full((2, 70), least), torch.tensor([-1, -1]), 3)
+    exact = torch.full((2, 70), least).logsumexp(1)
+    assert torch.equal(top.logsumexp, exact)
+    assert torch.equal(top.values, torch.full((2, 3), least))
+    assert top.ids.tolist() == [[0, 1, 2]] * 2
+
+
 @pytest.mark.usefixtures("backend")
 def test_ignored_tokens_are_not_even_read() -> None:
     hidden, logits, labels = batch(10, 8, 100)

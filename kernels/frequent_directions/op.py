@@ -17,7 +17,7 @@ def frequent_directions(basis: Tensor, squares: Tensor, z: Tensor) -> tuple[Tens
     Args:
         basis: Uᵀ, (k, m) float64: as many orthonormal rows as there are positive squares, zeros below.
         squares: s², (k,) float64, descending, not negative.
-        z: (m,) float64.
+        z: (m,) float64; one below 1e-154, whose square has too few digits, is no direction.
 
     Returns:
         basis (k, m) and squares (k,) of the same kind, and the eigenvalue δ that was taken off all others: 0 as long as
