@@ -17,7 +17,7 @@ from toolbox_tools import IGNORE, PREFIX, in_peft, many, odd, peft_adapter, sens
 from spectral_fast import embedded
 from spectral_fast.adapter import Adapter
 from spectral_fast.cli import main
-from spectral_fast.sensitivity import Sensitivity
+from spectral_fast.sensitivity import ModuleSensitivity, Sensitivity
 from spectral_fast.toolbox.resize import META, ResizeOptions, resize_adapter
 
 Q, ZERO, WIDE = f"{PREFIX}.0.self_attn.q_proj", f"{PREFIX}.1.mlp.down_proj", f"{PREFIX}.0.mlp.router"
@@ -240,12 +240,15 @@ def test_what_cannot_be_resized_is_refused_and_nothing_is_written(tmp_path: Path
     budget, params = ResizeOptions(budget=0.1), ResizeOptions(budget_params=10)
     lacks = Sensitivity({Q: measured.modules[Q]}, measured.record)
     other = Sensitivity(measured.modules, {"adapter_sha256": "0" * 64})
+    x = measured.modules[Q]
+    moved = Sensitivity({**measured.modules, Q: ModuleSensitivity(1.01 * x.s, x.g)}, measured.record)
     for adapter, options, sensitivity, message in (
         (source, budget, None, "a budget is spent by sensitivities"),
         (source, energy, measured, "energy and error go by singular values alone"),
         (source, params, measured, "less than one direction in every module"),
         (source, rank, lacks, "lack 4 of the selected modules"),
         (source, rank, other, "measured on another adapter"),
+        (source, rank, moved, "are not this module's; probe again"),
         (pissa, rank, None, "init_lora_weights=pissa"),
         (broken, rank, None, "layers.0.self_attn.q_proj: B holds a NaN"),
         (broken, energy, None, "layers.0.self_attn.q_proj: B holds a NaN"),
