@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from gated_tools import SIZES, Scripted, rows, trainer, weights
+from gated_tools import SIZES, Scripted, rows, same, trainer, weights
+from tiny_models import tiny_llama, with_lora
 
 from spectral_fast.training import HeadGradientGate
-from spectral_fast.training.gate import Gate, LossFloorGate
+from spectral_fast.training.gate import Gate, LossFloorGate, NoveltyAndLossGate
 
 RANKS = 2
 CASES: dict[str, dict[str, Any]] = {
@@ -55,9 +56,25 @@ def train(case: str, out: Path, rank: int, size: int) -> dict[str, Any]:
     return {"weights": weights(made), "history": vars(made.history), "rate": made.lr_scheduler.get_last_lr()}
 
 
+def resume(out: Path) -> list[dict[str, Any]]:
+    """A whole training, and one that goes on from its middle."""
+    found = []
+    for checkpoint in (None, str(out / "whole" / "checkpoint-4")):
+        asked = NoveltyAndLossGate(**SIZES, target_novelty=0.6, burn_in=2, seed=3)
+        how = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 8}
+        how |= {"save_strategy": "steps", "save_steps": 4}
+        model = with_lora(tiny_llama(), lora_dropout=0.2)
+        made = trainer(out / ("later" if checkpoint else "whole"), asked, rows(32), model=model, **how)
+        made.train(resume_from_checkpoint=checkpoint)
+        found.append({"weights": weights(made), "history": vars(made.history)})
+        torch.distributed.barrier()
+    return found
+
+
 def work(out: Path) -> None:
     rank = int(os.environ["RANK"])
-    torch.save({case: train(case, out, rank, RANKS) for case in CASES}, out / f"{rank}.pt")
+    results: dict[str, Any] = {case: train(case, out, rank, RANKS) for case in CASES}
+    torch.save({**results, "resumed": resume(out)}, out / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -91,3 +108,11 @@ def test_ranks_train_as_one_process_with_all_their_rows(by_ranks: list[Any], cas
     assert got["rate"] == wanted["rate"]
     for name, value in wanted["weights"].items():
         torch.testing.assert_close(got["weights"][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_go_on_from_a_checkpoint_bit_for_bit(by_ranks: list[Any]) -> None:
+    for results in by_ranks:
+        whole, later = results["resumed"]
+        assert whole["history"] == later["history"]
+        assert same(whole["weights"], later["weights"])
+        assert 0 < sum(whole["history"]["accepts"]) < 16
