@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.tasks import ORIGINAL, OURS, SVD_EACH, WHOLE
+from benchmarks.tasks import DENSE_SVD, ORIGINAL, OURS, PEFT, QR_SVD, SVD_EACH, SVD_LOWRANK, VALUES_ALONE, WHOLE
 from spectral_fast.bench.factors import Factors
 from spectral_fast.bench.peers import piecewise_spline
 from spectral_fast.kernels.batched_svd import batched_svd
@@ -182,6 +182,7 @@ DENSE_COST: dict[str, Callable[[int, int, int], int]] = {
 }
 # What may be faster with one thread than with all is run with both.
 ONE_THREAD_TOO = (
-    *("torch QR + SVD", "torch QR without Q + svdvals", "torch batched SVD", "torch SVD one by one"),
+    *(QR_SVD, VALUES_ALONE, "torch batched SVD", "torch SVD one by one"),
+    *(SVD_LOWRANK, DENSE_SVD, PEFT),
     *(ORIGINAL, WHOLE, SVD_EACH),
 )

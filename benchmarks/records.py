@@ -20,7 +20,7 @@ class Measurement:
         implementation: its name.
         threads: how many it used.
         seconds: of each repeat, for the whole case.
-        extrapolated: whether they were measured on one module and multiplied.
+        extrapolated: whether they were measured on a part, one module or layer, and multiplied.
         peak_bytes: peak resident set of a command; None for what is timed inside a process.
         saved_bytes: what autograd keeps for the backward pass, weights apart; None where nobody counted.
         read_bytes: weights that were read from disk; None where nobody counted.
@@ -124,7 +124,7 @@ class Table:
             f"  {'implementation':<34}{'threads':>8}{'median s':>11}{'min':>10}{'max':>10}{'repeats':>9}{'× ours':>9}",
         ]
         for x in self.measurements:
-            note = "  extrapolated from one module" * x.extrapolated
+            note = "  extrapolated from a part" * x.extrapolated
             for what, nbytes in (("peak", x.peak_bytes), ("saved", x.saved_bytes), ("read", x.read_bytes)):
                 if nbytes is not None:
                     note += f"  {what} {nbytes / 1e6:.0f} MB"

@@ -179,6 +179,11 @@ def test_a_figure_compares_with_the_best_number_of_threads_on_most_cores() -> No
     assert FIGURES[1].line([one_core]) is None
 
 
+@pytest.mark.parametrize("task", [tasks.RESIZE_7B, tasks.INSPECT_312, tasks.WEIGHTED], ids=lambda task: task.work)
+def test_what_the_toolbox_is_compared_with_may_take_one_thread_if_that_is_faster(task: Task) -> None:
+    assert set(task.peers) <= set(peers.ONE_THREAD_TOO)
+
+
 def test_what_misses_its_figure_is_called_short() -> None:
     edit = table(
         tasks.EDIT_70B,

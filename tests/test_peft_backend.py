@@ -181,6 +181,18 @@ def test_a_rank_that_the_layers_do_not_have_is_left_to_peft() -> None:
     assert len(left) == len(layers(model))
 
 
+def test_a_layer_of_which_one_adapter_is_of_an_unknown_kind_is_left_to_peft() -> None:
+    class Marked(Tensor):
+        pass
+
+    model = model_with(lora(), lora())
+    for layer in layers(model).values():
+        layer.lora_B["1"].weight = nn.Parameter(layer.lora_B["1"].weight.detach().as_subclass(Marked))
+    with compact() as left:
+        model.add_weighted_adapter(*TWO, "merged")
+    assert len(left) == len(layers(model))
+
+
 def test_factors_with_more_columns_than_a_dense_svd_is_worth_are_left_to_peft() -> None:
     model = model_with(lora(20), lora(20))  # of 48
     with compact() as left:
@@ -349,10 +361,11 @@ def test_intruders_are_reduced_as_by_peft(epsilon: float) -> None:
     assert [line.replace("compact", "dense") for line in told["compact"]] == told["dense"]
 
 
-def test_intruders_in_half_precision_and_on_embeddings_are_left_to_peft() -> None:
+def test_intruders_in_half_precision_and_on_embeddings_or_transposed_layers_are_left_to_peft() -> None:
     half = model_with(lora(), base=tiny_llama().bfloat16(), autocast_adapter_dtype=False)
     embedding = model_with(lora(target_modules=["embed_tokens"]))
+    transposed = model_with(lora(target_modules=["transposed"], fan_in_fan_out=True), base=Layers())
     with compact() as left:
-        for model in (half, embedding):
+        for model in (half, embedding, transposed):
             reduce_intruder_dimension(model, "0", threshold_epsilon=999, logging_sink=None)
-    assert left == ["reduce_intruder_dimension"] * 2
+    assert left == ["reduce_intruder_dimension"] * 3
