@@ -259,6 +259,15 @@ def test_settings_that_cannot_be_meant_are_refused(settings: dict[str, Any], mes
         MergeOptions(**settings)
 
 
+def test_the_agreement_is_the_share_of_entries_that_have_the_elected_sign(tmp_path: Path) -> None:
+    folders = [
+        layer_adapter(tmp_path / str(i), {"q": (torch.tensor(b)[:, None], torch.ones(1, 2))}, r=1)
+        for i, b in enumerate(([1.0, 1.0, 0.0], [2.0, -3.0, 0.0]))
+    ]
+    [module] = merge(folders, [1.0, 1.0], tmp_path / "out", method="ties", density=1.0).values()
+    assert module.agreement == (3 / 4 + 1) / 2  # of B, of which one of four that are not zero differs, and of A
+
+
 def test_an_adapter_that_shares_no_module_with_the_others_is_warned_of(tmp_path: Path, three: list[Path]) -> None:
     other = layer_adapter(tmp_path / "other", {"transformer.q": random_factors(6, 7, 4, 0)})
     told: list[str] = []

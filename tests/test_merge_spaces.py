@@ -109,22 +109,30 @@ def test_the_unsparsified_core_is_the_sum(tmp_path: Path, three: list[Path]) -> 
     assert max(relative(got[name], wanted[name]) for name in wanted) < 64 * EPS
 
 
-def test_task_singular_vectors_are_made_orthogonal(tmp_path: Path) -> None:
-    factors = [random_factors(14, 11, r, seed) for seed, r in enumerate((3, 2))]
+@pytest.mark.parametrize(
+    ("n", "density", "kept"),
+    [(11, None, [3, 2, 0]), (11, 0.4, [2, 1, 0]), (4, None, [1, 1, 0])],  # the third has B = 0; 4 // 3 fit into 4
+    ids=["all", "a share", "as many as fit"],
+)
+def test_task_singular_vectors_are_made_orthogonal(
+    tmp_path: Path, n: int, density: float | None, kept: list[int]
+) -> None:
+    factors = [random_factors(14, n, r, seed) for seed, r in enumerate((3, 2, 2))]
+    factors[2] = (0 * factors[2][0], factors[2][1])
     folders = [layer_adapter(tmp_path / str(i), {"q": pair}, r=len(pair[1])) for i, pair in enumerate(factors)]
-    merge(folders, [1.0, 1.0], tmp_path / "out", method="tsv")
+    weights = [1.0, 0.5, 1.0]
+    merge(folders, weights, tmp_path / "out", method="tsv", density=density)
     us, ss, vhs = zip(
         *(torch.linalg.svd(update(x)["base_model.model.q"], full_matrices=False) for x in folders), strict=True
     )
-    ranks = [3, 2]
     nearest = []
     for side in (
-        [u[:, :r] for u, r in zip(us, ranks, strict=True)],
-        [v[:r].mT for v, r in zip(vhs, ranks, strict=True)],
+        [u[:, :k] for u, k in zip(us, kept, strict=True)],
+        [v[:k].mT for v, k in zip(vhs, kept, strict=True)],
     ):
         p, _, qh = torch.linalg.svd(torch.cat(side, 1), full_matrices=False)
         nearest.append(p @ qh)
-    values = torch.cat([s[:r] for s, r in zip(ss, ranks, strict=True)])
+    values = torch.cat([weight * s[:k] for weight, s, k in zip(weights, ss, kept, strict=True)])
     wanted = (nearest[0] * values) @ nearest[1].mT
     assert relative(update(tmp_path / "out")["base_model.model.q"], wanted) < 64 * EPS
 
