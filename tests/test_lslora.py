@@ -94,6 +94,16 @@ def test_what_is_clamped_moves_no_factor() -> None:
     assert not layer.lora_B["default"].weight.grad.any()
 
 
+def test_dropout_is_before_the_factors() -> None:
+    layer = splined(lora_dropout=0.5).get_submodule(LAYER).train()
+    x = torch.randn(5, layer.in_features)
+    torch.manual_seed(7)
+    got = layer(x)
+    torch.manual_seed(7)
+    kept = torch.nn.functional.dropout(x, 0.5)
+    torch.testing.assert_close(got - layer.base_layer(x), layer.eval()(kept) - layer.base_layer(kept))
+
+
 def test_it_is_saved_and_loaded_as_it_is(saved: Path) -> None:
     wanted = logits(splined())
     config = json.loads((saved / "adapter_config.json").read_text())

@@ -50,6 +50,8 @@ def test_presets_lead_from_the_first_version_to_the_defaults() -> None:
     options = [LSLoraConfig.preset(name).options for name in PRESETS]
     assert list(PRESETS) == [f"V{i}" for i in range(8)]
     assert options[6] == options[7] == plain
+    assert [o.spline_reg_weight for o in options] == [1e-4] * 6 + [0.01] * 2
+    assert [o.spline_output_scale for o in options] == [0.1] * 4 + [1.0] * 4
     changed = [
         {name for name in vars(a) if getattr(a, name) != getattr(b, name)} for a, b in itertools.pairwise(options)
     ]
@@ -114,10 +116,36 @@ def test_a_config_that_does_not_fit_its_splines_is_refused(saved: Path, change: 
         read_splines(saved)
 
 
+def test_with_tanh_the_input_scale_is_within_and_nothing_is_clamped() -> None:
+    options = SplineOptions(spline_tanh=True, k_min=-0.5, k_max=0.5, interpolation_method="soft")
+    z, values, one = (
+        torch.linspace(-2, 2, 41),
+        torch.randn(5, generator=torch.Generator().manual_seed(0)),
+        torch.ones(1),
+    )
+    weights = torch.softmax(-((torch.tanh(1.7 * z)[:, None] - options.grid()) ** 2) / (0.37 * 0.25**2), -1)
+    torch.testing.assert_close(options.apply(z, values, 1.7 * one, 0.3 * one), 0.3 * weights @ values)
+
+
 def test_with_tanh_the_dtype_stays_too() -> None:
     options = SplineOptions(spline_tanh=True)
     z = torch.linspace(-2, 2, 9, dtype=torch.bfloat16)
     assert options.apply(z, *options.initial().values()).dtype == torch.bfloat16
+
+
+def test_the_picture_has_what_a_spline_adds(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectral_fast.report import splines as report
+
+    class Kept:
+        of = staticmethod(lambda figure, *_: figure)
+
+    monkeypatch.setattr(report, "Picture", Kept)
+    spline = read_splines(saved)[LAYER]
+    line = report.spline_picture({LAYER: spline}).axes[0].lines[0]
+    z = np.linspace(-3, 3, report.POINTS)
+    np.testing.assert_allclose(line.get_xdata(), z, atol=1e-6)
+    y = spline.output_scale * np.interp(spline.input_scale * z, np.linspace(-3, 3, 5), spline.values.numpy())
+    np.testing.assert_allclose(line.get_ydata(), y - z, atol=1e-5)
 
 
 def test_the_picture_shows_every_kind_of_module(saved: Path, tmp_path: Path) -> None:
