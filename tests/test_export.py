@@ -54,6 +54,11 @@ def test_a_loader_without_patterns_comes_to_the_same_update(tmp_path: Path, dtyp
         exact = math.frexp(adapter.modules[name].scaling)[0] == 0.5
         assert x.error == 0 if exact else 0 <= x.error <= 4 * torch.finfo(dtype).eps
         assert found[name] == pytest.approx(x.error, rel=1e-6, abs=1e-14)
+        b, a = (y.double() for y in adapter.read(adapter.modules[name]))
+        in_b, in_a = (((y * x.scaling).to(dtype).double(), other) for y, other in ((b, a), (a, b)))
+        w = x.scaling * b @ a
+        either = [float((y @ z - w).norm() / (w.norm() or 1.0)) for y, z in (in_b, in_a[::-1])]
+        assert x.error == pytest.approx(min(either), rel=1e-6, abs=1e-14)  # of the factor whose rounding errs less
     assert {x.error > 0 for x in baked.values()} == {False, True}  # scalings 1 and 2, or others
 
 

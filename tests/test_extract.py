@@ -148,6 +148,16 @@ def test_what_lora_cannot_hold_is_named_or_saved_in_full(tmp_path: Path) -> None
     torch.testing.assert_close(logits(model), logits(AutoModelForCausalLM.from_pretrained(tuned)), rtol=0, atol=2e-3)
 
 
+def test_a_bias_beside_an_adapted_weight_is_named_and_not_saved(tmp_path: Path) -> None:
+    def change(name: str, weight: Tensor) -> Tensor:
+        return randn(*weight.shape) if name.endswith("q_proj.bias") else low_rank(name, weight)
+
+    base, tuned = two_models(tmp_path, change, lambda: tiny_llama(attention_bias=True))
+    found = extract_adapter(base, tuned, ExtractOptions(rank=3), tmp_path / "lora", modules_to_save=True)
+    assert set(found.lost) == {f"model.layers.{i}.self_attn.q_proj.bias" for i in range(3)}
+    assert not found.saved
+
+
 def test_gpt2_whose_weights_are_stored_transposed(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 

@@ -72,6 +72,9 @@ def test_a_spike_is_remarked_on(tmp_path: Path) -> None:
     assert found.remarks() == ["1 spike, up to 26.7 x median"]
     [found] = inspect_adapter(adapter, InspectOptions(spike=30)).values()
     assert not found.remarks()
+    negative = Adapter.open(handmade(tmp_path / "negative", {"lora_alpha": -8}, tensors))
+    [same] = inspect_adapter(negative).values()
+    assert same.s.tolist() == found.s.tolist()
 
 
 def test_the_command_writes_table_json_csv_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,10 +157,10 @@ def test_small_differences_do_not_drown_in_the_squares(tmp_path: Path, size: flo
     near = {key: x + size * torch.randn_like(x) if "lora_B" in key else x for key, x in tensors.items()}
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     one, two = (Adapter.open(handmade(tmp_path / name, config, x)) for name, x in (("one", tensors), ("two", near)))
-    found = compare_adapters(one, two).modules[Q]
-    module = one.modules[Q]
-    wanted = ((near[module.b_key] - tensors[module.b_key]) @ tensors[module.a_key]).norm() * module.scaling
-    assert found.relative * max(found.norms) == pytest.approx(wanted.item(), rel=1e-3)
+    for name, found in compare_adapters(one, two).modules.items():
+        module = one.modules[name]
+        wanted = ((near[module.b_key] - tensors[module.b_key]) @ tensors[module.a_key]).norm() * module.scaling
+        assert found.relative * max(found.norms) == pytest.approx(wanted.item(), rel=1e-3), name
     same = compare_adapters(one, one).modules.values()
     assert all(x.relative == 0 for x in same)
     assert all(x.cosine is None or x.cosine == pytest.approx(1.0, abs=1e-12) for x in same)

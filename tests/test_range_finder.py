@@ -65,3 +65,15 @@ def test_values_that_are_not_finite_are_refused(columns: int) -> None:
     d[3, 4] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
         project(blocks(d), (50, 40), columns, 2, torch.Generator())
+
+
+def test_directions_that_were_found_before_are_begun_with() -> None:
+    d = randn(90, 60)  # a flat spectrum, of which one pass finds little
+    good = project(blocks(d), (90, 60), 12, 20, torch.Generator().manual_seed(0))
+    assert good is not None
+    missed = []
+    for start in (None, good.q):
+        found = project(blocks(d), (90, 60), 14, 1, torch.Generator().manual_seed(1), start=start)
+        assert found is not None
+        missed.append(found.missed)
+    assert missed[1] <= good.missed < missed[0]
