@@ -117,13 +117,22 @@ inline void top_logits_as(const TopLogitsTask& task, std::size_t row) {
   // Of a larger logit the key is larger, of equal ones that of the lowest id; -0 is 0.
   const float least = blocks < top ? -kInfinity : bound_of(maxima, padded, top);
   std::size_t count = 0;
+  // Most vectors have no such lane or one: a byte per lane finds it without a loop over all, or a branch for each.
+  using Bytes = signed char __attribute__((vector_size(kFloats)));
   const auto look = [&](Vf v, std::size_t id) {
-    if (!(largest_of<kVectorBytes>(v) >= least)) return;
+    const Bytes reached = __builtin_convertvector(v >= least, Bytes);
     float lanes[kFloats];
     store(lanes, v);
-    for (std::size_t i = 0; i < std::min(kFloats, n - id); ++i) {
-      keys[count] = static_cast<std::uint64_t>(rank_of(lanes[i] + 0.0f)) << 32 | ~static_cast<std::uint32_t>(id + i);
-      count += lanes[i] >= least;
+    for (std::size_t begin = 0; begin < kFloats; begin += 8) {
+      std::uint64_t bytes = 0;
+      std::memcpy(&bytes, reinterpret_cast<const char*>(&reached) + begin, std::min<std::size_t>(kFloats, 8));
+      while (bytes != 0) {
+        const auto byte = static_cast<std::size_t>(__builtin_ctzll(bytes)) / 8, i = begin + byte;
+        bytes &= ~(std::uint64_t{0xff} << 8 * byte);
+        if (id + i >= n) return;
+        keys[count++] =
+            static_cast<std::uint64_t>(rank_of(lanes[i] + 0.0f)) << 32 | ~static_cast<std::uint32_t>(id + i);
+      }
     }
   };
   for (std::size_t b = 0; b < n / kBlock; ++b)
