@@ -6,24 +6,10 @@ import math
 
 import pytest
 import torch
+from directions_tools import EPS, normal, orthogonality, unit
 from torch import Tensor
 
 from spectral_fast.training.gate import FrequentDirections
-
-EPS = torch.finfo(torch.float64).eps
-
-
-def unit(x: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(x.double(), dim=-1)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def orthogonality(basis: Tensor) -> float:
-    rows = basis[basis.any(1)]
-    return float((rows @ rows.mT - torch.eye(len(rows), dtype=torch.float64)).norm())
 
 
 def folded(rows: Tensor, k: int) -> FrequentDirections:
