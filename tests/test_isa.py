@@ -25,6 +25,7 @@ KERNEL_TESTS = (
     "test_native.py",
     "test_batched_svd.py",
     "test_frequent_directions.py",
+    "test_head_sketch.py",
     "test_lowrank_svd.py",
     "test_recompose.py",
     "test_segment_products.py",
@@ -43,9 +44,8 @@ def run(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", [isa for isa in _C.isa()["supported"] if isa != _C.isa()["chosen"]])
 def test_every_other_instruction_set_of_this_processor_passes_the_kernels_tests(isa: str) -> None:
     files = [str(TESTS / name) for name in KERNEL_TESTS]
-    result = run(
-        isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", "not gpu", *files
-    )
+    how = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", "not gpu and not reference"]
+    result = run(isa, "-m", "pytest", *how, *files)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "skipped" not in result.stdout.splitlines()[-1]
 
