@@ -6,7 +6,6 @@ import argparse
 import csv
 import json
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from benchmarks.machine import commit, hardware
+from benchmarks.machine import command, commit, hardware
 from spectral_fast import ModelOptions, embedded
 from spectral_fast.embedded.problems import stream
 from spectral_fast.evaluation.adapters import evaluate_adapters
@@ -93,8 +92,7 @@ def write_table(
         module: whose command it is.
         argv: its words; None for the process's own.
     """
-    words = [f"python -m {module}", *(sys.argv[1:] if argv is None else argv)]
-    same = {**made, "commit": commit(), "command": " ".join(words), **hardware()}
+    same = {**made, "commit": commit(), "command": command(module, argv), **hardware()}
     written = [{**row, **same} for row in rows]
     for row in written:
         print("  ".join(f"{row[name]!s:>10}" for name in row if name not in same))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.timing import ROOT
@@ -27,9 +30,21 @@ def software() -> dict[str, str]:
 
 def commit() -> str:
     """The commit of the source, with `-dirty` if there is anything that it lacks; "unknown" outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+def command(module: str, argv: Sequence[str] | None) -> str:
+    """What was run, to be run again anywhere: of an absolute path its name, the folders of this machine left out.
+
+    Args:
+        module: whose command it is.
+        argv: its words; None for the process's own.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    told = (Path(word).name if Path(word).is_absolute() else word for word in words)
+    return shlex.join(["python", "-m", module, *told])
 
 
 def slug(facts: dict[str, str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from benchmarks import commands, files, tasks
 from benchmarks.cases import Task
 from benchmarks.figures import FIGURES
-from benchmarks.machine import commit, hardware, slug
+from benchmarks.machine import command, commit, hardware, slug
 from benchmarks.records import Measurement, Table, write_csv
 from benchmarks.timing import run_pinned
 
@@ -50,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(*(f"{task.work}: {task.case}" for task in chosen), sep="\n")
         return 0
 
-    command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)])
-    machine = {**hardware(), "commit": commit(), "command": command}
+    machine = {**hardware(), "commit": commit(), "command": command("benchmarks", argv)}
     done = []
     for table in tables(chosen, args.cores, args.work_dir):
         print(table, end="\n\n", flush=True)

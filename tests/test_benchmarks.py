@@ -19,7 +19,7 @@ spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py"
 assert spec is not None
 sys.modules["benchmarks"] = module_from_spec(spec)
 
-from benchmarks import calibration, cases, commands, factors, files, models, peers, samples, tasks, timing  # noqa: E402
+from benchmarks import calibration, cases, commands, factors, files, machine, models, peers, samples, tasks, timing  # noqa: E402
 from benchmarks.cases import Adapter, Cores, Task  # noqa: E402
 from benchmarks.figures import FIGURES  # noqa: E402
 from benchmarks.records import Measurement, Table, write_csv  # noqa: E402
@@ -255,3 +255,9 @@ def test_weightwatcher_is_left_out_with_a_reason_where_it_is_absent(
     line = ratio.line([full])
     assert line is not None
     assert line.endswith("not measured")
+
+
+def test_a_command_in_a_table_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    words = ["--only", "gate: 512", "--out", str(tmp_path / "table.csv"), "--keep", "runs/kept"]
+    told = machine.command("benchmarks", words)
+    assert told == "python -m benchmarks --only 'gate: 512' --out table.csv --keep runs/kept"
