@@ -21,8 +21,8 @@ from benchmarks.workloads import Candidate, Workload
 from spectral_fast.bench.gate import WrongResult
 from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.data import Example
-from spectral_fast.calibration.decoder import Decoder, ready_for
-from spectral_fast.calibration.packing import Pack, packs
+from spectral_fast.calibration.packed.decoder import Decoder, ready_for
+from spectral_fast.calibration.packed.packing import Pack, packs
 from spectral_fast.calibration.spectral_form import SpectralLinear, lora_layers, per_sample, spectral_form
 
 Found = dict[str, Tensor]  # module name -> g, (r,) or per sample (samples, r)

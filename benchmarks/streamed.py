@@ -24,9 +24,9 @@ from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.data import Example
 from spectral_fast.calibration.model import DTYPES, ModelOptions, load_model
-from spectral_fast.calibration.skeleton import load_skeleton
-from spectral_fast.calibration.stream import Streamed, streamed
-from spectral_fast.calibration.stream_options import StreamOptions
+from spectral_fast.calibration.streaming.options import StreamOptions
+from spectral_fast.calibration.streaming.skeleton import load_skeleton
+from spectral_fast.calibration.streaming.stream import Streamed, streamed
 
 LIMIT = 1e-5  # in float32, where the same products are formed in other orders
 

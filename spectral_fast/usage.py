@@ -44,7 +44,7 @@ def unused(args: argparse.Namespace, policy: Policy, needs_probe: bool) -> list[
     """Warnings about flags that were given and have no effect."""
     from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.calibration.probe import CalibrationOptions
-    from spectral_fast.calibration.stream_options import StreamOptions
+    from spectral_fast.calibration.streaming.options import StreamOptions
 
     unused = [] if needs_probe else [f.name for cls in (CalibrationOptions, StreamOptions) for f in fields(cls)]
     if not (needs_probe or args.eval_gsm8k):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from spectral_fast.calibration.data import IGNORED, Example
-from spectral_fast.calibration.decoder import Decoder
-from spectral_fast.calibration.packing import packs
+from spectral_fast.calibration.packed.decoder import Decoder
+from spectral_fast.calibration.packed.packing import packs
 
 
 @dataclass(frozen=True)

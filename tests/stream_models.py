@@ -136,8 +136,8 @@ def stream(tmp_path: Path, budget: int = 0, dtype: str = "fp32", **arguments: An
     from spectral_fast.adapter import Adapter
     from spectral_fast.calibration.calibrate import calibrate
     from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.calibration.skeleton import load_skeleton
-    from spectral_fast.calibration.stream import streamed
+    from spectral_fast.calibration.streaming.skeleton import load_skeleton
+    from spectral_fast.calibration.streaming.stream import streamed
 
     model, weights = load_skeleton(
         str(tmp_path / "base"), ModelOptions(dtype=dtype, device="cpu"), Adapter.open(tmp_path / "adapter")

@@ -17,7 +17,7 @@ from spectral_fast.calibration.data import (
     encode_question_answer,
 )
 from spectral_fast.calibration.model import ModelOptions, load_tokenizer
-from spectral_fast.calibration.packing import packs
+from spectral_fast.calibration.packed.packing import packs
 from spectral_fast.calibration.probe import CalibrationOptions, load_examples
 
 TEMPLATE = (

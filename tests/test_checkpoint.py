@@ -14,7 +14,7 @@ from stream_models import family_model, save_adapter, save_in_shards
 
 from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.model import ModelOptions, load_model
-from spectral_fast.calibration.skeleton import load_skeleton
+from spectral_fast.calibration.streaming.skeleton import load_skeleton
 
 INDEX = "model.safetensors.index.json"
 PROJECTION = "model.layers.2.self_attn.o_proj.weight"

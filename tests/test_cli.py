@@ -149,7 +149,7 @@ def test_an_edit_by_streaming_is_that_of_the_model_in_memory_and_leaves_no_work_
 def test_a_killed_probe_goes_on_only_when_it_shall(
     probed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spectral_fast.calibration.stream import _Sweeps
+    from spectral_fast.calibration.streaming.stream import _Sweeps
 
     argv = ["probe", *BASE, *LORA, *DATA, "--out_dir", tmp_path / "out", "--stream"]
     with monkeypatch.context() as killed:

@@ -13,11 +13,11 @@ from stream_models import FAMILIES, family_model
 from tiny_models import with_lora
 
 from spectral_fast.calibration import calibrate as calibrating
-from spectral_fast.calibration.attention import NAME
 from spectral_fast.calibration.calibrate import calibrate, routed
 from spectral_fast.calibration.data import Example
-from spectral_fast.calibration.decoder import LOGITS_AT_ONCE, Decoder, ready_for
-from spectral_fast.calibration.packing import LAYOUTS, packs
+from spectral_fast.calibration.packed.attention import NAME
+from spectral_fast.calibration.packed.decoder import LOGITS_AT_ONCE, Decoder, ready_for
+from spectral_fast.calibration.packed.packing import LAYOUTS, packs
 from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.spectral_form import lora_layers, per_sample, spectral_form
 
@@ -275,7 +275,7 @@ def test_a_pack_is_as_large_as_the_memory_that_its_graph_takes(family: str, monk
             hidden = decoder.hidden(pack)
     assert hidden.requires_grad
     per_token = sum(kept.values()) / 120
-    monkeypatch.setattr("spectral_fast.calibration.decoder.GRAPH_BYTES", int(2000 * per_token))
+    monkeypatch.setattr("spectral_fast.calibration.packed.decoder.GRAPH_BYTES", int(2000 * per_token))
     assert 2000 / 1.5 <= decoder.pack_tokens() <= 2000 * 1.5
     assert decoder.pack_tokens(1) == 4096
 
@@ -295,7 +295,7 @@ def test_logits_come_in_bounded_chunks_and_sum_to_the_loss_of_all(monkeypatch: p
     whole = decoder.loss_gradient(hidden, pack)
     sizes = []
     head = decoder.model.lm_head.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[1]))
-    monkeypatch.setattr("spectral_fast.calibration.decoder.LOGITS_AT_ONCE", 97 * 5)
+    monkeypatch.setattr("spectral_fast.calibration.packed.decoder.LOGITS_AT_ONCE", 97 * 5)
     loss, gradient = decoder.loss_gradient(hidden, pack)
     head.remove()
     assert sizes[:-1] == [5] * (len(sizes) - 1)

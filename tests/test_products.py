@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spectral_fast.calibration import products
-from spectral_fast.calibration.products import ROWS, WideProducts
+from spectral_fast.calibration.packed import products
+from spectral_fast.calibration.packed.products import ROWS, WideProducts
 
 
 @pytest.fixture(autouse=True)

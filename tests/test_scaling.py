@@ -21,11 +21,11 @@ sys.modules.setdefault("benchmarks", module_from_spec(spec))
 from benchmarks import calibration, cases, models, samples, scaling, streamed, tasks  # noqa: E402
 from benchmarks.peers_calibration import ADAPTER  # noqa: E402
 from spectral_fast.calibration.calibrate import calibrate  # noqa: E402
-from spectral_fast.calibration.decoder import Decoder, ready_for  # noqa: E402
-from spectral_fast.calibration.packing import packs  # noqa: E402
-from spectral_fast.calibration.products import float32_is_faster  # noqa: E402
+from spectral_fast.calibration.packed.decoder import Decoder, ready_for  # noqa: E402
+from spectral_fast.calibration.packed.packing import packs  # noqa: E402
+from spectral_fast.calibration.packed.products import float32_is_faster  # noqa: E402
 from spectral_fast.calibration.spectral_form import lora_layers, per_sample, spectral_form  # noqa: E402
-from spectral_fast.calibration.stream import streamed as engine  # noqa: E402
+from spectral_fast.calibration.streaming.stream import streamed as engine  # noqa: E402
 
 SHAPE = scaling.Shape.of(cases.TINY_LLAMA)
 

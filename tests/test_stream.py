@@ -25,12 +25,12 @@ from stream_models import (
 
 from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.calibrate import calibrate
-from spectral_fast.calibration.decoder import Decoder
 from spectral_fast.calibration.model import ModelOptions, load_model
-from spectral_fast.calibration.skeleton import load_skeleton
+from spectral_fast.calibration.packed.decoder import Decoder
 from spectral_fast.calibration.spectral_form import lora_layers
-from spectral_fast.calibration.stream import streamed
-from spectral_fast.calibration.weights import EMBEDDINGS, HEAD, OTHER
+from spectral_fast.calibration.streaming.skeleton import load_skeleton
+from spectral_fast.calibration.streaming.stream import streamed
+from spectral_fast.calibration.streaming.weights import EMBEDDINGS, HEAD, OTHER
 from spectral_fast.sensitivity import Sensitivity
 
 BUDGETS = {"nothing": 0, "some": 100_000, "everything": 10**9}
@@ -83,7 +83,7 @@ def with_large_gradients(tmp_path: Path, factor: float) -> None:
 def test_float16_gradients_that_overflow_are_found_at_a_smaller_scale(
     budget: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spectral_fast.calibration.stream import _Sweeps
+    from spectral_fast.calibration.streaming.stream import _Sweeps
 
     with_large_gradients(tmp_path, 512.0)
     options = ModelOptions(dtype="fp16", device="cpu")

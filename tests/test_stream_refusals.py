@@ -26,8 +26,8 @@ from stream_models import (
 from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.model import ModelOptions
-from spectral_fast.calibration.skeleton import load_skeleton
-from spectral_fast.calibration.stream import streamed
+from spectral_fast.calibration.streaming.skeleton import load_skeleton
+from spectral_fast.calibration.streaming.stream import streamed
 
 
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_forward_that_a_hook_gave_the_embeddings_is_there_again_afterwards(tmp
 
 
 def test_a_module_outside_of_the_layers_is_refused(tmp_path: Path) -> None:
-    from spectral_fast.calibration.stream import Streamed
+    from spectral_fast.calibration.streaming.stream import Streamed
 
     save(tmp_path)
     model, weights = load_skeleton(

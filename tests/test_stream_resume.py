@@ -16,14 +16,14 @@ import torch
 from stream_models import family_model, ragged_samples, save_adapter, save_in_shards
 
 from spectral_fast.adapter import Adapter
-from spectral_fast.calibration import stream_options
 from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.calibration.probe import CalibrationOptions, probe
-from spectral_fast.calibration.skeleton import load_skeleton
-from spectral_fast.calibration.stream import streamed
-from spectral_fast.calibration.stream_options import StreamOptions
-from spectral_fast.calibration.work_folder import discard, work_folder
+from spectral_fast.calibration.streaming import options as stream_options
+from spectral_fast.calibration.streaming.options import StreamOptions
+from spectral_fast.calibration.streaming.skeleton import load_skeleton
+from spectral_fast.calibration.streaming.stream import streamed
+from spectral_fast.calibration.streaming.work_folder import discard, work_folder
 from spectral_fast.cli.common import discard_work, work_dir
 
 SAMPLES = ragged_samples(5)
@@ -113,7 +113,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_g(folder: Path)
 
 def stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new run that ends before its first layer is differentiated."""
-    from spectral_fast.calibration import stream
+    from spectral_fast.calibration.streaming import stream
 
     def failing(_: Any, part: Any) -> None:
         raise KeyboardInterrupt(part)
@@ -138,7 +138,7 @@ def test_layers_that_are_given_something_of_the_embeddings_get_it_again(
 
 
 def test_what_is_there_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectral_fast.calibration import stream
+    from spectral_fast.calibration.streaming import stream
 
     steps: list[Any] = []
     stopped(folder, monkeypatch)
@@ -252,7 +252,7 @@ def test_what_is_kept_is_named_when_a_run_ends_early(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from spectral_fast import embedded
-    from spectral_fast.calibration import stream
+    from spectral_fast.calibration.streaming import stream
     from spectral_fast.cli import main
 
     def interrupted(*_: Any) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from stream_models import FAMILIES, family_model, save_in_shards
 
 from spectral_fast.calibration.checkpoint import checkpoint_files
-from spectral_fast.calibration.skeleton import empty_model
-from spectral_fast.calibration.weights import EMBEDDINGS, HEAD, OTHER, Weights
+from spectral_fast.calibration.streaming.skeleton import empty_model
+from spectral_fast.calibration.streaming.weights import EMBEDDINGS, HEAD, OTHER, Weights
 
 CPU = torch.device("cpu")
 LAYERS = {"gpt_neox": "gpt_neox.layers"}

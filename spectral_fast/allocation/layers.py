@@ -22,7 +22,7 @@ from spectral_fast.calibration.checkpoint import (
     checkpoint_files,
 )
 from spectral_fast.calibration.model import ModelOptions, from_pretrained
-from spectral_fast.calibration.tensors import Tensors
+from spectral_fast.calibration.streaming.tensors import Tensors
 
 KINDS = (nn.Linear, nn.Conv2d)
 

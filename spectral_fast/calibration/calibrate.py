@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from spectral_fast.adapter import Adapter
-from spectral_fast.calibration.attention import Unpackable
 from spectral_fast.calibration.data import IGNORED, Example, as_examples
-from spectral_fast.calibration.decoder import Decoder, ready_for
 from spectral_fast.calibration.model import attached
-from spectral_fast.calibration.packing import Pack, label_weights, packs
+from spectral_fast.calibration.packed.attention import Unpackable
+from spectral_fast.calibration.packed.decoder import Decoder, ready_for
+from spectral_fast.calibration.packed.packing import Pack, label_weights, packs
 from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.rounds import in_rounds
 from spectral_fast.calibration.spectral_form import SpectralLinear, adapter_layers, bare, per_sample, spectral_form
@@ -82,7 +82,7 @@ def calibrate(
         progress: wraps the list of packs, e.g. with a progress bar; once per round with `until_stable`.
         ranks: the processes that share the samples, each with this model and all data: those of a process group of
             torch.distributed by `Ranks.of_process_group(group)`. All get the same result. By default this one alone.
-        engines: makes what runs the model; by default in memory, see also `spectral_fast.calibration.stream`.
+        engines: makes what runs the model; by default in memory, see also `spectral_fast.calibration.streaming.stream`.
 
     Returns:
         Sensitivity with s and g (float64) of shape (r,) and g per sample, (samples, r) float32, per module. The record

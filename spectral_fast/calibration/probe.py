@@ -20,11 +20,11 @@ from spectral_fast.calibration.data import Example, encode_messages, encode_ques
 from spectral_fast.calibration.model import ModelOptions, load_model, load_tokenizer
 from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.rows import GSM8K, data_file, read_rows
-from spectral_fast.calibration.skeleton import load_skeleton
-from spectral_fast.calibration.stream import streamed
-from spectral_fast.calibration.stream_options import StreamOptions
-from spectral_fast.calibration.weights import Weights
-from spectral_fast.calibration.work_folder import work_folder
+from spectral_fast.calibration.streaming.options import StreamOptions
+from spectral_fast.calibration.streaming.skeleton import load_skeleton
+from spectral_fast.calibration.streaming.stream import streamed
+from spectral_fast.calibration.streaming.weights import Weights
+from spectral_fast.calibration.streaming.work_folder import work_folder
 from spectral_fast.options import check, option
 from spectral_fast.provenance import sha256_file, versions
 from spectral_fast.sensitivity import Sensitivity

@@ -102,7 +102,7 @@ def write_result(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
 def add_calibration_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the calibration."""
     from spectral_fast.calibration.probe import CalibrationOptions
-    from spectral_fast.calibration.stream_options import StreamOptions
+    from spectral_fast.calibration.streaming.options import StreamOptions
 
     add_flags(parser.add_argument_group("calibration"), CalibrationOptions)
     add_flags(parser.add_argument_group("layer by layer"), StreamOptions)
@@ -113,7 +113,7 @@ def run_probe(
 ) -> Any:
     """Sensitivities measured as the flags say, with a progress bar."""
     from spectral_fast.calibration.probe import CalibrationOptions, probe
-    from spectral_fast.calibration.stream_options import StreamOptions
+    from spectral_fast.calibration.streaming.options import StreamOptions
 
     first = ranks is None or ranks.rank == 0
     try:
@@ -144,7 +144,7 @@ def work_dir(args: argparse.Namespace, rank: int = 0) -> Path | None:
 
 def discard_work(folder: Path) -> None:
     """Remove what `work_dir` named, and what held it if no other rank's is left there."""
-    from spectral_fast.calibration.work_folder import discard
+    from spectral_fast.calibration.streaming.work_folder import discard
 
     discard(folder)
     with suppress(OSError):

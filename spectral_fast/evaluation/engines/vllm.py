@@ -14,7 +14,7 @@ import torch
 
 from spectral_fast.adapter import Adapter, changes_base
 from spectral_fast.calibration.model import ModelOptions, check_fit, check_whole, load_tokenizer
-from spectral_fast.calibration.skeleton import empty_model
+from spectral_fast.calibration.streaming.skeleton import empty_model
 from spectral_fast.evaluation.engines.options import EngineOptions
 from spectral_fast.evaluation.engines.protocol import Progress, Sampling, one_per_prompt
 from spectral_fast.evaluation.engines.text import continuation, end_tokens, sample_seed, tokenise, until_stop

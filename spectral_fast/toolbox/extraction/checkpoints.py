@@ -16,7 +16,7 @@ from spectral_fast.adapter.folder import is_finite
 from spectral_fast.allocation.layers import empty_and_tensors, weight_files
 from spectral_fast.calibration.checkpoint import check_nothing_missing
 from spectral_fast.calibration.model import ModelOptions, from_pretrained
-from spectral_fast.calibration.tensors import Tensors
+from spectral_fast.calibration.streaming.tensors import Tensors
 from spectral_fast.tensorfile import TensorInfo
 
 _BLOCK = 1 << 22  # numbers of a difference that are in memory at a time

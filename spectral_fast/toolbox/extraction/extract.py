@@ -19,7 +19,7 @@ from torch import Tensor
 from spectral_fast.adapter.creation import check_out_dir
 from spectral_fast.adapter.folder import is_finite
 from spectral_fast.calibration.model import ModelOptions
-from spectral_fast.calibration.work_folder import discard, work_folder
+from spectral_fast.calibration.streaming.work_folder import discard, work_folder
 from spectral_fast.options import check, option
 from spectral_fast.provenance import sha256_file, versions
 from spectral_fast.spectrum import Spectrum, lowrank_svd, rebuild

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectral_fast.calibration.work_folder import Stage
+from spectral_fast.calibration.streaming.work_folder import Stage
 from spectral_fast.tensorfile import SafetensorsFile, TensorInfo
 
 _LARGEST, _LONGEST = 64 << 20, 2.0  # bytes and seconds of results that wait to be written

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_fast.calibration.attention import NAME, Unpackable, keeping_apart, packed_attention
-from spectral_fast.calibration.packing import Pack
-from spectral_fast.calibration.products import WideProducts
+from spectral_fast.calibration.packed.attention import NAME, Unpackable, keeping_apart, packed_attention
+from spectral_fast.calibration.packed.packing import Pack
+from spectral_fast.calibration.packed.products import WideProducts
 
 LOGITS_AT_ONCE = 2**24  # elements: 64 MB in float32
 GRAPH_BYTES = 2**32  # of what a forward pass leaves for the backward pass

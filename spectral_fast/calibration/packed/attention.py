@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectral_fast.calibration.products import float32_is_faster
+from spectral_fast.calibration.packed.products import float32_is_faster
 
 NAME = "spectral_fast_packed"
 # What models hand to their attention that changes nothing here; `sliding_window` is in the mask already.

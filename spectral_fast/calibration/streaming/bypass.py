@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectral_fast.calibration.decoder import Decoder
-from spectral_fast.calibration.packing import Pack
-from spectral_fast.calibration.weights import INSTEAD
+from spectral_fast.calibration.packed.decoder import Decoder
+from spectral_fast.calibration.packed.packing import Pack
+from spectral_fast.calibration.streaming.weights import INSTEAD
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_fast.calibration.attention import Unpackable
-from spectral_fast.calibration.bypass import Call, Trace, bypass
-from spectral_fast.calibration.decoder import Decoder
-from spectral_fast.calibration.graphs import Graph, KeptGraphs, record
-from spectral_fast.calibration.packing import Pack
+from spectral_fast.calibration.packed.attention import Unpackable
+from spectral_fast.calibration.packed.decoder import Decoder
+from spectral_fast.calibration.packed.packing import Pack
 from spectral_fast.calibration.spectral_form import SpectralLinear, frozen, per_sample, spectra_of, swapped
-from spectral_fast.calibration.weights import EMBEDDINGS, HEAD, INSTEAD, OTHER, Part, Weights
-from spectral_fast.calibration.work_folder import Stage
+from spectral_fast.calibration.streaming.bypass import Call, Trace, bypass
+from spectral_fast.calibration.streaming.graphs import Graph, KeptGraphs, record
+from spectral_fast.calibration.streaming.weights import EMBEDDINGS, HEAD, INSTEAD, OTHER, Part, Weights
+from spectral_fast.calibration.streaming.work_folder import Stage
 from spectral_fast.spectrum import Spectrum
 from spectral_fast.tensorfile import Put, TensorInfo
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_fast.calibration.tensors import Recipe, Tensors
+from spectral_fast.calibration.streaming.tensors import Recipe, Tensors
 from spectral_fast.pipeline import in_order
 
 INSTEAD = "run without --stream"

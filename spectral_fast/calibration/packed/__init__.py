@@ -1,0 +1,1 @@
+"""Samples of any length packed into rows, and the model's forward pass over such a row."""
