@@ -3,6 +3,12 @@
 Of each variant that an op's ``shipped`` names: it compiles, spills nothing, fits into the registers and the shared
 memory of its architecture, and its products run on matrix units where they must. Then csrc/cuda by nvcc, where that
 is installed. A failure is named, and the exit status is 1.
+
+Some 770 variants take ten minutes of a core, nearly all of it to find what results/codegen.csv says already. So each
+row has a key, a hash of all that it follows from: names, Triton's own cache key of the source (the kernel, all that it
+calls, its constants and signature), options, architecture and its limits, Triton's version, and the checks made here.
+A row that is compiled again must come out as the table says, and with ``--again 5``, as `make codegen` has it, of the
+rows with a key that is the table's only one in five are.
 """
 
 from __future__ import annotations
@@ -17,10 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,6 +47,7 @@ REGISTERS_OF_ALL_WARPS = 2048
 ANY_SIZES = "sm_90"
 MARK = ", any sizes"
 TENSOR_MEMORY = 512  # columns, of Blackwell's
+Job = tuple[str, str, int]  # module, architecture, number of the variant
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class Result:
         seconds: that compiling and reading it took.
         resources: what it uses; None if it did not compile.
         failures: what is wrong, in words.
+        key: of all that the resources follow from; none of CUDA, which is compiled every time.
     """
 
     op: str
@@ -61,6 +70,7 @@ class Result:
     seconds: float
     resources: Resources | None
     failures: tuple[str, ...]
+    key: str = ""
 
     @property
     def matrix(self) -> str:
@@ -68,7 +78,7 @@ class Result:
         counts = self.resources.matrix if self.resources else {}
         return " + ".join(f"{kind} {count}" for kind, count in counts.items())
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, str]:
         """What the CSV keeps: nothing that differs from run to run."""
         x = self.resources
         figures = (x.registers, x.spills, x.shared) if x else ("", "", "")
@@ -76,8 +86,9 @@ class Result:
             "op": self.op,
             "variant": self.name,
             "arch": self.arch,
-            **dict(zip(("registers", "spill_bytes", "shared_bytes"), figures, strict=True)),
+            **dict(zip(("registers", "spill_bytes", "shared_bytes"), map(str, figures), strict=True)),
             "matrix_instructions": self.matrix,
+            "key": self.key,
         }
 
     def __str__(self) -> str:
@@ -106,9 +117,12 @@ def shipped(module: str, arch: str) -> tuple[Shipped, ...]:
     general = [
         x._replace(signature={name: kind.removesuffix(":16") for name, kind in x.signature.items()}) for x in items_once
     ]
-    return items + tuple(
-        y._replace(name=y.name + MARK) for x, y in zip(items_once, general, strict=True) if x.signature != y.signature
-    )
+    added: list[Shipped] = []
+    for x, y in zip(items_once, general, strict=True):
+        # Variants that differ by what a size is a multiple of are the same now.
+        if x.signature != y.signature and not any((y.variant, y.signature) == other[1:3] for other in added):
+            added.append(y._replace(name=y.name + MARK))
+    return (*items, *added)
 
 
 def uncompiled(launches: Iterable[Launch], arch: str) -> list[str]:
@@ -121,9 +135,31 @@ def uncompiled(launches: Iterable[Launch], arch: str) -> list[str]:
     ]
 
 
-def compile_shipped(module: str, arch: str, index: int) -> Result:
-    """Compiles and checks one variant, in a worker."""
+def key(job: Job) -> str:
+    """The hash of all that a variant's row follows from; of what is not even a source, none."""
+    import triton
+
+    module, arch, index = job
+    item = shipped(module, arch)[index]
+    try:
+        source = _source(item).hash()
+    except TypeError:  # which compiling it will name
+        return ""
+    what = (module, item.name, item.matrix, source, sorted(_options(item.variant).items()))
+    parts = (*what, arch, ARCHITECTURES[arch], triton.__version__, _checks())
+    return sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@cache
+def _checks() -> str:
+    files = (Path(__file__), Path(__file__).with_name("resources.py"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def compile_shipped(job: Job, recorded: Mapping[str, str] | None = None) -> Result:
+    """Compiles and checks one variant, in a worker, also against the row that the table has of it."""
     start = time.perf_counter()
+    module, arch, index = job
     item = shipped(module, arch)[index]
     try:
         resources, tensor_memory = _compile(item, arch)
@@ -133,12 +169,13 @@ def compile_shipped(module: str, arch: str, index: int) -> Result:
     else:
         failures = tuple(_failures(item, arch, resources, tensor_memory))
     op = module.removesuffix(".gpu").rpartition(".")[2]
-    return Result(op, item.name, arch, time.perf_counter() - start, resources, failures)
+    result = Result(op, item.name, arch, time.perf_counter() - start, resources, failures, key(job))
+    if recorded and not failures and (wrong := dict(recorded.items() - result.row().items())):
+        result = replace(result, failures=(f"the table says {wrong}, of the same source and compiler",))
+    return result
 
 
-def _compile(item: Shipped, arch: str) -> tuple[Resources, int]:
-    import triton
-    from triton.backends.compiler import GPUTarget
+def _source(item: Shipped) -> Any:
     from triton.compiler import ASTSource
 
     variant = item.variant
@@ -147,14 +184,20 @@ def _compile(item: Shipped, arch: str) -> tuple[Resources, int]:
         raise TypeError(f"constants and signature must name each argument of the kernel once; look at {unknown}")
     types = {name: item.signature.get(name, "constexpr") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if _aligned(types[name])}
-    source = ASTSource(
+    return ASTSource(
         fn=variant.kernel,
         signature={name: kind.removesuffix(":16") for name, kind in types.items()},
         constexprs=dict(variant.constants),
         attrs=aligned,
     )
+
+
+def _compile(item: Shipped, arch: str) -> tuple[Resources, int]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     target = GPUTarget("hip", arch, 64) if _backend(arch) == "hip" else GPUTarget("cuda", int(arch[3:]), 32)
-    compiled = triton.compile(source, target=target, options=_options(variant))
+    compiled = triton.compile(_source(item), target=target, options=_options(item.variant))
     shared = compiled.metadata.shared
     if _backend(arch) == "hip":
         return of_amdgcn(compiled.asm["amdgcn"], shared), 0
@@ -223,18 +266,15 @@ def _worker(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
 
 
-def results(modules: Sequence[str], arches: Sequence[str], sources: Iterable[Path], jobs: int) -> Iterator[Result]:
-    """Every module's variants for every architecture and every CUDA source, compiled by so many processes, in order."""
+def results(
+    todo: Iterable[tuple[Job, Mapping[str, str] | None]], sources: Iterable[Path], jobs: int
+) -> Iterator[Result]:
+    """The variants, each with the row it must agree with, and every CUDA source, by so many processes, in order."""
     with (
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_worker, initargs=(cache,)) as pool,
     ):
-        futures = [
-            pool.submit(compile_shipped, module, arch, i)
-            for module in modules
-            for arch in arches
-            for i in range(len(shipped(module, arch)))
-        ]
+        futures = [pool.submit(compile_shipped, job, recorded) for job, recorded in todo]
         cuda = [pool.submit(compile_cuda, file, arch) for file in sources for arch in NVCC_ARCHITECTURES]
         for future in futures:
             yield future.result()
@@ -250,10 +290,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", nargs="+", choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores)")
+    parser.add_argument(
+        "--again",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of variants whose key the CSV has compile 1 in N (default: all)",
+    )
     parser.add_argument("--out", type=Path, help="CSV (default: results/codegen.csv where everything is compiled)")
     args = parser.parse_args(argv)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set: there is nothing to compile under the interpreter")
+    if args.again < 1:
+        parser.error(f"--again must be 1 or more; got {args.again}")
     everything = not args.modules and args.arch == list(ARCHITECTURES)
     out = args.out or (CSV if everything else None)
     sources = [] if args.modules else sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -261,27 +310,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nvcc is not installed: {', '.join(file.name for file in sources)} in csrc/cuda not compiled")
         sources = []
 
-    start, done = time.perf_counter(), []
+    start = time.perf_counter()
+    table = read_csv(out or CSV)
+    wanted = [
+        (module, arch, i)
+        for module in args.modules or kernel_modules()
+        for arch in args.arch
+        for i in range(len(shipped(module, arch)))
+    ]
+    if not wanted:
+        parser.error("nothing is shipped by these modules")
+    rows = {job: table.get(key(job)) for job in wanted}
+    todo = [(job, row) for job, row in rows.items() if row is None or int(row["key"], 16) % args.again == 0]
     print(HEADER)
-    for result in results(args.modules or kernel_modules(), args.arch, sources, args.jobs):
+    done = []
+    for result in results(todo, sources, args.jobs):
         print(result, flush=True)
         done.append(result)
-    if not done:
-        parser.error("nothing is shipped by these modules")
+    rows |= {job: result.row() for (job, _), result in zip(todo, done, strict=False)}
     failed = [f"{x.op}: {x.name} for {x.arch}: {failure}" for x in done for failure in x.failures]
     print(f"{len(done)} kernels in {time.perf_counter() - start:.0f} s, {len(failed)} failures")
+    print(f"{len(wanted) - len(todo)} more are unchanged since they were")
     for line in failed:
         print(f"FAILED {line}", file=sys.stderr)
     if out is not None and not failed:
-        write_csv(out, done)
+        write_csv(out, [*filter(None, rows.values()), *(x.row() for x in done[len(todo) :])])
     return 1 if failed else 0
 
 
-def write_csv(path: Path, done: Iterable[Result]) -> None:
+def read_csv(path: Path) -> dict[str, dict[str, str]]:
+    """Key -> row, without the compiler's version, which the key has."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [{name: value for name, value in row.items() if name != "triton"} for row in csv.DictReader(file)]
+    return {row["key"]: row for row in rows if row.get("key")}
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
     """One row per kernel and architecture, with the compiler's version: other versions allot otherwise."""
     import triton
 
-    rows = [x.row() | {"triton": triton.__version__} for x in done]
+    rows = [row | {"triton": triton.__version__} for row in map(dict, rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")

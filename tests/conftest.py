@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,11 @@ import torch
 # Without a GPU, Triton's kernels run as Python; it wants to know before they are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Not through sys.path: the root holds `kernels/`, too, which must not be importable by that name.
+_spec = spec_from_file_location("benchmarks", Path(__file__).resolve().parents[1] / "benchmarks" / "__init__.py")
+assert _spec is not None
+sys.modules["benchmarks"] = module_from_spec(_spec)
 
 
 @pytest.fixture(scope="session")

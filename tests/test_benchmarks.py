@@ -6,25 +6,20 @@ import csv
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import calibration, cases, commands, factors, files, machine, models, peers, samples, tasks, timing
+from benchmarks.cases import Adapter, Cores, Task
+from benchmarks.figures import FIGURES
+from benchmarks.records import Measurement, Table, write_csv
+from spectral_fast.bench import gate
+from spectral_fast.calibration.data import IGNORED, Example
+
 ROOT = Path(__file__).resolve().parents[1]
 
-# Not through sys.path: the root holds `kernels/`, too, which must not be importable by that name.
-spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-assert spec is not None
-sys.modules["benchmarks"] = module_from_spec(spec)
-
-from benchmarks import calibration, cases, commands, factors, files, machine, models, peers, samples, tasks, timing  # noqa: E402
-from benchmarks.cases import Adapter, Cores, Task  # noqa: E402
-from benchmarks.figures import FIGURES  # noqa: E402
-from benchmarks.records import Measurement, Table, write_csv  # noqa: E402
-from spectral_fast.bench import gate  # noqa: E402
-from spectral_fast.calibration.data import IGNORED, Example  # noqa: E402
 
 TINY = Adapter(cases.TINY, cases.ALL_LINEAR, 8, "bfloat16")
 

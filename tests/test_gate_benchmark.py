@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-
-if "benchmarks" not in sys.modules:  # not through sys.path: the root holds `kernels/`, too
-    spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-    assert spec is not None
-    sys.modules["benchmarks"] = module_from_spec(spec)
-
-from benchmarks import experiment, gate, novelty  # noqa: E402
+from benchmarks import experiment, gate, novelty
 
 
 def made(arm: str, seed: int, losses: list[float], accepted: int, solved: str) -> gate.Run:

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import roofline, traffic
+from benchmarks.codegen import uncompiled
+from spectral_fast.kernels import gpu
+from spectral_fast.kernels.head_sketch import Hashes, head_sketch
+from spectral_fast.kernels.recompose import Product, recompose
+from spectral_fast.kernels.sensitivity import Module, grouped_products, segment_products
+from spectral_fast.kernels.spectral_linear import spectral_linear
+from spectral_fast.kernels.spline import spline
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[1]
-
-if "benchmarks" not in sys.modules:
-    # Not through sys.path: the root holds `kernels/`, too, which must not be importable by that name.
-    spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-    assert spec is not None
-    sys.modules["benchmarks"] = module_from_spec(spec)
-
-from benchmarks import roofline, traffic  # noqa: E402
-from benchmarks.codegen import uncompiled  # noqa: E402
-from spectral_fast.kernels import gpu  # noqa: E402
-from spectral_fast.kernels.head_sketch import Hashes, head_sketch  # noqa: E402
-from spectral_fast.kernels.recompose import Product, recompose  # noqa: E402
-from spectral_fast.kernels.sensitivity import Module, grouped_products, segment_products  # noqa: E402
-from spectral_fast.kernels.spectral_linear import spectral_linear  # noqa: E402
-from spectral_fast.kernels.spline import spline  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not gpu.INTERPRETED, reason="a GPU is here: these are the interpreter's tests")
 

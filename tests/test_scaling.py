@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-
-# As in test_benchmarks: not through sys.path.
-spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-assert spec is not None
-sys.modules.setdefault("benchmarks", module_from_spec(spec))
-
-from benchmarks import calibration, cases, models, samples, scaling, streamed, tasks  # noqa: E402
-from benchmarks.peers_calibration import ADAPTER  # noqa: E402
-from spectral_fast.calibration.calibrate import calibrate  # noqa: E402
-from spectral_fast.calibration.packed.decoder import Decoder, ready_for  # noqa: E402
-from spectral_fast.calibration.packed.packing import packs  # noqa: E402
-from spectral_fast.calibration.packed.products import float32_is_faster  # noqa: E402
-from spectral_fast.calibration.spectral_form import lora_layers, per_sample, spectral_form  # noqa: E402
-from spectral_fast.calibration.streaming.stream import streamed as engine  # noqa: E402
+from benchmarks import calibration, cases, models, samples, scaling, streamed, tasks
+from benchmarks.peers_calibration import ADAPTER
+from spectral_fast.calibration.calibrate import calibrate
+from spectral_fast.calibration.packed.decoder import Decoder, ready_for
+from spectral_fast.calibration.packed.packing import packs
+from spectral_fast.calibration.packed.products import float32_is_faster
+from spectral_fast.calibration.spectral_form import lora_layers, per_sample, spectral_form
+from spectral_fast.calibration.streaming.stream import streamed as engine
 
 SHAPE = scaling.Shape.of(cases.TINY_LLAMA)
 

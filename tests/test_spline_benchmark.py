@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import csv
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-
-if "benchmarks" not in sys.modules:  # not through sys.path: the root holds `kernels/`, too
-    spec = spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-    assert spec is not None
-    sys.modules["benchmarks"] = module_from_spec(spec)
-
-from benchmarks import spline  # noqa: E402
+from benchmarks import spline
 
 
 def made(arm: str, seed: int, solved: str, loss: float) -> spline.Run:
