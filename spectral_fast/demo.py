@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,12 @@ CONTROL_SEEDS = (1, 2)
 
 
 def run_demo(
-    out_dir: Path, *, overwrite: bool, max_samples: int, bar: Callable[[str], Callable[..., Any]], counter: Counter
+    out_dir: Path | str,
+    *,
+    overwrite: bool = False,
+    max_samples: int = -1,
+    bar: Callable[[str], Callable[..., Any]] = lambda _: iter,
+    counter: Counter = lambda *_: nullcontext(),
 ) -> dict[str, Any]:
     """Run the main job in `out_dir`: probed/, edited/, control_1/ …, evaluation/, pictures/ and report.html.
 
@@ -45,7 +51,7 @@ def run_demo(
     """
     from spectral_fast.report import EvaluationRow, save_pictures, write_report
 
-    began = time.perf_counter()
+    began, out_dir = time.perf_counter(), Path(out_dir)
     check_out_dir(out_dir, overwrite=overwrite, marker=PROBED)  # the first that a demo leaves
     base_model = str(embedded.base_model_dir())
     adapter = Adapter.open(embedded.adapter_dir())

@@ -35,7 +35,7 @@ class EditedModule:
 def edit_adapter(
     adapter: Adapter,
     policy: Policy,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     modules: Sequence[LoraModule] | None = None,
     sensitivity: Sensitivity | None = None,
@@ -54,7 +54,8 @@ def edit_adapter(
         adapter: the adapter, opened; it is never touched.
         policy: rule from (s, g) to s'.
         out_dir: folder to write, which must not hold anything unless `overwrite`.
-        modules: what to edit; by default every module that can be edited.
+        modules: what to edit; by default those that were measured, or every module that can be edited if the policy
+            needs no measurement.
         sensitivity: g per module; may be None for a policy that needs none.
         meta: more entries for the "meta" part of `spectral_edit_meta.json`.
         overwrite: replace a folder that exists.
@@ -70,7 +71,7 @@ def edit_adapter(
 
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995.
     """
-    chosen = list(adapter.modules.values()) if modules is None else list(modules)
+    chosen = _default(adapter, policy, sensitivity) if modules is None else list(modules)
     threads = torch.get_num_threads()
     slots = [adapter.memory_for(chosen) for _ in range(threads + 1)]
     edited: dict[str, EditedModule] = {}
@@ -116,6 +117,14 @@ def edit_adapter(
         ):
             edited.update(results)
     return edited
+
+
+def _default(adapter: Adapter, policy: Policy, sensitivity: Sensitivity | None) -> list[LoraModule]:
+    """The modules that were measured; all where none was, so that it is said which are missing."""
+    every = list(adapter.modules.values())
+    if not policy.needs_sensitivity or sensitivity is None:
+        return every
+    return [module for module in every if module.name in sensitivity.modules] or every
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class PrunedModule:
 def prune_adapter(
     adapter: Adapter,
     options: PruneOptions,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     modules: Sequence[LoraModule] | None = None,
     compact: bool = False,

@@ -93,8 +93,10 @@ class Sensitivity:
         found = {name: module.samples for name, module in self.modules.items() if module.samples is not None}
         return found or None
 
-    def save(self, directory: Path) -> None:
-        """Write `sensitivity.safetensors` and `sensitivity.json` into an existing directory."""
+    def save(self, directory: Path | str) -> None:
+        """Write `sensitivity.safetensors` and `sensitivity.json` into a directory, which is made if it is missing."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"{name}.sigma": module.s.contiguous() for name, module in self.modules.items()}
         tensors |= {f"{name}.g": module.g.contiguous() for name, module in self.modules.items()}
         tensors |= {f"{name}.samples": parts.contiguous() for name, parts in (self.samples or {}).items()}

@@ -220,9 +220,24 @@ def shorter(s: Sensitivity) -> Sensitivity:
 def test_a_sensitivity_that_does_not_fit_is_refused_and_nothing_is_written(
     adapter: Adapter, tmp_path: Path, spoil: Any, message: str
 ) -> None:
+    modules, sensitivity = list(adapter.modules.values()), spoil(random_sensitivity(adapter))
     with pytest.raises(ValueError, match=message):
-        edit_adapter(adapter, AbsSelect(), tmp_path / "out", sensitivity=spoil(random_sensitivity(adapter)))
+        edit_adapter(adapter, AbsSelect(), tmp_path / "out", modules=modules, sensitivity=sensitivity)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_without_a_list_of_modules_those_that_were_measured_are_edited(adapter: Adapter, tmp_path: Path) -> None:
+    sensitivity = one_missing(random_sensitivity(adapter))
+    edited = edit_adapter(adapter, AbsSelect(), tmp_path / "out", sensitivity=sensitivity)
+    assert list(edited) == list(sensitivity.modules) == list(adapter.modules)[1:]
+    control = edit_adapter(adapter, RandomIndex(), tmp_path / "control", sensitivity=sensitivity)
+    assert list(control) == list(adapter.modules), "which asks for no sensitivities, and heeds none"
+
+
+def test_sensitivities_of_none_of_the_modules_are_refused_without_a_list_too(adapter: Adapter, tmp_path: Path) -> None:
+    strange = Sensitivity({"elsewhere": ModuleSensitivity(torch.ones(2), torch.ones(2))})
+    with pytest.raises(ValueError, match="of the selected modules"):
+        edit_adapter(adapter, AbsSelect(), tmp_path / "out", sensitivity=strange)
 
 
 def test_what_is_returned_holds_no_memory_beyond_its_values(adapter: Adapter, tmp_path: Path) -> None:

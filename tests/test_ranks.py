@@ -248,8 +248,9 @@ import sys
 import torch
 import torch.distributed as dist
 from tiny_models import tiny_llama, with_lora
-from spectral_fast import Ranks, calibrate
+from spectral_fast import calibrate
 from spectral_fast.calibration.data import Example
+from spectral_fast.calibration.ranks import Ranks
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=int(sys.argv[2]), world_size=3)
 group = dist.new_group([2, 1])

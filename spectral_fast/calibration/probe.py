@@ -89,7 +89,7 @@ def load_examples(tokenizer: Any, options: CalibrationOptions) -> list[Example]:
 def probe(
     adapter: Adapter,
     modules: Sequence[LoraModule],
-    base_model: str,
+    base_model: Path | str,
     data: CalibrationOptions | None = None,
     options: ModelOptions | None = None,
     progress: Progress = iter,
@@ -115,6 +115,7 @@ def probe(
         FileNotFoundError, ValueError: as `load_model`, `load_examples` and `calibrate`.
     """
     data, options, ranks = data or CalibrationOptions(), options or ModelOptions(), ranks or Ranks()
+    base_model = str(base_model)
     stream = stream or StreamOptions()
     if stream.stream and data.until_stable:
         raise ValueError(

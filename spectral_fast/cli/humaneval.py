@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Generate, run the tests, and write what came out; also for `eval` with a profile of HumanEval."""
     from spectral_fast.adapter import resolve
     from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.evaluation.adapters import Run, evaluate
-    from spectral_fast.evaluation.engines import EngineOptions, open_engine
+    from spectral_fast.evaluation.adapters import evaluate_adapters
+    from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.humaneval import HumanEvalOptions
 
     check_outputs(args)
@@ -67,20 +67,21 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         of_questions = ("fewshot", "fewshot_data", "answer_parser", "stop")  # which `eval` has
         ignored = [name for name in decoding + of_questions if name in vars(args)]
         warn(f"--{name} is ignored: profile {args.eval_profile} sets it" for name in ignored)
-    options, engine_options = take(HumanEvalOptions, vars(args)), take(EngineOptions, vars(args))
-    task = options.task(args.eval_profile, args.seed)
-    task.check_sandbox()
+    options = take(HumanEvalOptions, vars(args))
     folder = None if base_only else resolve(args.lora_dir, getattr(args, "cache_dir", None))
-    about = {
-        "base_model_id": args.base_model,
-        "max_model_len": engine_options.max_model_len,
-        "eval_data": options.eval_data,
-        "profile": args.eval_profile,
-        **config_source(args),
-    }
-    out_dir = args.out_dir or folder or Path()
-    with open_engine(args.base_model, take(ModelOptions, vars(args)), engine_options, [folder]) as engine:
-        [result] = evaluate(engine, task, [Run(folder, out_dir, meta=about)], progress=counter)
+    [result] = evaluate_adapters(
+        args.base_model,
+        {None: folder},
+        args.out_dir or folder or Path(),
+        take(ModelOptions, vars(args)),
+        options,
+        take(EngineOptions, vars(args)),
+        profile=args.eval_profile,
+        seed=args.seed,
+        allow_code_execution=True,
+        meta=config_source(args),
+        progress=counter,
+    ).values()
     write_result(args, result)
     metric = f"pass@{options.pass_k}"
     any_pass = f"{result['tasks_with_any_pass']} of {result['num_tasks']} problems solved at least once"

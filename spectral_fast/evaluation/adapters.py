@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.evaluation.engines import Engine, EngineOptions, open_engine
 from spectral_fast.evaluation.evaluate import Gsm8k, Task
-from spectral_fast.evaluation.profiles import EvaluationOptions
+from spectral_fast.evaluation.humaneval import HumanEval, HumanEvalOptions
+from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
 from spectral_fast.progress import Counter
 from spectral_fast.provenance import versions
+
+Variant = TypeVar("Variant", bound=str | None)
 
 
 @dataclass(frozen=True)
@@ -74,56 +77,85 @@ def evaluate(
     return results
 
 
+def make_task(options: EvaluationOptions | HumanEvalOptions, profile: str | None = None, seed: int = 0) -> Task:
+    """The task that options describe.
+
+    Args:
+        options: problems and decoding: questions with answers, or programs to write.
+        profile: name of a profile whose few-shot examples and decoding replace those of `options`.
+        seed: of the sampling, if any.
+
+    Raises:
+        FileNotFoundError, RuntimeError, ValueError: its problems cannot be had.
+    """
+    if isinstance(options, HumanEvalOptions):
+        return options.task(profile, seed)
+    problems, shots = options.load(profile)
+    parser: Any = options.answer_parser
+    return Gsm8k(problems, shots, options.profile(profile), answer_parser=parser, stop=options.stop, seed=seed)
+
+
 def evaluate_adapters(
-    base_model: str,
-    adapters: Mapping[str | None, Path],
-    out_dir: Path,
-    model_options: ModelOptions,
-    options: EvaluationOptions,
-    engine_options: EngineOptions,
+    base_model: Path | str,
+    adapters: Mapping[Variant, Path | str | None],
+    out_dir: Path | str,
+    model_options: ModelOptions | None = None,
+    options: EvaluationOptions | HumanEvalOptions | None = None,
+    engine_options: EngineOptions | None = None,
     *,
     profile: str | None = None,
     seed: int = 0,
+    allow_code_execution: bool = False,
     meta: Mapping[str, Any] | None = None,
     progress: Counter = lambda *_: nullcontext(),
-) -> dict[str | None, dict[str, Any]]:
-    """Exact match on GSM8K-style problems for each adapter.
+) -> dict[Variant, dict[str, Any]]:
+    """Exact match on problems with answers, or pass@k of programs, of each adapter; all in one engine.
+
+    Every prediction is written to `out_dir`, see `Gsm8k.record` and `HumanEval.record`.
 
     Args:
         base_model: folder or hub name.
-        adapters: variant -> adapter folder; the variant becomes part of the file names, None of a single one is none.
-        out_dir: folder for predictions and settings, see `Gsm8k.record`.
+        adapters: variant -> adapter folder, or None for the base model alone; the variant becomes part of the file
+            names, None of a single one is none.
+        out_dir: folder for predictions and settings.
         model_options: device, dtype and source of the base model.
-        options: problems and decoding.
+        options: problems and decoding, by default GSM8K's test split with five worked examples; `HumanEvalOptions` for
+            programs.
         engine_options: what generates.
         profile: name of a profile whose few-shot examples and decoding replace those of `options`.
         seed: of the sampling, if any.
+        allow_code_execution: run what the model has written, in the sandbox; needed for programs.
         meta: what else the records shall say.
         progress: see `evaluate`.
 
     Returns:
-        variant -> result of `Gsm8k.record`.
+        variant -> result of the task's `record`: acc, correct, total, standard_error and more; or pass@k.
 
     Raises:
-        FileNotFoundError, RuntimeError, ValueError: as `load_problems`, `open_engine` and `Engine.generate`.
+        FileNotFoundError, RuntimeError, ValueError: as `make_task`, `open_engine` and `Engine.generate`; or programs
+            are to be run, and `allow_code_execution` is not given, or nothing here confines them.
     """
-    problems, shots = options.load(profile)
-    task = Gsm8k(
-        problems,
-        shots,
-        options.profile(profile),
-        answer_parser=options.answer_parser,  # type: ignore[arg-type]
-        stop=options.stop,
-        seed=seed,
-    )
+    if options is None:
+        of_programs = profile is not None and PROFILES[profile].task == "humaneval"
+        options = HumanEvalOptions() if of_programs else EvaluationOptions()
+    if isinstance(options, HumanEvalOptions) and not allow_code_execution:
+        raise ValueError(
+            "HumanEval runs programs that a model has written, which may be harmful. They run confined (see "
+            "spectral_fast/evaluation/sandbox); say allow_code_execution to allow it"
+        )
+    task = make_task(options, profile, seed)
+    if isinstance(task, HumanEval):
+        task.check_sandbox()  # before long work
+    engine_options = engine_options or EngineOptions()
     about = {
-        "base_model_id": base_model,
+        "base_model_id": str(base_model),
         "max_model_len": engine_options.max_model_len,
         "eval_data": options.eval_data,
         "profile": profile,
         **(meta or {}),
     }
-    runs = [Run(adapter, out_dir, variant, about) for variant, adapter in adapters.items()]
-    with open_engine(base_model, model_options, engine_options, adapters.values()) as engine:
+    folders = {variant: None if adapter is None else Path(adapter) for variant, adapter in adapters.items()}
+    runs = [Run(adapter, Path(out_dir), variant, about) for variant, adapter in folders.items()]
+    with open_engine(str(base_model), model_options or ModelOptions(), engine_options, folders.values()) as engine:
         results = evaluate(engine, task, runs, progress=progress)
-    return dict(zip(adapters, results, strict=True))
+    return dict(zip(folders, results, strict=True))

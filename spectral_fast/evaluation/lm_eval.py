@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -65,6 +66,47 @@ def harness_command(
     device = [] if vllm or model_options.device == "auto" else ["--device", model_options.device]
     start = [sys.executable, "-m", "lm_eval", "run"]
     return [*start, *model, *device, "--tasks", ",".join(tasks), *extra]
+
+
+def run_lm_eval(
+    base_model: Path | str,
+    lora_dir: Path | str,
+    tasks: Sequence[str],
+    model_options: ModelOptions | None = None,
+    *,
+    vllm: bool | None = None,
+    max_lora_rank: int | None = None,
+    extra: Sequence[str] = (),
+) -> list[str]:
+    """Run the harness in a process of its own, whose output goes where this one's goes; see `harness_command`.
+
+    Args:
+        base_model: folder or hub name.
+        lora_dir: the adapter's folder.
+        tasks: the harness's names, such as commonsense_qa.
+        model_options: dtype, device and source of the base model.
+        vllm: whether by the harness's vLLM; None for where that package is installed.
+        max_lora_rank: for vLLM, if more than the adapter's own is wanted.
+        extra: more arguments, e.g. ["--num_fewshot", "5", "--output_path", "results"].
+
+    Returns:
+        The command that was run.
+
+    Raises:
+        FileNotFoundError, ValueError: as `harness_command`.
+        RuntimeError: the harness is not installed, or it failed.
+    """
+    options, vllm = model_options or ModelOptions(), has_vllm() if vllm is None else vllm
+    rank = max_lora_rank
+    command = harness_command(
+        str(base_model), Path(lora_dir), tasks, options, vllm=vllm, max_lora_rank=rank, extra=extra
+    )
+    check_harness(vllm=vllm)
+    cache = {} if options.cache_dir is None else {"HF_HUB_CACHE": options.cache_dir}
+    status = subprocess.run(command, check=False, env=os.environ | cache).returncode
+    if status:
+        raise RuntimeError(f"lm-evaluation-harness ended with status {status}; its own words are above")
+    return command
 
 
 def has_vllm() -> bool:

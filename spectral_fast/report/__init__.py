@@ -25,7 +25,7 @@ __all__ = ["EvaluationRow", "Picture", "pictures", "save_pictures", "spectra_pic
 
 
 def write_report(
-    path: Path,
+    path: Path | str,
     title: str,
     edited: Mapping[str, EditedModule],
     *,
@@ -49,12 +49,13 @@ def write_report(
         ValueError: if `edited` is empty.
     """
     text = page(title, edited, pictures(edited, stability), evaluation or (), facts or {})
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)
 
 
 def save_pictures(
-    directory: Path, edited: Mapping[str, EditedModule], stability: Stability | None = None
+    directory: Path | str, edited: Mapping[str, EditedModule], stability: Stability | None = None
 ) -> list[Path]:
     """Write the report's pictures: spectra, sensitivity_by_layer, sensitivity_by_direction and stability, all .png.
 
@@ -69,6 +70,7 @@ def save_pictures(
     Raises:
         ValueError: if `edited` is empty.
     """
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = []
     for picture in pictures(edited, stability):

@@ -95,7 +95,7 @@ class TrainingRecord:
         }
 
 
-def analyze(baseline: Path, slora: Path, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def analyze(baseline: Path | str, slora: Path | str, output: Path | str, *, overwrite: bool = False) -> dict[str, Any]:
     """Compare a gated training with one without a gate, and write a report in Markdown with two pictures beside it.
 
     It succeeded if the final losses differ by less than 0.5 % and at least 30 % of the micro-batches were rejected.
@@ -116,6 +116,7 @@ def analyze(baseline: Path, slora: Path, output: Path, *, overwrite: bool = Fals
         FileNotFoundError, ValueError: as `TrainingRecord.read`; or the second folder is of no gated training, or the
             first is of one.
     """
+    baseline, slora, output = Path(baseline), Path(slora), Path(output)
     if output.is_dir():
         raise FileExistsError(f"{output} is a folder; name a file for the report")
     if output.exists() and not overwrite:

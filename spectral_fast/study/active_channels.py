@@ -47,10 +47,10 @@ METHODS = (SVD, SVD_TOKENS, WANDA, RANDOM)
 
 
 def run_active_channels(
-    base_model: str,
+    base_model: Path | str,
     data: CalibrationOptions,
     options: ActiveChannelOptions,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     model_options: ModelOptions | None = None,
     overwrite: bool = False,
@@ -81,6 +81,7 @@ def run_active_channels(
         FileExistsError: out_dir holds something and `overwrite` is false.
     """
     model_options = model_options or ModelOptions()
+    base_model = str(base_model)
     with replace_directory(out_dir, overwrite=overwrite, marker=TABLE) as folder:
         examples = load_examples(load_tokenizer(base_model, model_options), data)
         model = load_model(base_model, model_options)

@@ -46,7 +46,12 @@ SUMMARY = ("svd_topk_err", "rand_svd_subspace_err", "random_AB_err", "mag_best_e
 
 
 def run_predictors(
-    model: str, options: PredictorOptions, out_dir: Path, *, overwrite: bool = False, progress: Progress = iter
+    model: Path | str,
+    options: PredictorOptions,
+    out_dir: Path | str,
+    *,
+    overwrite: bool = False,
+    progress: Progress = iter,
 ) -> dict[str, Any]:
     """Write a table of reconstruction errors of a model's matrices, their singular values, and perhaps the experiment.
 
@@ -67,6 +72,7 @@ def run_predictors(
         ValueError: the model has no two-dimensional parameter, or none of the name `experiment_param`, or that has NaN
             or infinity; or out_dir and the model's folder contain each other.
     """
+    model = str(model)
     source = Path(model) if Path(model).is_dir() else None
     with replace_directory(out_dir, overwrite=overwrite, source=source, marker=TABLE) as folder:
         parameters, warnings = load_matrices(model, options.seed)

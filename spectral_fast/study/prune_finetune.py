@@ -45,7 +45,9 @@ GENERIC = ("q", "k", "v", "out", "dense", "fc1", "fc2", "classifier")
 DISTILBERT = ("q_lin", "k_lin", "v_lin", "out_lin")
 
 
-def run_prune_finetune(model: str, dataset: str, options: PruneFinetuneOptions, out_dir: Path) -> dict[str, Any]:
+def run_prune_finetune(
+    model: Path | str, dataset: Path | str, options: PruneFinetuneOptions, out_dir: Path | str
+) -> dict[str, Any]:
     """Train, prune, train on; append a row to results.csv and write run_args.json.
 
     Phase A trains the LoRA (dropout 0, on a sequence classifier) and the head. Then every module keeps its channels of
@@ -68,6 +70,7 @@ def run_prune_finetune(model: str, dataset: str, options: PruneFinetuneOptions, 
             training has not, a LoRA that is not finite after training, or a results.csv with other columns.
         OSError: out_dir cannot be written to.
     """
+    model, dataset, out_dir = str(model), str(dataset), Path(out_dir)
     check_results(out_dir / RESULTS)
     set_seed(options.seed)
     train, evaluation, classes = load_sentences(dataset, options)

@@ -22,7 +22,7 @@ COLUMN_METRICS = ("leverage_col_err", "random_colprune_err", "stat_leverage_col_
 
 def run_toy(
     options: ToyOptions,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     overwrite: bool = False,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,

@@ -49,7 +49,7 @@ def on_ray(
         raise RuntimeError(f"no Ray cluster at {address}: {error}; start one by `ray start --head`") from error
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        settings = replace(settings, out_dir=settings.out_dir.resolve(), counter=silent)
+        settings = replace(settings, out_dir=Path(settings.out_dir).resolve(), counter=silent)
         actor = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Actor)
         actors = [
             actor.remote(settings, adapters, Path.cwd())

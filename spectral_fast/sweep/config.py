@@ -147,7 +147,7 @@ def parse(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         raise ValueError(f"{where}: {error}") from error
 
 
-def load_configs(path: Path | str, defaults: Mapping[str, Any]) -> list[Config]:
+def load_configs(path: Path | str, defaults: Mapping[str, Any] | None = None) -> list[Config]:
     """All configurations of a file, checked; see `read_configs` and `parse`.
 
     Raises:
@@ -156,7 +156,7 @@ def load_configs(path: Path | str, defaults: Mapping[str, Any]) -> list[Config]:
     configs, wrong = [], []
     for where, given in read_configs(path):
         try:
-            configs.append(parse(where, given, defaults))
+            configs.append(parse(where, given, defaults or {}))
         except ValueError as error:
             wrong.append(str(error))
     if wrong:

@@ -13,12 +13,12 @@ from spectral_fast.adapter import Adapter, LoraModule, resolve
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.calibration.probe import SPLIT
 from spectral_fast.calibration.rows import GSM8K, data_file, read_rows
+from spectral_fast.evaluation.adapters import make_task
 from spectral_fast.evaluation.engines import EngineOptions
 from spectral_fast.evaluation.evaluate import Task
 from spectral_fast.policies import RandomIndex
 from spectral_fast.provenance import sha256_file
 from spectral_fast.sweep.config import Config
-from spectral_fast.sweep.tasks import make_task
 
 CONTROLS = 5
 SAMPLED = 2**24  # bytes of a file of the base model that are hashed whole
@@ -189,7 +189,7 @@ class Planner:
         """Problems and decoding of a configuration."""
         seed = 0 if config.greedy else config.seed
         key = ("task", config.task, config.evaluation, config.profile, seed)
-        return self._once(key, lambda: make_task(config, seed))
+        return self._once(key, lambda: make_task(config.evaluation, config.profile, seed))
 
     def _control(self, variant: Run, seed: int) -> Run:
         policy = variant.config.policy

@@ -47,7 +47,7 @@ def run_sweep(
     settings = replace(settings, engine=with_group_size(settings.engine))
     planner = Planner(settings.models, settings.engine)
     plan = planner.plan(configs, controls)
-    out_dir = settings.out_dir
+    out_dir = Path(settings.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     _check_ours(out_dir)
     with open_ledger(out_dir) as ledger:

@@ -7,23 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectral_fast.evaluation.evaluate import Gsm8k, Task
-from spectral_fast.evaluation.humaneval import HumanEval, HumanEvalOptions
-from spectral_fast.sweep.config import Config
-
-
-def make_task(config: Config, seed: int) -> Task:
-    """The task of a configuration.
-
-    Raises:
-        FileNotFoundError, RuntimeError, ValueError: its problems cannot be had.
-    """
-    options = config.evaluation
-    if isinstance(options, HumanEvalOptions):
-        return options.task(config.profile, seed)
-    problems, shots = options.load(config.profile)
-    parser: Any = options.answer_parser
-    return Gsm8k(problems, shots, options.profile(config.profile), answer_parser=parser, stop=options.stop, seed=seed)
+from spectral_fast.evaluation.evaluate import Task
+from spectral_fast.evaluation.humaneval import HumanEval
 
 
 def check_sandbox(task: Task) -> None:

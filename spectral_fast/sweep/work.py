@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,9 @@ class Settings:
         counter: shows progress: a context from a description and a total, that may give a function of counts.
     """
 
-    out_dir: Path
-    models: ModelOptions
-    engine: EngineOptions
+    out_dir: Path | str
+    models: ModelOptions = field(default_factory=ModelOptions)
+    engine: EngineOptions = field(default_factory=EngineOptions)
     open_engine: OpenEngine = open_engine
     counter: Counter = silent
 
@@ -79,7 +79,7 @@ class Worker:
         return None
 
     def _probe(self, name: str, wanted: Probe) -> None:
-        folder, config = self._settings.out_dir / PROBES / name, wanted.config
+        folder, config = Path(self._settings.out_dir, PROBES, name), wanted.config
         names = wanted.modules
         if (folder / RECORD).is_file():
             present = set(Sensitivity.load(folder).modules)
@@ -146,7 +146,7 @@ class Worker:
                 self._planner.source(run.config).check_unchanged(run.identity["adapter_sha256"])
                 try:
                     with ExitStack() as own:
-                        target = self._settings.out_dir / RUNS / run.id
+                        target = Path(self._settings.out_dir, RUNS, run.id)
                         _remove(target)
                         new = own.enter_context(replace_directory(target))
                         adapter = self._adapter(run, new / ADAPTER, broken)
@@ -176,7 +176,7 @@ class Worker:
             return source.path
         if run.probe is not None and run.probe in broken:
             raise RuntimeError(broken[run.probe])
-        sensitivity = None if run.probe is None else Sensitivity.load(self._settings.out_dir / PROBES / run.probe)
+        sensitivity = None if run.probe is None else Sensitivity.load(Path(self._settings.out_dir, PROBES, run.probe))
         edit_adapter(
             source,
             config.policy,

@@ -53,7 +53,7 @@ class ClippedModule:
 def clip_adapter(
     adapter: Adapter,
     options: ClipOptions,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     modules: Sequence[LoraModule] | None = None,
     meta: Mapping[str, Any] | None = None,

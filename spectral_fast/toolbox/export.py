@@ -43,7 +43,7 @@ class BakedModule:
 
 def export_adapter(
     adapter: Adapter,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     rank: int | None = None,
     meta: Mapping[str, Any] | None = None,

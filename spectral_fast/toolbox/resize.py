@@ -89,7 +89,7 @@ class ResizedModule:
 def resize_adapter(
     adapter: Adapter,
     options: ResizeOptions,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     modules: Sequence[LoraModule] | None = None,
     sensitivity: Sensitivity | None = None,

@@ -75,7 +75,7 @@ class Settings:
         return str(self.training.run_name or Path(self.training.output_dir).resolve().name)
 
 
-def load(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = ()) -> Settings:
+def load(config: Path | str | None, flags: Mapping[str, Any] | None = None, words: Sequence[str] = ()) -> Settings:
     """Settings from a file and flags, of which the flags win.
 
     Args:
@@ -89,8 +89,8 @@ def load(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = (
         RuntimeError: TRL is not installed.
         ValueError, TypeError: an unknown key or flag, with what may be meant; a value that is not allowed.
     """
-    given = {} if config is None else _read(config)
-    values = {key: value for key, value in given.items() if _owners()[key] != TRAINING} | dict(flags)
+    given = {} if config is None else _read(Path(config))
+    values = {key: value for key, value in given.items() if _owners()[key] != TRAINING} | dict(flags or {})
     gate = next((key for key in values if key.startswith(PREFIXES["slora"])), None)
     if gate is not None and "slora_enable" not in values:
         raise ValueError(f"{gate} is for a gate, and slora_enable is not said: turn it on, or off, or leave both out")

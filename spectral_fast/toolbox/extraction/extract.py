@@ -77,10 +77,10 @@ class ExtractOptions:
 
 
 def extract_adapter(
-    base_model: str,
-    tuned_model: str,
+    base_model: Path | str,
+    tuned_model: Path | str,
     options: ExtractOptions,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     target_modules: Sequence[str] = ("all-linear",),
     modules_to_save: bool = False,
@@ -119,6 +119,7 @@ def extract_adapter(
             damaged, or not the other's; or `work_dir` is of another run.
         FileExistsError: `out_dir` or `work_dir` holds something, and neither `overwrite` nor `resume` is given.
     """
+    base_model, tuned_model = str(base_model), str(tuned_model)
     sources = [Path(model) for model in (base_model, tuned_model) if Path(model).is_dir()]
     check_out_dir(out_dir, sources, overwrite=overwrite)
     found = open_checkpoints(base_model, tuned_model, target_modules, model_options or ModelOptions(), model_class)

@@ -80,7 +80,7 @@ def write(
     found: Checkpoints,
     parts: Parts,
     result: Extraction,
-    out_dir: Path,
+    out_dir: Path | str,
     base_model: str,
     extra_files: Mapping[str, Callable[[], bytes]],
     *,

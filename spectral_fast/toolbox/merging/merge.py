@@ -52,7 +52,7 @@ def merge_adapters(
     sources: Sequence[Adapter],
     weights: Sequence[float],
     options: MergeOptions,
-    out_dir: Path,
+    out_dir: Path | str,
     *,
     modules: Sequence[Sequence[LoraModule]] | None = None,
     meta: Mapping[str, Any] | None = None,
