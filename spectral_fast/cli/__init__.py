@@ -6,11 +6,8 @@ import argparse
 import gc
 import json
 import os
-import signal
 import sys
-import time
 from collections.abc import Sequence
-from typing import NoReturn
 
 from spectral_fast._version import __version__
 from spectral_fast.calibration.ranks import launched
@@ -40,9 +37,8 @@ from spectral_fast.cli import (
     toy,
     train,
 )
+from spectral_fast.cli.parser import Parser
 from spectral_fast.usage import UsageError
-
-RANK_0_SPEAKS = 10.0  # seconds after which it surely has
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,20 +86,8 @@ def _with_underscores(word: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser of which, under torchrun, rank 0 alone says what is wrong with the command line that all have."""
-
-    def error(self, message: str) -> NoReturn:
-        if launched() and os.environ["RANK"] != "0":
-            # torchrun ends all ranks once one has ended: rank 0 shall have spoken before.
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
-            time.sleep(RANK_0_SPEAKS)
-            sys.exit(2)
-        super().error(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="spectral-fast",
         description="Measure, edit and evaluate the singular values of LoRA adapters, without retraining.",
     )

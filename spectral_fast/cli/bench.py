@@ -18,8 +18,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "bench",
         _run,
-        "check and time every kernel on this GPU, beside what torch offers",
-        "spectral-fast bench --device cuda --out_json bench.json",
+        "check and time every kernel on this GPU",
+        "Check and time every kernel on this GPU, beside what torch offers.",
+        examples=["spectral-fast bench --device cuda --out_json bench.json"],
     )
     parser.add_argument(
         "--device",

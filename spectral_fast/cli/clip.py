@@ -19,9 +19,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "clip",
         _run,
-        "write an adapter whose singular values are clipped to a multiple of their median in each module, so that it "
-        "can be stacked with others",
-        "spectral-fast clip --lora_path ORG/ADAPTER --out_dir ./clipped --multiple 10",
+        "clip spikes in the spectra, to stack adapters",
+        "Write an adapter whose singular values are clipped to a multiple of their median in each module, so "
+        "that it can be stacked with others.",
+        examples=["spectral-fast clip --lora_path ORG/ADAPTER --out_dir ./clipped --multiple 10"],
     )
     add_adapter_flags(parser, "folder to write; must be new, or empty", EveryModule)
     add_flags(parser.add_argument_group("clipping"), ClipOptions)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spectral_fast.adapter.selection import SelectionOptions
+from spectral_fast.cli.parser import STATUSES, Parser
 from spectral_fast.options import add_flags, option, take
 from spectral_fast.progress import bar
 from spectral_fast.usage import UsageError
@@ -24,18 +26,47 @@ class EveryModule(SelectionOptions):
     target_modules: tuple[str, ...] = option(("all-linear",), "last name components, or all-linear")
 
 
-def add_command(commands: Any, name: str, run: Callable[..., Any], help: str, example: str) -> argparse.ArgumentParser:
-    """A subcommand whose `run` takes the parsed flags and returns its result as JSON and as text."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[..., Any],
+    help: str,
+    description: str = "",
+    *,
+    examples: Sequence[str],
+    writes: Mapping[str, str] = {},
+) -> Parser:
+    """A subcommand.
+
+    Args:
+        commands: what `add_subparsers` returned.
+        name: of the command.
+        run: takes the parsed flags and returns the result, as JSON and as text.
+        help: one line in the list of commands, of at most 55 characters.
+        description: sentences of the command's own help, without line breaks.
+        examples: complete command lines; where one is broken, by a backslash and an indented next line.
+        writes: name of a file -> what is in it, in one line.
+    """
+    parser: Parser = commands.add_parser(
         name,
         help=help.replace("%", "%%"),  # argparse formats it, but not the description
-        description=help[0].upper() + help[1:] + ".",
-        epilog=f"example:\n  {example}",
+        description=textwrap.fill(description or f"{help[0].upper()}{help[1:]}.", 80),
+        epilog=_epilog(examples, writes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.summary, parser.examples, parser.writes = help, examples, writes
     parser.set_defaults(run=run)
     return parser
+
+
+def _epilog(examples: Sequence[str], writes: Mapping[str, str]) -> str:
+    blocks = {"examples" if len(examples) > 1 else "example": "\n".join(examples)}
+    if writes:
+        hanging = (textwrap.fill(f"{name}: {text}", 76, subsequent_indent="  ") for name, text in writes.items())
+        blocks["files written"] = "\n".join(hanging)
+    blocks["exit status"] = STATUSES
+    return "\n\n".join(f"{title}:\n{textwrap.indent(text, '  ')}" for title, text in blocks.items())
 
 
 def add_adapter_flags(

@@ -16,8 +16,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "demo",
         _run,
-        "probe, edit and evaluate the adapter inside the package, and write a report",
-        "spectral-fast demo --out_dir demo-output",
+        "probe, edit and evaluate on a tiny built-in model",
+        "Probe, edit and evaluate the adapter inside the package, and write a report.",
+        examples=["spectral-fast demo --out_dir demo-output"],
     )
     parser.add_argument("--out_dir", type=Path, default=Path("demo-output"), help="(default: demo-output)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in out_dir")

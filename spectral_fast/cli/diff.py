@@ -18,9 +18,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "diff",
         _run,
-        "compare two adapters: relative difference and cosine of their updates, overlap of their top directions, "
-        "ranks, scalings and configs. The exit status is 0 whatever differs, unless --at_most is given",
-        "spectral-fast diff ./adapter ./resized\n  spectral-fast diff ./adapter ./again --at_most 1e-3",
+        "compare two adapters",
+        "Compare two adapters: relative difference and cosine of their updates, overlap of their top "
+        "directions, ranks, scalings and configs. The exit status is 0 whatever differs, unless --at_most is "
+        "given.",
+        examples=["spectral-fast diff ./adapter ./resized", "spectral-fast diff ./adapter ./again --at_most 1e-3"],
     )
     parser.add_argument("first", help="adapter: a folder or a Hugging Face name")
     parser.add_argument("second", help="the other one")

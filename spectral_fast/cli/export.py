@@ -17,9 +17,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "export",
         _run,
-        "write an adapter that loaders without rank_pattern, alpha_pattern and rsLoRA read right: every module's "
-        "scaling in its factors, one rank, lora_alpha == r",
-        "spectral-fast export --bake_scaling --lora_path ORG/ADAPTER --out_dir ./plain",
+        "bake scalings and ranks in, for simple loaders",
+        "Write an adapter that loaders without rank_pattern, alpha_pattern and rsLoRA read right: every "
+        "module's scaling in its factors, one rank, lora_alpha == r.",
+        examples=["spectral-fast export --bake_scaling --lora_path ORG/ADAPTER --out_dir ./plain"],
     )
     parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
     parser.add_argument("--out_dir", required=True, type=Path, help="folder to write; must be new, or empty")

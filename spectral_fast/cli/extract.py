@@ -21,9 +21,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "extract",
         _run,
-        "make a LoRA adapter of the difference between a model and its base, read tensor by tensor",
-        "spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED --out_dir ./lora --rank 64\n"
-        "  spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED --out_dir ./lora --error 0.3 --resume",
+        "make an adapter of the difference of two models",
+        "Make a LoRA adapter of the difference between a model and its base, read tensor by tensor.",
+        examples=[
+            "spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED \\\n    --out_dir ./lora --rank 64",
+            "spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED \\\n"
+            "    --out_dir ./lora --error 0.3 --resume",
+        ],
     )
     parser.add_argument("--base_model", required=True, help="folder or Hugging Face name of the model before")
     parser.add_argument("--tuned_model", required=True, help="folder or Hugging Face name of the model after")

@@ -11,7 +11,12 @@ from spectral_fast.cli.common import add_command
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
     return add_command(
-        commands, "info", _run, "show versions, devices, and the backend of every op here", "spectral-fast info --json"
+        commands,
+        "info",
+        _run,
+        "versions, devices, and the backend of every op here",
+        "Show versions, devices, and the backend of every op here.",
+        examples=["spectral-fast info --json"],
     )
 
 

@@ -34,9 +34,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "inspect",
         _run,
-        "tell the spectra of an adapter: norms, stable and effective ranks, ranks that hold 90, 95 and 99 % of the "
-        "energy, conditioning, and what looks wrong",
-        "spectral-fast inspect --lora_path ORG/ADAPTER --out_dir ./inspected",
+        "tell the spectra and what looks wrong in them",
+        "Tell the spectra of an adapter: norms, stable and effective ranks, ranks that hold 90, 95 and 99 % "
+        "of the energy, conditioning, and what looks wrong.",
+        examples=["spectral-fast inspect --lora_path ORG/ADAPTER --out_dir ./inspected"],
     )
     parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
     parser.add_argument("--out_dir", type=Path, help=f"folder for {RECORD}, inspection.csv and inspection.png")

@@ -18,9 +18,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "lm-eval",
         _run,
-        "evaluate an adapter on tasks of lm-evaluation-harness, by its own vLLM or Hugging Face model",
-        "spectral-fast lm-eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --tasks commonsense_qa "
-        "-- --num_fewshot 5 --output_path results",
+        "tasks of lm-evaluation-harness",
+        "Evaluate an adapter on tasks of lm-evaluation-harness, by its own vLLM or Hugging Face model.",
+        examples=[
+            "spectral-fast lm-eval --base_model meta-llama/Llama-3.1-8B \\\n"
+            "    --lora_dir ./edited --tasks commonsense_qa -- --num_fewshot 5 \\\n"
+            "    --output_path results"
+        ],
     )
     parser.add_argument("--lora_dir", required=True, help="adapter: a folder or a Hugging Face name")
     parser.add_argument("--tasks", nargs="+", default=["commonsense_qa"], help="(default: commonsense_qa)")

@@ -37,9 +37,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "merge",
         _run,
-        "merge adapters of any ranks into one: exactly, truncated by singular values, by PEFT's methods, or in common "
-        "subspaces",
-        "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 0.5 0.5 --method svd --rank 16 --out_dir ./merged",
+        "make several adapters one",
+        "Merge adapters of any ranks into one: exactly, truncated by singular values, by PEFT's methods, or "
+        "in common subspaces.",
+        examples=[
+            "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 0.5 0.5 \\\n"
+            "    --method svd --rank 16 --out_dir ./merged"
+        ],
     )
     # argparse's own knows no exponents before Python 3.14, and takes -1e-3 for a flag.
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)

@@ -26,8 +26,12 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "ranks",
         _run,
-        "give each layer of a model a LoRA rank, by the spectrum of its weights or by measured sensitivities",
-        "spectral-fast ranks --base_model meta-llama/Llama-2-7b-hf --out_dir ./ranks --budget_uniform_rank 16",
+        "give each layer of a model a LoRA rank",
+        "Give each layer of a model a LoRA rank, by the spectrum of its weights or by measured sensitivities.",
+        examples=[
+            "spectral-fast ranks --base_model meta-llama/Llama-2-7b-hf \\\n"
+            "    --out_dir ./ranks --budget_uniform_rank 16"
+        ],
     )
     parser.add_argument("--base_model", required=True, help="folder or Hugging Face name; read one matrix at a time")
     parser.add_argument("--out_dir", required=True, type=Path, help=f"folder for {CSV}, {JSON} and pictures")

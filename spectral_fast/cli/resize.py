@@ -22,11 +22,15 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "resize",
         _run,
-        "write an adapter with other ranks: the largest singular values of each module, or the directions that "
-        "matter most to the loss (--sensitivity)",
-        "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./r16 --rank 16\n"
-        "  spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small --error 0.1 --pad\n"
-        "  spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small --sensitivity ./probed --budget 0.05",
+        "change the ranks",
+        "Write an adapter with other ranks: the largest singular values of each module, or the directions "
+        "that matter most to the loss (--sensitivity).",
+        examples=[
+            "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./r16 --rank 16",
+            "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small --error 0.1 \\\n    --pad",
+            "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small \\\n"
+            "    --sensitivity ./probed --budget 0.05",
+        ],
     )
     add_adapter_flags(parser, "folder to write; must be new, or empty", EveryModule)
     group = parser.add_argument_group("size (one of the first five)")

@@ -21,9 +21,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "train",
         _run,
-        "train a LoRA adapter by TRL's SFTTrainer, of one rank or of ranks by the spectra of the base weights; "
-        "every field of TRL's SFTConfig (--learning_rate, --max_steps, --output_dir ...) is a flag, too",
-        "spectral-fast train --config FILE.yaml --learning_rate 1e-4",
+        "train an adapter, from a YAML file",
+        "Train a LoRA adapter by TRL's SFTTrainer, of one rank or of ranks by the spectra of the base "
+        "weights; every field of TRL's SFTConfig (--learning_rate, --max_steps, --output_dir ...) is a flag, too.",
+        examples=["spectral-fast train --config FILE.yaml --learning_rate 1e-4"],
     )
     parser.add_argument("--config", type=Path, help="YAML of flags' names; flags win, --no_NAME for false")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in output_dir")
