@@ -23,7 +23,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         _run,
         "predict active channels from rank-8 factors",
         "Predict the active channels of a Llama-like model from rank-8 factors, as SparseLoRA does; tell the recall.",
-        examples=["spectral-fast active-channels --base_model meta-llama/Llama-3.2-1B \\\n    --calib_samples 32"],
+        examples=["spectral-fast active-channels --base_model meta-llama/Llama-3.2-1B --calib_samples 32"],
     )
     out = "folder for table and figure (default: active_channel_results)"
     parser.add_argument("--out_dir", type=Path, default=Path("active_channel_results"), help=out)

@@ -17,7 +17,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         _run,
         "compare a gated training with one without a gate",
         "Compare a gated training with one without a gate: losses, time and what was accepted, in a report with plots.",
-        examples=["spectral-fast analyze --baseline runs/all --slora runs/gated \\\n    --output reports/analysis.md"],
+        examples=["spectral-fast analyze --baseline runs/all --slora runs/gated --output reports/analysis.md"],
     )
     parser.add_argument("--baseline", required=True, type=Path, help="folder of the training without a gate")
     parser.add_argument("--slora", required=True, type=Path, help="folder of the gated training")

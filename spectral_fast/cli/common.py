@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +45,7 @@ def add_command(
         run: takes the parsed flags and returns the result, as JSON and as text.
         help: one line in the list of commands, of at most 55 characters.
         description: sentences of the command's own help, without line breaks.
-        examples: complete command lines; where one is broken, by a backslash and an indented next line.
+        examples: complete command lines, each in one line; help breaks them.
         writes: name of a file -> what is in it, in one line.
     """
     parser: Parser = commands.add_parser(
@@ -61,12 +62,24 @@ def add_command(
 
 
 def _epilog(examples: Sequence[str], writes: Mapping[str, str]) -> str:
-    blocks = {"examples" if len(examples) > 1 else "example": "\n".join(examples)}
+    blocks = {"examples" if len(examples) > 1 else "example": "\n".join(map(broken, examples))}
     if writes:
         hanging = (textwrap.fill(f"{name}: {text}", 76, subsequent_indent="  ") for name, text in writes.items())
         blocks["files written"] = "\n".join(hanging)
     blocks["exit status"] = STATUSES
     return "\n\n".join(f"{title}:\n{textwrap.indent(text, '  ')}" for title, text in blocks.items())
+
+
+def broken(example: str, width: int = 76) -> str:
+    """A command line broken before flags, by backslashes, where it is longer than `width`."""
+    first, *rest = re.split(r" (?=-)", example)
+    lines = [first]
+    for part in rest:
+        if len(lines[-1]) + len(part) + 3 > width:  # with the space before it, and the backslash after it
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}"
+    return " \\\n".join(lines)
 
 
 def add_adapter_flags(

@@ -39,8 +39,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "reweight singular values by what the loss says",
         "Reweight an adapter's singular values by their sensitivity and write the edited copy.",
         examples=[
-            "spectral-fast edit --base_model meta-llama/Llama-2-7b-hf \\\n"
-            "    --lora_path ORG/ADAPTER --out_dir ./edited"
+            "spectral-fast edit --base_model meta-llama/Llama-2-7b-hf --lora_path ORG/ADAPTER --out_dir ./edited"
         ],
     )
     add_adapter_flags(parser, "folder to write; must be new, or empty")

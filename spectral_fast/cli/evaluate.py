@@ -31,8 +31,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "accuracy on GSM8K or on questions of your own",
         "Evaluate an adapter on GSM8K, on any questions and answers by exact match, or by a profile of HumanEval.",
         examples=[
-            "spectral-fast eval --base_model meta-llama/Llama-2-7b-hf \\\n"
-            "    --lora_dir ./edited --eval_profile paper_math"
+            "spectral-fast eval --base_model meta-llama/Llama-2-7b-hf --lora_dir ./edited --eval_profile paper_math"
         ],
     )
     parser.add_argument("--lora_dir", required=True, help="adapter: a folder or a Hugging Face name")

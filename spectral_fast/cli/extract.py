@@ -24,9 +24,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "make an adapter of the difference of two models",
         "Make a LoRA adapter of the difference between a model and its base, read tensor by tensor.",
         examples=[
-            "spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED \\\n    --out_dir ./lora --rank 64",
-            "spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED \\\n"
-            "    --out_dir ./lora --error 0.3 --resume",
+            "spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED --out_dir ./lora --rank 64",
+            "spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED --out_dir ./lora --error 0.3 --resume",
         ],
     )
     parser.add_argument("--base_model", required=True, help="folder or Hugging Face name of the model before")

@@ -33,9 +33,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "pass@k on HumanEval, in a sandbox",
         "Evaluate an adapter, or its base model, on HumanEval by running what it writes, in a sandbox.",
         examples=[
-            "spectral-fast eval-humaneval --base_model meta-llama/Llama-3.1-8B \\\n"
-            "    --lora_dir ./edited --eval_profile paper_code_main \\\n"
-            "    --allow_code_execution"
+            "spectral-fast eval-humaneval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --eval_profile paper_code_main --allow_code_execution"
         ],
     )
     parser.add_argument("--lora_dir", help="adapter: a folder or a Hugging Face name")

@@ -21,9 +21,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "tasks of lm-evaluation-harness",
         "Evaluate an adapter on tasks of lm-evaluation-harness, by its own vLLM or Hugging Face model.",
         examples=[
-            "spectral-fast lm-eval --base_model meta-llama/Llama-3.1-8B \\\n"
-            "    --lora_dir ./edited --tasks commonsense_qa -- --num_fewshot 5 \\\n"
-            "    --output_path results"
+            "spectral-fast lm-eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --tasks commonsense_qa -- --num_fewshot 5 --output_path results"
         ],
     )
     parser.add_argument("--lora_dir", required=True, help="adapter: a folder or a Hugging Face name")

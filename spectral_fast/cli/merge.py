@@ -41,8 +41,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "Merge adapters of any ranks into one: exactly, truncated by singular values, by PEFT's methods, or "
         "in common subspaces.",
         examples=[
-            "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 0.5 0.5 \\\n"
-            "    --method svd --rank 16 --out_dir ./merged"
+            "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 0.5 0.5 --method svd --rank 16 --out_dir ./merged"
         ],
     )
     # argparse's own knows no exponents before Python 3.14, and takes -1e-3 for a flag.

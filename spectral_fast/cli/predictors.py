@@ -22,7 +22,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         _run,
         "reconstruct a model's weights from a part of them",
         "Reconstruct the weights of a model from a part of them: singular triplets, random factors, columns, rows.",
-        examples=["spectral-fast predictors --model distilbert-base-uncased --rank 8 \\\n    --run_experiment"],
+        examples=["spectral-fast predictors --model distilbert-base-uncased --rank 8 --run_experiment"],
     )
     parser.add_argument("--model", default="distilbert-base-uncased", help="(default: distilbert-base-uncased)")
     out = "folder for table and figures (default: predictor_results)"

@@ -32,8 +32,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "measure sensitivities, for many edits later",
         "Measure the sensitivity of an adapter's singular values, for many edits later.",
         examples=[
-            "spectral-fast probe --base_model meta-llama/Llama-2-7b-hf \\\n"
-            "    --lora_path ORG/ADAPTER --out_dir ./probed"
+            "spectral-fast probe --base_model meta-llama/Llama-2-7b-hf --lora_path ORG/ADAPTER --out_dir ./probed"
         ],
     )
     add_adapter_flags(parser, "folder for sensitivity.safetensors and .json")

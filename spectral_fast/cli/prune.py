@@ -22,7 +22,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "keep the best rank channels",
         "Keep the best rank channels of an adapter, by the energy of b_k a_k, and write the pruned copy (for "
         "pruning by sensitivity: edit --mode abs_select --sup_factor 0 --noise_frac 0.5, and then this).",
-        examples=["spectral-fast prune --lora_path ORG/ADAPTER --out_dir ./pruned \\\n    --keep_ratio 0.5 --compact"],
+        examples=["spectral-fast prune --lora_path ORG/ADAPTER --out_dir ./pruned --keep_ratio 0.5 --compact"],
     )
     add_adapter_flags(parser, "folder to write; must be new, or empty", EveryModule)
     group = parser.add_argument_group("pruning")

@@ -21,8 +21,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "train a LoRA, prune it, train on",
         "Train a LoRA on a classifier, prune its channels, train on, and append the accuracies to results.csv.",
         examples=[
-            "spectral-fast prune-finetune --model distilbert-base-uncased \\\n"
-            "    --dataset glue/sst2 --method channel_energy"
+            "spectral-fast prune-finetune --model distilbert-base-uncased --dataset glue/sst2 --method channel_energy"
         ],
     )
     parser.add_argument("--model", default="distilbert-base-uncased", help="(default: distilbert-base-uncased)")

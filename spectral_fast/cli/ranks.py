@@ -29,8 +29,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "give each layer of a model a LoRA rank",
         "Give each layer of a model a LoRA rank, by the spectrum of its weights or by measured sensitivities.",
         examples=[
-            "spectral-fast ranks --base_model meta-llama/Llama-2-7b-hf \\\n"
-            "    --out_dir ./ranks --budget_uniform_rank 16"
+            "spectral-fast ranks --base_model meta-llama/Llama-2-7b-hf --out_dir ./ranks --budget_uniform_rank 16"
         ],
     )
     parser.add_argument("--base_model", required=True, help="folder or Hugging Face name; read one matrix at a time")

@@ -27,9 +27,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "that matter most to the loss (--sensitivity).",
         examples=[
             "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./r16 --rank 16",
-            "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small --error 0.1 \\\n    --pad",
-            "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small \\\n"
-            "    --sensitivity ./probed --budget 0.05",
+            "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small --error 0.1 --pad",
+            "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small --sensitivity ./probed --budget 0.05",
         ],
     )
     add_adapter_flags(parser, "folder to write; must be new, or empty", EveryModule)

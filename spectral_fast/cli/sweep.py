@@ -26,7 +26,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         _run,
         "make and evaluate many edits, compare them all",
         "Make and evaluate many edits in one engine, compare all with the original and with random edits.",
-        examples=["spectral-fast sweep grid.yaml --out_dir ./sweep \\\n    --base_model meta-llama/Llama-2-7b-hf"],
+        examples=["spectral-fast sweep grid.yaml --out_dir ./sweep --base_model meta-llama/Llama-2-7b-hf"],
     )
     parser.add_argument("configs", type=Path, help=".jsonl, a configuration per line; or .yaml, where lists are grids")
     parser.add_argument("--out_dir", required=True, type=Path, help="folder of the sweep; one that was stopped goes on")

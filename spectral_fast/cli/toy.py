@@ -21,7 +21,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         _run,
         "reconstruct random matrices from a part of them",
         "Reconstruct random matrices from a part of them: singular triplets, random factors, columns.",
-        examples=["spectral-fast toy --n 128 --m 64 --ranks 8 16 32 --trials 200 \\\n    --outdir toy_results"],
+        examples=["spectral-fast toy --n 128 --m 64 --ranks 8 16 32 --trials 200 --outdir toy_results"],
     )
     out = "folder for tables and figures (default: toy_results)"
     parser.add_argument("--outdir", "--out_dir", dest="out_dir", type=Path, default=Path("toy_results"), help=out)
