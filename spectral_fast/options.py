@@ -21,10 +21,14 @@ def option(
     low: float = -math.inf,
     high: float = math.inf,
     positive: bool = False,
+    shown: str | None = None,
 ) -> Any:
-    """A dataclass field that is also a flag, with what `check` accepts. List defaults are given as tuples."""
+    """A dataclass field that is also a flag, with what `check` accepts. List defaults are given as tuples.
+
+    `shown` says in words what the default stands for, where its value does not.
+    """
     bounds = {"low": low, "high": high, "positive": positive}
-    return field(default=default, metadata={"help": help, "choices": choices, **bounds})
+    return field(default=default, metadata={"help": help, "choices": choices, "shown": shown, **bounds})
 
 
 def check(instance: Any, where: str = "") -> None:
@@ -82,9 +86,8 @@ def add_flags(parser: argparse._ActionsContainer, *classes: type, prefix: str = 
             continue
         many = typing.get_origin(hint) in (tuple, list)
         scalar = typing.get_args(hint)[0] if many or _is_optional(hint) else hint
-        shown = " ".join(map(_as_typed, f.default)) if many and f.default is not MISSING else f.default
-        if shown not in (MISSING, None, ""):
-            text += f" (default: {shown})"
+        noted = [bounds(f), f"default: {default}" if (default := shown_default(f)) else ""]
+        text += f" ({'; '.join(filter(None, noted))})" if any(noted) else ""
         parser.add_argument(
             flag_name(f, prefix),
             type=scalar,
@@ -100,6 +103,25 @@ def add_flags(parser: argparse._ActionsContainer, *classes: type, prefix: str = 
 def flag_name(f: Field[Any], prefix: str = "") -> str:
     """The flag of a field, as the user types it."""
     return f"--no_{f.name}" if f.default is True else f"--{_prefixed(f.name, prefix)}"
+
+
+def shown_default(f: Field[Any]) -> str:
+    """The default of a field in words; nothing if there is none to speak of."""
+    if (words := f.metadata.get("shown")) is not None:
+        return str(words)
+    if f.default is MISSING or f.default is None:
+        return ""
+    return " ".join(map(_as_typed, f.default)) if isinstance(f.default, (tuple, list)) else str(f.default)
+
+
+def bounds(f: Field[Any]) -> str:
+    """The range of a field's numbers in words; nothing if all will do."""
+    low, high = (f.metadata.get(name, math.inf) for name in ("low", "high"))
+    if f.metadata.get("positive"):
+        return "above 0" if math.isinf(high) else f"above 0, at most {high:.10g}"
+    if math.isinf(low):
+        return "" if math.isinf(high) else f"at most {high:.10g}"
+    return f"at least {low:.10g}" if math.isinf(high) else f"{low:.10g} to {high:.10g}"
 
 
 def take(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:

@@ -22,7 +22,7 @@ class MergeSelection:
         ("all-linear",), "last name components, or all-linear; others are left out"
     )
     layer_min: int = option(0, "first layer, inclusive", low=0)
-    layer_max: int = option(10**9, "last layer, inclusive", low=0)
+    layer_max: int = option(10**9, "last layer, inclusive", low=0, shown="the last")
     adapter_name: str | None = option(None, "which adapter, if the weight files' keys name several")
 
     def __post_init__(self) -> None:
