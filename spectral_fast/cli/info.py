@@ -14,9 +14,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "info",
         _run,
-        "versions, devices, and the backend of every op here",
-        "Show versions, devices, and the backend of every op here.",
-        examples=["spectral-fast info --json"],
+        "show versions, devices and backends",
+        "Tells versions, devices, instruction sets, and which backend every op takes on this machine and why others "
+        "refuse. Loads no model and writes no file.",
+        examples=[
+            "spectral-fast info",
+            "SPECTRAL_FAST_BACKEND=reference spectral-fast info --json",
+        ],
     )
 
 

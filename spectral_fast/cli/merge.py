@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import EveryModule, add_command, warn
+from spectral_fast.cli.outputs import NEW_ADAPTER
 from spectral_fast.options import add_flags, check, option, take
 from spectral_fast.progress import bar
 from spectral_fast.usage import UsageError
@@ -29,6 +30,14 @@ class MergeSelection:
         check(self)
 
 
+_WRITES = {
+    **NEW_ADAPTER,
+    "merge_meta.json": "meta (sources with weights and hashes, all settings, versions, backends) and modules: sources "
+    "(numbers of the adapters that have it), r, error (of the truncation, relative), agreement (share of the entries "
+    "with the elected sign; null without an election)",
+}
+
+
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
     from spectral_fast.toolbox.merging import MergeOptions
@@ -38,11 +47,18 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "merge",
         _run,
         "make several adapters one",
-        "Merge adapters of any ranks into one: exactly, truncated by singular values, by PEFT's methods, or "
-        "in common subspaces.",
+        "Merges adapters of any ranks into one: exactly (cat), truncated by singular values (svd), by PEFT's "
+        "methods, or in subspaces that all share. Works on the factors alone, without a base model; only the methods"
+        " ..._svd other than svd itself form dense matrices, and are slow. Tells the relative error of the "
+        "truncation. docs/merging.md says what each method computes. Next: `eval`.",
         examples=[
-            "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 0.5 0.5 --method svd --rank 16 --out_dir ./merged"
+            "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 0.5 0.5 --method svd --rank 16 --out_dir "
+            "./merged",
+            "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 1 1 --method core_ties --density 0.5 "
+            "--out_dir ./ties",
+            "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 1 -1 --method cat --out_dir ./difference",
         ],
+        writes=_WRITES,
     )
     # argparse's own knows no exponents before Python 3.14, and takes -1e-3 for a flag.
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)

@@ -12,6 +12,23 @@ from spectral_fast.cli.common import add_command
 from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
 
+_WRITES = {
+    "final_checkpoint/": "the adapter, adapter_config.json and adapter_model.safetensors, with the tokenizer and "
+    "PEFT's README.md; with use_spline also splines.png",
+    "checkpoint-*/": "the trainer's, every save_steps: adapter, optimizer, scheduler and trainer_state.json, to resume "
+    "from",
+    "training_params.json": "all settings: loramodel_args, training_args, data_args, rank_assignment_args; gate_args "
+    "and spline_args where used",
+    "*.log": "RUN_NAME.log: versions, parameters and ranks, then what was logged, with times",
+    "log_history.json": "a list of what the trainer logged: step, epoch, loss, grad_norm, learning_rate ...; at the "
+    "end train_runtime (seconds)",
+    "gate_metrics.json": "with slora_enable: acceptance_rate, accepted_steps, total_steps, rejected_steps, "
+    "optimizer_steps, avg_novelty, and of every micro-batch novelty_history, accept_history, loss_history",
+    "system_monitoring/usage.jsonl": "with system_monitor, a line per second: time, cpu_percent, memory_percent, "
+    "process_cpu_percent, process_memory_bytes, gpus",
+    "README.md": "TRL's model card",
+}
+
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
@@ -22,9 +39,18 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "train",
         _run,
         "train an adapter, from a YAML file",
-        "Train a LoRA adapter by TRL's SFTTrainer, of one rank or of ranks by the spectra of the base "
-        "weights; every field of TRL's SFTConfig (--learning_rate, --max_steps, --output_dir ...) is a flag, too.",
-        examples=["spectral-fast train --config FILE.yaml --learning_rate 1e-4"],
+        "Trains a LoRA adapter by TRL's SFTTrainer: of one rank, or of ranks by the spectra of the base weights. "
+        "Settings come from a YAML file and from flags, which win; every field of TRL's SFTConfig (--learning_rate, "
+        "--max_steps, --output_dir ...) is a flag, too. One process, one GPU. A run that was stopped goes on by "
+        "--resume_from_checkpoint latest. Next: `eval`, `probe` or `edit` on OUTPUT_DIR/final_checkpoint.",
+        examples=[
+            "spectral-fast train --config train.yaml --learning_rate 1e-4",
+            "spectral-fast train --config train.yaml --output_dir ./gated --slora_enable --slora_target_novelty 0.3 "
+            "--slora_burn_in 200",
+            "spectral-fast train --model_name_or_path meta-llama/Llama-3.1-8B --train_dataset_path mine.jsonl "
+            "--lora_r 16 --output_dir ./trained-on-mine",
+        ],
+        writes=_WRITES,
     )
     parser.add_argument("--config", type=Path, help="YAML of flags' names; flags win, --no_NAME for false")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in output_dir")

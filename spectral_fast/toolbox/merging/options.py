@@ -61,7 +61,7 @@ class MergeOptions:
         choices=tuple(METHODS),
     )
     density: float | None = option(
-        None, "share of entries that ties, dare and magnitude_prune keep (tsv: of directions)", low=0, high=1
+        None, "share of the entries that ties, dare and magnitude_prune keep; with tsv of the directions", low=0, high=1
     )
     majority_sign: str = option(
         "total", "whose sign has the majority: that of the sum, or the more frequent", choices=("total", "frequency")
