@@ -182,8 +182,13 @@ def work_dir(args: argparse.Namespace, rank: int = 0) -> Path | None:
     """Where a streamed run keeps what it has so far: beside the folder that it shall write."""
     if not getattr(args, "stream", False):
         return None
-    out_dir: Path = args.out_dir.resolve()  # "." has no name of its own
-    return out_dir.with_name(f"{out_dir.name}.unfinished") / f"rank-{rank}"
+    return unfinished(args.out_dir) / f"rank-{rank}"
+
+
+def unfinished(out_dir: Path) -> Path:
+    """Where a run that can go on by --resume keeps what it has so far."""
+    out = out_dir.resolve()  # "." has no name of its own
+    return out.with_name(f"{out.name}.unfinished")
 
 
 def discard_work(folder: Path) -> None:

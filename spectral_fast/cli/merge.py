@@ -63,9 +63,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     # argparse's own knows no exponents before Python 3.14, and takes -1e-3 for a flag.
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     parser.add_argument("--lora_path", required=True, nargs="+", help="adapters: folders or Hugging Face names")
-    parser.add_argument(
-        "--weights", required=True, nargs="+", type=float, metavar="FLOAT", help="what each is multiplied by"
-    )
+    parser.add_argument("--weights", required=True, nargs="+", type=float, help="what each is multiplied by")
     parser.add_argument("--out_dir", required=True, type=Path, help="folder to write; must be new, or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds something")
     add_flags(parser.add_argument_group("modules"), MergeSelection)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spectral_fast.cli.common import add_command
 from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
+from spectral_fast.usage import UsageError
+
+T = TypeVar("T")
 
 _WRITES = {
     "final_checkpoint/": "the adapter, adapter_config.json and adapter_model.safetensors, with the tokenizer and "
@@ -55,26 +58,37 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="YAML of flags' names; flags win, --no_NAME for false")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in output_dir")
     for name, cls in SECTIONS.items():
-        group, prefix = parser.add_argument_group(name), PREFIXES.get(name, "")
-        add_flags(group, cls, prefix=prefix)
-        _add_opposites(group, cls, prefix)
+        add_flags(parser.add_argument_group(name), cls, prefix=PREFIXES.get(name, ""))
+    parser.takes_more, parser.config_text = True, _config_text
     return parser
 
 
-def _add_opposites(group: Any, cls: Any, prefix: str) -> None:
-    """Flags that put a boolean back to its default, which the file has changed."""
-    for f in fields(cls):
-        if isinstance(f.default, bool):
-            name = prefix + f.name
-            opposite, action = (f"--{name}", "store_true") if f.default else (f"--no_{name}", "store_false")
-            group.add_argument(opposite, dest=name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+def _config_text(args: argparse.Namespace) -> str:
+    """The run as the file that --config reads: without sections, which need not be."""
+    from spectral_fast.cli.config import entry, flags, head, title
+    from spectral_fast.training.settings import given_keys, training_defaults
+
+    given = _understood(given_keys, args)
+    text = head(args.parser) + flags(args.parser, given) + title("training: TRL's SFTConfig")
+    for name, (default, about) in training_defaults().items():
+        shown = "DIR" if name == "output_dir" else default
+        text += entry(name, given.get(name, shown), about, name in given)
+    return text
+
+
+def _understood(read: Callable[..., T], args: argparse.Namespace) -> T:
+    """What the file and the flags say; what they cannot say is a wrong command line."""
+    try:
+        return read(args.config, vars(args), args.rest)
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from spectral_fast.training import load, train
 
-    settings = load(args.config, vars(args), args.rest)
+    settings = _understood(load, args)
     os.environ.setdefault("WANDB_PROJECT", settings.training.project)  # transformers tells W&B no other way
     result = train(settings, overwrite=args.overwrite, progress=counter)
     loss = f"loss {result['train_loss']:.4f}"
