@@ -19,7 +19,7 @@ COPY = {
 SENSITIVITY = {
     "sensitivity.safetensors": "for each module MODULE.sigma, the singular values (r, float64), MODULE.g, their "
     "gradients dL/ds (r, float64), and MODULE.samples, the part of each sample in g (samples x r, float32)",
-    "sensitivity.json": "how it was measured: format, modules, paths and hashes of adapter, base model and data, "
+    "sensitivity.json": "how it was measured: format, modules, all settings, hashes of adapter and data, "
     "samples_used, tokens, labels, dtype, device, stability (shares of the choice that are certain), backends, "
     "versions",
 }
@@ -32,7 +32,7 @@ HUMANEVAL = {
     "samples_*.jsonl": "a program per line: task_id, completion; the name has lora or base",
     "raw_generations_*.jsonl": "the same with its number: task_id, sample_idx, completion",
     "samples_*.jsonl_results.jsonl": "what became of each: task_id, completion, result, passed",
-    "per_problem_*.json": "by task_id: n_samples, n_correct, pass@k",
+    "per_problem_*.json": "by problem: n_samples, n_correct, pass@k",
     "eval_config.json": "settings and score: task, split, num_fewshot, decoding, engine, engine_settings, sandbox "
     "(isolation and limits: seconds, memory_mb, file_mb, open_files), total_tasks, total_samples, metric (name, score, "
     "standard_error, tasks_with_any_pass), timestamp, meta",

@@ -32,8 +32,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "toy",
         _run,
         "reconstruct random matrices from a part of them",
-        "Reconstructs random matrices from a part of them (singular triplets, random factors, columns) and tells the"
-        " relative errors: what channel scores are worth at best. Takes no model; the defaults take seconds.",
+        "Reconstructs random matrices from a part of them (singular triplets, random factors, columns) and tells the "
+        "relative errors: what each way of choosing is worth where nothing is to be found. Needs no model.",
         examples=[
             "spectral-fast toy",
             "spectral-fast toy --n 256 --m 128 --ranks 4 8 --trials 50 --out_dir ./toy-large",
