@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-vllm test-browser lint format embedded bench bench-smoke adaptive gate spline codegen roofline sanitize neon cuda clean
+.PHONY: demo test test-vllm test-browser lint format embedded reference bench bench-smoke adaptive gate spline codegen roofline sanitize neon cuda clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -60,6 +60,10 @@ format: $(VENV)/installed-test
 
 embedded: $(VENV)/installed
 	$(BIN)/python -m spectral_fast.embedded.make --out_dir embedded-output
+
+# docs/reference, from the parser, the dataclasses of settings and what commands say that they write.
+reference: $(VENV)/installed
+	$(BIN)/python docs/make_reference.py
 
 # Tables against peers and floors, results/<machine>.csv; bench-smoke runs the same code on tiny sizes.
 bench: $(VENV)/installed-test

@@ -6,7 +6,7 @@ import argparse
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, TypeVar
 
@@ -21,10 +21,14 @@ def option(
     low: float = -math.inf,
     high: float = math.inf,
     positive: bool = False,
+    shown: str | None = None,
 ) -> Any:
-    """A dataclass field that is also a flag, with what `check` accepts. List defaults are given as tuples."""
+    """A dataclass field that is also a flag, with what `check` accepts. List defaults are given as tuples.
+
+    `shown` says in words what the default stands for, where its value does not.
+    """
     bounds = {"low": low, "high": high, "positive": positive}
-    return field(default=default, metadata={"help": help, "choices": choices, **bounds})
+    return field(default=default, metadata={"help": help, "choices": choices, "shown": shown, **bounds})
 
 
 def check(instance: Any, where: str = "") -> None:
@@ -52,12 +56,18 @@ def check(instance: Any, where: str = "") -> None:
             raise TypeError(f"{name} must be {kind.__name__}; got {value!r} ({type(value).__name__})")
         if meta["choices"] is not None and value not in meta["choices"]:
             raise ValueError(f"{name} must be one of {', '.join(meta['choices'])}; got {value!r}")
-        if kind is float and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite; got {value}")
-        if meta["positive"] and value <= 0:
-            raise ValueError(f"{name} must be > 0; got {value}")
-        if kind in (int, float) and not meta["low"] <= value <= meta["high"]:
-            raise ValueError(f"{name} must be in [{meta['low']:g}, {meta['high']:g}]; got {value}")
+        if kind in (int, float) and (complaint := _out_of_range(value, meta)):
+            raise ValueError(f"{name} {complaint}")
+
+
+def _out_of_range(value: float, meta: Mapping[str, Any]) -> str | None:
+    if not math.isfinite(value):
+        return f"must be finite; got {value}"
+    if meta["positive"] and value <= 0:
+        return f"must be > 0; got {value}"
+    if not meta["low"] <= value <= meta["high"]:
+        return f"must be in [{meta['low']:g}, {meta['high']:g}]; got {value}"
+    return None
 
 
 def add_flags(parser: argparse._ActionsContainer, *classes: type, prefix: str = "") -> None:
@@ -78,28 +88,62 @@ def add_flags(parser: argparse._ActionsContainer, *classes: type, prefix: str = 
         text = f.metadata.get("help", "").replace("%", "%%")
         if hint is bool:
             action, text = ("store_false", f"do not {text}") if f.default else ("store_true", text)
-            parser.add_argument(flag_name(f, prefix), dest=name, action=action, default=argparse.SUPPRESS, help=text)
+            switch = parser.add_argument(
+                flag_name(f, prefix), dest=name, action=action, default=argparse.SUPPRESS, help=text
+            )
+            switch.fallback = f.default  # type: ignore[attr-defined]
             continue
         many = typing.get_origin(hint) in (tuple, list)
         scalar = typing.get_args(hint)[0] if many or _is_optional(hint) else hint
-        shown = " ".join(map(_as_typed, f.default)) if many and f.default is not MISSING else f.default
-        if shown not in (MISSING, None, ""):
-            text += f" (default: {shown})"
-        parser.add_argument(
+        noted = [bounds(f), f"default: {default}" if (default := shown_default(f)) else ""]
+        text += f" ({'; '.join(filter(None, noted))})" if any(noted) else ""
+        flag = parser.add_argument(
             flag_name(f, prefix),
-            type=scalar,
+            type=_reader(scalar, f),
             nargs="+" if many else None,
             choices=f.metadata.get("choices"),
             default=argparse.SUPPRESS,
             required=f.default is MISSING,
-            metavar=None if f.metadata.get("choices") else scalar.__name__.upper(),
             help=text,
         )
+        flag.fallback = f.default  # type: ignore[attr-defined]  # what is taken where the flag is absent
+
+
+def _reader(kind: type, f: Field[Any]) -> Callable[[str], Any]:
+    """What makes the value of a flag of its text, and refuses one that `check` would refuse."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if kind in (int, float) and "low" in f.metadata and (complaint := _out_of_range(value, f.metadata)):
+            raise argparse.ArgumentTypeError(complaint)
+        return value
+
+    read.__name__ = kind.__name__  # which argparse names
+    return read
 
 
 def flag_name(f: Field[Any], prefix: str = "") -> str:
     """The flag of a field, as the user types it."""
     return f"--no_{f.name}" if f.default is True else f"--{_prefixed(f.name, prefix)}"
+
+
+def shown_default(f: Field[Any]) -> str:
+    """The default of a field in words; nothing if there is none to speak of."""
+    if (words := f.metadata.get("shown")) is not None:
+        return str(words)
+    if f.default is MISSING or f.default is None:
+        return ""
+    return " ".join(map(_as_typed, f.default)) if isinstance(f.default, (tuple, list)) else str(f.default)
+
+
+def bounds(f: Field[Any]) -> str:
+    """The range of a field's numbers in words; nothing if all will do."""
+    low, high = (f.metadata.get(name, math.inf) for name in ("low", "high"))
+    if f.metadata.get("positive"):
+        return "above 0" if math.isinf(high) else f"above 0, at most {high:.10g}"
+    if math.isinf(low):
+        return "" if math.isinf(high) else f"at most {high:.10g}"
+    return f"at least {low:.10g}" if math.isinf(high) else f"{low:.10g} to {high:.10g}"
 
 
 def take(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:

@@ -38,7 +38,9 @@ class SplineOptions:
     interpolation_method: str = option(
         "piecewise", "between knots: lines, or weights by distance (soft)", choices=("piecewise", "soft")
     )
-    clamp: bool = option(True, "clamp what enters to the knots; else lines go on beyond them, and it starts as LoRA")
+    clamp: bool = option(
+        True, "clamp what enters to the knots; unclamped, lines go on beyond them and it starts as LoRA"
+    )
     extrapolate: bool = option(False, "let lines go on where input_scale carries clamped values beyond the knots")
     spline_reg_weight: float = option(0.01, "weight of the penalty in the loss", low=0.0)
     spline_regularizer: str = option(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 
 from spectral_fast.policies import Policy
@@ -11,6 +13,15 @@ from spectral_fast.policies import Policy
 
 class UsageError(Exception):
     """A combination of flags that cannot be meant."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that may be meant; nothing if none is near."""
+    words = {word.lstrip("-"): word for word in known}
+    bare = name.lstrip("-")
+    begun = [word for word in words if bare and word.startswith(bare)]
+    close = begun if len(begun) == 1 else get_close_matches(bare, list(words), n=1)
+    return f"; is {words[close[0]]} meant?" if close else ""
 
 
 def check_inputs_kept(args: argparse.Namespace) -> None:

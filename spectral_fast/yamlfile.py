@@ -9,8 +9,12 @@ from typing import Any
 import yaml
 
 
-def read_yaml(path: Path) -> Any:
+def read_yaml(path: Path, *, words: bool = False) -> Any:
     """What a file holds, read by the safe loader.
+
+    Args:
+        path: the file.
+        words: leave numbers and dates the text that stands there.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -19,15 +23,15 @@ def read_yaml(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        return parse_yaml(path, path.read_text(encoding="utf-8"))
+        return parse_yaml(path, path.read_text(encoding="utf-8"), words=words)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def parse_yaml(path: Path, text: str) -> Any:
+def parse_yaml(path: Path, text: str, *, words: bool = False) -> Any:
     """As `read_yaml`, of a file whose text is known."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_Words if words else _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} is not YAML that can be read: {error}") from error
 
@@ -48,3 +52,13 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+class _Words(_Loader):
+    """Of what is more than text only null, true and false are known."""
+
+
+_Words.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in ("null", "bool", "merge")]
+    for first, known in _Loader.yaml_implicit_resolvers.items()
+}

@@ -118,7 +118,6 @@ def test_ranks_come_from_what_probe_wrote(tmp_path: Path, capsys: pytest.Capture
         (["--layer_selection_percentile", 0.01], "of 29 layers is none"),
         (["--target_modules", "qkv"], "no layer is called qkv; the model has down_proj, gate_proj"),
         (["--minimum_rank", 9, "--maximum_rank", 8], "minimum_rank must not be above maximum_rank"),
-        (["--maximum_rank", 10**25], "maximum_rank must be in [1, 65536]"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
     ],
 )

@@ -30,7 +30,10 @@ from spectral_fast.tensorfile import SafetensorsFile
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # These describe the source, and would lie about an edited copy: its repository, and its evaluation.
-_NOT_CONTENT = (".git", ".cache", "eval_config*.json", "gsm8k_predictions*.jsonl", "metrics_gsm8k.json")
+_NOT_CONTENT = (
+    *(".git", ".cache", "eval_config*.json", "gsm8k_predictions*.jsonl", "metrics_gsm8k.json"),
+    *("samples_lora.jsonl*", "raw_generations_lora.jsonl", "per_problem_lora.json"),
+)
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 

@@ -16,10 +16,10 @@ class SelectionOptions:
 
     target_modules: tuple[str, ...] = option(("down_proj", "o_proj"), "last name components, or all-linear")
     layer_min: int = option(0, "first layer, inclusive", low=0)
-    layer_max: int = option(10**9, "last layer, inclusive", low=0)
+    layer_max: int = option(10**9, "last layer, inclusive", low=0, shown="the last")
     adapter_name: str | None = option(None, "which adapter, if the weight file's keys name several")
-    include_conv: bool = option(False, "edit LoRA on convolutions, too (they cannot be probed)")
-    include_embedding: bool = option(False, "edit LoRA on embeddings, too (they cannot be probed)")
+    include_conv: bool = option(False, "take LoRA on convolutions, too; it cannot be probed")
+    include_embedding: bool = option(False, "take LoRA on embeddings, too; it cannot be probed")
 
     def __post_init__(self) -> None:
         check(self)

@@ -32,7 +32,7 @@ class RankOptions:
     alpha_scaling_factor: float = option(2.0, "lora_alpha of a module over its rank", positive=True, low=0, high=MOST)
     hill_weight: float = option(0.7, "weight of the tail exponent in the score", low=0, high=MOST)
     mp_spikes_weight: float = option(0.3, "weight of the spikes, fewer of which score higher", low=0, high=MOST)
-    target_modules: tuple[str, ...] = option((), "last name components of the layers to choose among (default: all)")
+    target_modules: tuple[str, ...] = option((), "last name components of the layers to choose among", shown="all")
     exclude_modules: tuple[str, ...] = option((), "last name components of layers that get no rank, e.g. lm_head")
     budget_params: int | None = option(None, "parameters that the adapter shall have, met to 1 %", low=1, high=10**15)
     budget_uniform_rank: int | None = option(

@@ -40,7 +40,10 @@ class CalibrationOptions:
 
     calib_data: str = option("gsm8k", "gsm8k (the train split, by datasets) or a .jsonl or .parquet file")
     calib_samples: int | None = option(
-        None, "samples to take, from the first on; the most to take with --until_stable (default: 32; then all)", low=1
+        None,
+        "samples to take, from the first on; with --until_stable the most to take",
+        low=1,
+        shown="32; with --until_stable all",
     )
     until_stable: float = option(
         0.0,

@@ -6,11 +6,9 @@ import argparse
 import gc
 import json
 import os
-import signal
 import sys
-import time
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
 
 from spectral_fast._version import __version__
 from spectral_fast.calibration.ranks import launched
@@ -19,6 +17,7 @@ from spectral_fast.cli import (
     analyze,
     bench,
     clip,
+    completion,
     demo,
     diff,
     edit,
@@ -40,102 +39,119 @@ from spectral_fast.cli import (
     toy,
     train,
 )
+from spectral_fast.cli.interrupts import stoppable, told
+from spectral_fast.cli.parser import STATUSES, Parser
 from spectral_fast.usage import UsageError
 
-RANK_0_SPEAKS = 10.0  # seconds after which it surely has
+GROUPS = {
+    "adapters": (probe, edit, inspect, diff, merge, resize, prune, clip, export),
+    "evaluation": (evaluate, humaneval, lm_eval, sweep),
+    "base models and training": (extract, ranks, train, analyze),
+    "study": (toy, predictors, prune_finetune, active_channels),
+    "this machine": (demo, info, bench, completion),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done, 1 the task failed, 2 the command line is wrong."""
+    """Run a command.
+
+    Returns:
+        The exit status: 0 done, 1 the task failed, 130 interrupted, 143 terminated.
+
+    Raises:
+        SystemExit: with 2 if the command line is wrong, with 0 after --help.
+    """
     # What torch's import has left: looking through it again and again takes a third of a second in a large edit.
     gc.freeze()
-    parser = _parser()
-    words = [_with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-    args, rest = parser.parse_known_args(words)
-    if rest and args.command != "train":  # which has the fields of TRL's SFTConfig as flags, too
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    words = list(sys.argv[1:] if argv is None else argv)
+    args, rest = command_line().parse_known_args(_with_underscores(words))
+    if rest and not args.parser.takes_more:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        if args.command != "probe" and launched():
-            raise UsageError("torchrun is for `probe` only; run this once, without it")
-        done = args.run(args)
-        if done is None:  # a rank that another speaks for
-            return 0
-        result, text = done
-        print(json.dumps(result, indent=2) if args.json else text, flush=True)
-        return 1 if result.get("failures") else 0
+        with stoppable():
+            return _run(args)
     except BrokenPipeError:  # the reader went away; the work is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UsageError as error:
         args.parser.error(str(error))
-    except KeyboardInterrupt:
-        print(
-            f"spectral-fast {args.command}: interrupted; no file or folder is left half-written",
-            file=sys.stderr,
-        )
-        return 130
+    except KeyboardInterrupt as stopped:
+        message, status = told(stopped, args)
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("SPECTRAL_FAST_DEBUG"):
             raise
-        print(f"spectral-fast {args.command}: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        message, status = f"error: {error}", 1
+    print(f"spectral-fast {args.command}: {message}", file=sys.stderr)
+    return status
 
 
-def _with_underscores(word: str) -> str:
-    """--until-stable=0.9 as --until_stable=0.9: every flag may be spelt with either."""
+def _run(args: argparse.Namespace) -> int:
+    if args.command != "probe" and launched():
+        raise UsageError("torchrun is for `probe` only; run this once, without it")
+    if args.print_config:
+        from spectral_fast.cli.config import as_config
+
+        print(args.parser.config_text(args) if args.parser.config_text else as_config(args.parser, args), end="")
+        return 0
+    done = args.run(args)
+    if done is None:  # a rank that another speaks for
+        return 0
+    result, text = done
+    print(json.dumps(result, indent=2) if args.json else text, flush=True)
+    return 1 if result.get("failures") else 0
+
+
+def _with_underscores(words: Sequence[str]) -> list[str]:
+    """--until-stable=0.9 as --until_stable=0.9: every flag may be spelt with either. What is after -- is not ours."""
+    end = words.index("--") if "--" in words else len(words)
+    return [*map(_with_underscore, words[:end]), *words[end:]]
+
+
+def _with_underscore(word: str) -> str:
     name, equals, value = word.partition("=")
     return name[:2] + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser of which, under torchrun, rank 0 alone says what is wrong with the command line that all have."""
-
-    def error(self, message: str) -> NoReturn:
-        if launched() and os.environ["RANK"] != "0":
-            # torchrun ends all ranks once one has ended: rank 0 shall have spoken before.
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
-            time.sleep(RANK_0_SPEAKS)
-            sys.exit(2)
-        super().error(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def command_line() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(
         prog="spectral-fast",
-        description="Measure, edit and evaluate the singular values of LoRA adapters, without retraining.",
+        usage="spectral-fast COMMAND [flags]",
+        description="Measure, edit and evaluate the singular values of LoRA adapters.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"spectral-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (
-        edit,
-        prune,
-        resize,
-        clip,
-        export,
-        merge,
-        extract,
-        inspect,
-        diff,
-        probe,
-        evaluate,
-        humaneval,
-        lm_eval,
-        sweep,
-        ranks,
-        train,
-        analyze,
-        toy,
-        predictors,
-        prune_finetune,
-        active_channels,
-        demo,
-        bench,
-        info,
-    ):
-        command = module.add(commands)
-        command.add_argument("--json", action="store_true", help="print the result as one JSON object")
-        command.set_defaults(parser=command)
+    # Python's own list of commands has no groups: they are in the text below.
+    commands = parser.add_subparsers(
+        prog=parser.prog, dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+    )
+    text = []
+    for title, modules in GROUPS.items():
+        text.append(f"{title}:")
+        for module in modules:
+            command = module.add(commands)
+            _add_common_flags(command)
+            text.append(f"  {command.prog.removeprefix(parser.prog).strip():<16}  {command.summary}")
+        text.append("")
+    text += [
+        "exit status:",
+        f"  {STATUSES}",
+        "",
+        "spectral-fast COMMAND --help tells a command's flags and gives examples.",
+    ]
+    parser.epilog = "\n".join(text)
     return parser
+
+
+def _add_common_flags(command: Parser) -> None:
+    group = command.add_argument_group("this command line")
+    if "--config" not in command._option_string_actions:
+        group.add_argument("--config", type=Path, help="YAML of flags, as --print_config prints; flags here win")
+    group.add_argument("--print_config", action="store_true", help="print all flags as such a file, and do nothing")
+    group.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    command.set_defaults(parser=command)
+    command.complete()

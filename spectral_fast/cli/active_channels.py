@@ -11,6 +11,12 @@ from spectral_fast.options import add_flags, take
 from spectral_fast.progress import bar
 from spectral_fast.usage import UsageError, check_inputs_kept
 
+_WRITES = {
+    "active_channels.csv": "a prediction per row: block, layer, part (ffn, qk, vo), sparsity (share left out), "
+    "channels, kept, method, recall, energy_kept, energy_oracle (shares, 0 to 1)",
+    "active_channels.png": "recall by sparsity, for every part and method",
+}
+
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
@@ -21,8 +27,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "active-channels",
         _run,
-        "predict the active channels of a Llama-like model from rank-8 factors, as SparseLoRA does; tell the recall",
-        "spectral-fast active-channels --base_model meta-llama/Llama-3.2-1B --calib_samples 32",
+        "predict active channels from rank-8 factors",
+        "Predicts the active channels of a Llama-like model from factors of low rank, as SparseLoRA does, and tells "
+        "how many of the truly largest are among them (the recall), beside other predictors and chance. Takes one "
+        "forward pass over the samples, with the base model in memory.",
+        examples=[
+            "spectral-fast active-channels --base_model meta-llama/Llama-3.2-1B --calib_samples 32",
+            "spectral-fast active-channels --base_model meta-llama/Llama-3.2-1B --calib_data mine.jsonl --sparsity "
+            "0.9 --context_only --out_dir ./active-in-context",
+        ],
+        writes=_WRITES,
     )
     out = "folder for table and figure (default: active_channel_results)"
     parser.add_argument("--out_dir", type=Path, default=Path("active_channel_results"), help=out)

@@ -11,6 +11,11 @@ from typing import Any
 from spectral_fast.cli.common import add_command
 from spectral_fast.usage import UsageError
 
+_WRITES = {
+    "--out_json FILE": "device, memory_bytes, card (public peaks), rows (kernel, workload, implementation, state, "
+    "median_ms, min_ms, max_ms, repeats, bytes, flops, bytes_per_second, bound_ms), failures, environment",
+}
+
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
@@ -18,8 +23,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "bench",
         _run,
-        "check and time every kernel on this GPU, beside what torch offers",
-        "spectral-fast bench --device cuda --out_json bench.json",
+        "check and time every kernel on this GPU",
+        "Checks every kernel against the reference on this machine's GPU and times it from a cold cache, beside "
+        "torch's own. Prints a table and writes the record, to be sent back. Without a GPU, TRITON_INTERPRET=1 and "
+        "--device interpreter walk the same path on tiny sizes, without times. The exit status is 1 if a kernel is "
+        "wrong.",
+        examples=[
+            "spectral-fast bench --device cuda --out_json bench.json",
+            "TRITON_INTERPRET=1 spectral-fast bench --device interpreter --only batched_svd --out_json tiny.json",
+        ],
+        writes=_WRITES,
     )
     parser.add_argument(
         "--device",
@@ -28,7 +41,12 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="interpreter: tiny sizes on the CPU, no times; wants TRITON_INTERPRET=1 (default: cuda)",
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only workloads with this in their name")
-    parser.add_argument("--out_json", type=Path, default=Path("bench.json"), help="(default: bench.json)")
+    parser.add_argument(
+        "--out_json",
+        type=Path,
+        default=Path("bench.json"),
+        help="file to write, which must be new (default: bench.json)",
+    )
     return parser
 
 

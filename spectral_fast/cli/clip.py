@@ -7,8 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command, warn
+from spectral_fast.cli.outputs import COPY
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import bar
+
+_WRITES = {
+    **COPY,
+    "clip_meta.json": "meta (all settings, hash of the adapter, versions, backends) and modules: limit (largest "
+    "singular value), clipped (those above it, before), error (|ΔW - ΔW'| / |ΔW|)",
+}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -19,9 +26,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "clip",
         _run,
-        "write an adapter whose singular values are clipped to a multiple of their median in each module, so that it "
-        "can be stacked with others",
-        "spectral-fast clip --lora_path ORG/ADAPTER --out_dir ./clipped --multiple 10",
+        "clip spikes in the spectra, to stack adapters",
+        "Lowers the singular values that stand above --multiple times the median of their module to that, so that "
+        "the adapter can be stacked with others. Modules without such spikes are copied as they are. Works on the "
+        "factors alone, without a base model. `inspect` shows the spikes before.",
+        examples=[
+            "spectral-fast clip --lora_path ORG/ADAPTER --out_dir ./clipped",
+            "spectral-fast clip --lora_path ORG/ADAPTER --out_dir ./clipped-hard --multiple 4 --target_modules "
+            "o_proj down_proj",
+        ],
+        writes=_WRITES,
     )
     add_adapter_flags(parser, "folder to write; must be new, or empty", EveryModule)
     add_flags(parser.add_argument_group("clipping"), ClipOptions)

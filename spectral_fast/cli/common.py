@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spectral_fast.adapter.selection import SelectionOptions
+from spectral_fast.cli.parser import STATUSES, Parser
 from spectral_fast.options import add_flags, option, take
 from spectral_fast.progress import bar
 from spectral_fast.usage import UsageError
@@ -24,18 +27,59 @@ class EveryModule(SelectionOptions):
     target_modules: tuple[str, ...] = option(("all-linear",), "last name components, or all-linear")
 
 
-def add_command(commands: Any, name: str, run: Callable[..., Any], help: str, example: str) -> argparse.ArgumentParser:
-    """A subcommand whose `run` takes the parsed flags and returns its result as JSON and as text."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[..., Any],
+    help: str,
+    description: str = "",
+    *,
+    examples: Sequence[str],
+    writes: Mapping[str, str] = {},
+) -> Parser:
+    """A subcommand.
+
+    Args:
+        commands: what `add_subparsers` returned.
+        name: of the command.
+        run: takes the parsed flags and returns the result, as JSON and as text.
+        help: one line in the list of commands, of at most 55 characters.
+        description: sentences of the command's own help, without line breaks.
+        examples: complete command lines, each in one line; help breaks them.
+        writes: name of a file -> what is in it, in one line.
+    """
+    parser: Parser = commands.add_parser(
         name,
         help=help.replace("%", "%%"),  # argparse formats it, but not the description
-        description=help[0].upper() + help[1:] + ".",
-        epilog=f"example:\n  {example}",
+        description=textwrap.fill(description or f"{help[0].upper()}{help[1:]}.", 80),
+        epilog=_epilog(examples, writes),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.summary, parser.examples, parser.writes = help, examples, writes
     parser.set_defaults(run=run)
     return parser
+
+
+def _epilog(examples: Sequence[str], writes: Mapping[str, str]) -> str:
+    blocks = {"examples" if len(examples) > 1 else "example": "\n".join(map(broken, examples))}
+    if writes:
+        hanging = (textwrap.fill(f"{name}: {text}", 76, subsequent_indent="  ") for name, text in writes.items())
+        blocks["files written"] = "\n".join(hanging)
+    blocks["exit status"] = STATUSES
+    return "\n\n".join(f"{title}:\n{textwrap.indent(text, '  ')}" for title, text in blocks.items())
+
+
+def broken(example: str, width: int = 76) -> str:
+    """A command line broken before flags, by backslashes, where it is longer than `width`."""
+    first, *rest = re.split(r" (?=-)", example)
+    lines = [first]
+    for part in rest:
+        if len(lines[-1]) + len(part) + 3 > width:  # with the space before it, and the backslash after it
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}"
+    return " \\\n".join(lines)
 
 
 def add_adapter_flags(
@@ -138,8 +182,13 @@ def work_dir(args: argparse.Namespace, rank: int = 0) -> Path | None:
     """Where a streamed run keeps what it has so far: beside the folder that it shall write."""
     if not getattr(args, "stream", False):
         return None
-    out_dir: Path = args.out_dir.resolve()  # "." has no name of its own
-    return out_dir.with_name(f"{out_dir.name}.unfinished") / f"rank-{rank}"
+    return unfinished(args.out_dir) / f"rank-{rank}"
+
+
+def unfinished(out_dir: Path) -> Path:
+    """Where a run that can go on by --resume keeps what it has so far."""
+    out = out_dir.resolve()  # "." has no name of its own
+    return out.with_name(f"{out.name}.unfinished")
 
 
 def discard_work(folder: Path) -> None:

@@ -18,12 +18,18 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "diff",
         _run,
-        "compare two adapters: relative difference and cosine of their updates, overlap of their top directions, "
-        "ranks, scalings and configs. The exit status is 0 whatever differs, unless --at_most is given",
-        "spectral-fast diff ./adapter ./resized\n  spectral-fast diff ./adapter ./again --at_most 1e-3",
+        "compare two adapters",
+        "Compares two adapters, module by module: relative difference and cosine of their updates, overlap of their "
+        "leading directions, ranks, scalings and configurations. Works on the factors alone, without a base model. "
+        "The exit status is 0 whatever differs, unless --at_most is given: then it is 1 if more does. Writes no "
+        "file.",
+        examples=[
+            "spectral-fast diff ORG/ADAPTER ./r16",
+            "spectral-fast diff ORG/ADAPTER ./plain --at_most 1e-3",
+        ],
     )
     parser.add_argument("first", help="adapter: a folder or a Hugging Face name")
-    parser.add_argument("second", help="the other one")
+    parser.add_argument("second", help="the adapter to compare it with")
     parser.add_argument(
         "--at_most",
         type=float,
@@ -31,7 +37,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "another tensor differs at all",
     )
     parser.add_argument("--directions", type=int, default=8, help="top directions of the overlaps (default: 8)")
-    parser.add_argument("--rows", type=int, default=40, help="lines of the table, largest differences first (40)")
+    parser.add_argument(
+        "--rows", type=int, default=40, help="lines of the table, largest differences first (default: 40)"
+    )
     add_flags(parser.add_argument_group("modules"), EveryModule)
     parser.add_argument("--cache_dir", help="cache folder for downloads from the Hugging Face hub")
     return parser

@@ -19,12 +19,26 @@ from spectral_fast.cli.common import (
     warn,
     work_dir,
 )
+from spectral_fast.cli.outputs import COPY, GSM8K, UNFINISHED
 from spectral_fast.options import add_flags, flag_name, take
 from spectral_fast.policies import POLICIES, Policy
 from spectral_fast.progress import bar, counter
 from spectral_fast.usage import UsageError, check_inputs_kept, check_report, check_stream, unused
 
 SHARED_POLICY_FLAGS = {"seed"}  # accepted with every mode: the seed of the run as a whole
+
+_WRITES = {
+    **COPY,
+    "spectral_edit_meta.json": "meta (all settings, seeds, hashes of adapter and data, versions, backends, the record "
+    "of the probe) and sigma_stats by module: r, mode, g_abs_mean, g_abs_max, sigma0_sum, sigma_new_sum, sigma0_top1, "
+    "sigma_new_top1, and counts and factors of the mode",
+    "--report FILE": "HTML with the pictures in it: spectra before and after, sensitivities, how certain the choice is",
+    "gsm8k_predictions_*.jsonl": f"with --eval_gsm8k, baseline and edited: {GSM8K['gsm8k_predictions.jsonl']}",
+    "eval_config_*.json": f"with --eval_gsm8k: {GSM8K['eval_config.json']}",
+    "metrics_gsm8k.json": "with --eval_gsm8k: results of both, comparison (difference, interval, p_value, verdict), "
+    "meta",
+    **UNFINISHED,
+}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -36,21 +50,38 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "edit",
         _run,
-        "reweight an adapter's singular values by their sensitivity and write the edited copy",
-        "spectral-fast edit --base_model meta-llama/Llama-2-7b-hf --lora_path ORG/ADAPTER --out_dir ./edited",
+        "reweight singular values by what the loss says",
+        "Reweights the singular values of an adapter: directions on which the loss depends much are amplified and "
+        "others suppressed, by the rule of --mode. How much the loss depends on each is measured on the calibration "
+        "samples with the base model, a forward and a backward pass per sample, or comes from a folder that `probe` "
+        "wrote: that takes seconds and no base model. Writes a copy; the source is not touched. Next: `eval`, and "
+        "the same edit with --mode random_index as the control.",
+        examples=[
+            "spectral-fast edit --base_model meta-llama/Llama-3.1-8B --lora_path ORG/ADAPTER --out_dir ./edited",
+            "spectral-fast edit --sensitivity ./probed --lora_path ORG/ADAPTER --out_dir ./smooth --mode smooth_abs "
+            "--amp_factor 1.3",
+            "spectral-fast edit --mode random_index --seed 1 --lora_path ORG/ADAPTER --out_dir ./control",
+        ],
+        writes=_WRITES,
     )
     add_adapter_flags(parser, "folder to write; must be new, or empty")
     parser.add_argument("--sensitivity", type=Path, help="folder that `probe` wrote; then no base model is needed")
     parser.add_argument("--report", type=Path, help="write an HTML report with pictures to this file")
     group = parser.add_argument_group("policy (each mode takes only its own flags)")
     group.add_argument(
-        "--mode", "--edit_mode", default="abs_select", choices=list(POLICIES), help="(default: abs_select)"
+        "--mode",
+        "--edit_mode",
+        default="abs_select",
+        choices=list(POLICIES),
+        help="rule that makes new singular values of s and g (default: abs_select)",
     )
     add_flags(group, *POLICIES.values())
     add_model_flags(parser, base_model_required=False)
     add_calibration_flags(parser)
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--eval_gsm8k", action="store_true", help="evaluate the adapter before and after on GSM8K")
+    group.add_argument(
+        "--eval_gsm8k", action="store_true", help="evaluate the adapter before and after, on GSM8K or --eval_data"
+    )
     add_flags(group, EvaluationOptions, EngineOptions, prefix="eval_")
     return parser
 

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import add_command, warn
+from spectral_fast.cli.outputs import COPY
 from spectral_fast.progress import bar
+
+_WRITES = {
+    **COPY,
+    "export_meta.json": "meta (adapter and its hash, rank, versions) and modules: r (before), scaling (that was "
+    "baked), factor (what B and A were multiplied by; null: nothing), error (|ΔW - ΔW'| / |ΔW|)",
+}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -17,9 +24,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "export",
         _run,
-        "write an adapter that loaders without rank_pattern, alpha_pattern and rsLoRA read right: every module's "
-        "scaling in its factors, one rank, lora_alpha == r",
-        "spectral-fast export --bake_scaling --lora_path ORG/ADAPTER --out_dir ./plain",
+        "bake scalings and ranks in, for simple loaders",
+        "Writes an adapter that loaders without rank_pattern, alpha_pattern and rsLoRA read right: the scaling of "
+        "every module is multiplied into its factors, all modules have one rank (zeros fill it up), and lora_alpha "
+        "equals r. ΔW is the same, or rounded to the stored dtype by what is told. Works on the factors alone, "
+        "without a base model.",
+        examples=[
+            "spectral-fast export --bake_scaling --lora_path ORG/ADAPTER --out_dir ./plain",
+            "spectral-fast export --bake_scaling --rank 64 --lora_path ORG/ADAPTER --out_dir ./plain64",
+        ],
+        writes=_WRITES,
     )
     parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
     parser.add_argument("--out_dir", required=True, type=Path, help="folder to write; must be new, or empty")
@@ -30,7 +44,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         required=True,
         help="multiply factors by their module's scaling; said aloud, since PEFT needs none of it",
     )
-    parser.add_argument("--rank", type=int, help="rank of all modules, e.g. one that a loader has kernels for")
+    parser.add_argument(
+        "--rank", type=int, help="rank of all modules, e.g. one that a loader has kernels for (default: the largest)"
+    )
     parser.add_argument("--adapter_name", help="which adapter, if the weight file's keys name several")
     parser.add_argument("--cache_dir", help="cache folder for downloads from the Hugging Face hub")
     return parser

@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import add_command, warn
+from spectral_fast.cli.outputs import NEW_ADAPTER, UNFINISHED
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import bar
 
 _SHOWN = 5  # tensors that are named; --json has all
+
+_WRITES = {
+    **NEW_ADAPTER,
+    "extract_meta.json": "meta (models and hashes of their files, all settings, versions), modules: r, norm (|ΔW|), "
+    "error (|ΔW - B A|), reached (whether the goal was); equal (layers without a difference), lost (changed and not in "
+    "the adapter), saved (in full), warnings",
+    **UNFINISHED,
+}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -21,9 +30,17 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "extract",
         _run,
-        "make a LoRA adapter of the difference between a model and its base, read tensor by tensor",
-        "spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED --out_dir ./lora --rank 64\n"
-        "  spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED --out_dir ./lora --error 0.3 --resume",
+        "make an adapter of the difference of two models",
+        "Makes a LoRA adapter of the difference between a model that was tuned in full and its base. The weights are"
+        " read tensor by tensor, so that memory is that of the largest layer, not of the models; --passes times over"
+        " both. Tells the error of every module and what changed that LoRA cannot hold. A run that was ended goes on"
+        " by --resume. Next: `eval`, or `resize`.",
+        examples=[
+            "spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED --out_dir ./lora --rank 64",
+            "spectral-fast extract --base_model ORG/BASE --tuned_model ORG/TUNED --out_dir ./lora30 --error 0.3 "
+            "--resume",
+        ],
+        writes=_WRITES,
     )
     parser.add_argument("--base_model", required=True, help="folder or Hugging Face name of the model before")
     parser.add_argument("--tuned_model", required=True, help="folder or Hugging Face name of the model after")

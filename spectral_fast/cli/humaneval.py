@@ -15,9 +15,12 @@ from spectral_fast.cli.common import (
     warn,
     write_result,
 )
+from spectral_fast.cli.outputs import HUMANEVAL, OUT_JSON
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import counter
 from spectral_fast.usage import UsageError
+
+_WRITES = {**HUMANEVAL, **OUT_JSON}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -30,9 +33,18 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "eval-humaneval",
         run,
-        "evaluate an adapter, or its base model, on HumanEval by running what it writes, in a sandbox",
-        "spectral-fast eval-humaneval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited "
-        "--eval_profile paper_code_main --allow_code_execution",
+        "pass@k on HumanEval, in a sandbox",
+        "Lets a model, with an adapter or alone, write programs for HumanEval's problems, runs them with the "
+        "problems' tests in a sandbox, and tells the unbiased pass@k. Generated programs may be harmful: they run "
+        "only with --allow_code_execution, and only where they can be confined. Costs the generation of all "
+        "programs, and some 10 ms of processor time to test each.",
+        examples=[
+            "spectral-fast eval-humaneval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --eval_profile "
+            "paper_code_main --allow_code_execution",
+            "spectral-fast eval-humaneval --base_model meta-llama/Llama-3.1-8B --base_only --out_dir ./base-programs"
+            " --n_generations 10 --temperature 0.8 --pass_k 10 --allow_code_execution",
+        ],
+        writes=_WRITES,
     )
     parser.add_argument("--lora_dir", help="adapter: a folder or a Hugging Face name")
     parser.add_argument("--base_only", action="store_true", help="evaluate the base model alone")

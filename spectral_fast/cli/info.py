@@ -11,7 +11,16 @@ from spectral_fast.cli.common import add_command
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
     return add_command(
-        commands, "info", _run, "show versions, devices, and the backend of every op here", "spectral-fast info --json"
+        commands,
+        "info",
+        _run,
+        "show versions, devices and backends",
+        "Tells versions, devices, instruction sets, and which backend every op takes on this machine and why others "
+        "refuse. Loads no model and writes no file.",
+        examples=[
+            "spectral-fast info",
+            "SPECTRAL_FAST_BACKEND=reference spectral-fast info --json",
+        ],
     )
 
 

@@ -25,6 +25,15 @@ _COLUMNS = {
     "condition": "condition",
 }
 
+_WRITES = {
+    RECORD: "meta (adapter and its hash, spike, versions), modules: the columns of the table, singular_values (of ΔW, "
+    "scaling included, descending), remarks; carried (what is no LoRA factor, and why)",
+    "inspection.csv": "a module per row: module, m, n, r, dtype, scaling, frobenius, spectral, nuclear (norms of ΔW), "
+    "stable_rank, effective_rank, numerical_rank, condition, energy_top_1, energy_top_4, energy_top_16 (shares, 0 to "
+    "1), rank_90, rank_95, rank_99, spikes",
+    "inspection.png": "the spectra of all modules",
+}
+
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
@@ -34,14 +43,25 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "inspect",
         _run,
-        "tell the spectra of an adapter: norms, stable and effective ranks, ranks that hold 90, 95 and 99 % of the "
-        "energy, conditioning, and what looks wrong",
-        "spectral-fast inspect --lora_path ORG/ADAPTER --out_dir ./inspected",
+        "tell the spectra and what looks wrong in them",
+        "Prints a line per module of an adapter: norms, stable and effective rank, the ranks that hold 90, 95 and 99"
+        " % of the energy, conditioning, and what looks wrong. Works on the factors alone, without a base model: 312"
+        " modules of 4096 x 4096 and rank 128 took 0.7 s on two cores. Next: `resize`, `clip`.",
+        examples=[
+            "spectral-fast inspect --lora_path ORG/ADAPTER",
+            "spectral-fast inspect --lora_path ORG/ADAPTER --out_dir ./inspected --rows 10",
+        ],
+        writes=_WRITES,
     )
     parser.add_argument("--lora_path", required=True, help="adapter: a folder or a Hugging Face name")
     parser.add_argument("--out_dir", type=Path, help=f"folder for {RECORD}, inspection.csv and inspection.png")
     parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds an inspection")
-    parser.add_argument("--rows", type=int, default=40, help="lines of the table, largest updates first if fewer (40)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=40,
+        help="lines of the table; the largest updates if there are more modules (default: 40)",
+    )
     add_flags(parser.add_argument_group("modules"), EveryModule)
     add_flags(parser.add_argument_group("remarks"), InspectOptions)
     parser.add_argument("--cache_dir", help="cache folder for downloads from the Hugging Face hub")

@@ -16,19 +16,30 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "lm-eval",
         _run,
-        "evaluate an adapter on tasks of lm-evaluation-harness, by its own vLLM or Hugging Face model",
-        "spectral-fast lm-eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --tasks commonsense_qa "
-        "-- --num_fewshot 5 --output_path results",
+        "tasks of lm-evaluation-harness",
+        "Runs lm-evaluation-harness on a model with an adapter, by the harness's own vLLM or Hugging Face model, "
+        "with the right rank for the adapter. What stands after -- is handed on to the harness. --dry_run prints its"
+        " command line. The harness prints its table; it writes files only where --output_path, after --, says so.",
+        examples=[
+            "spectral-fast lm-eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --tasks commonsense_qa "
+            "-- --num_fewshot 5 --output_path results",
+            "spectral-fast lm-eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --tasks arc_easy "
+            "arc_challenge --dry_run",
+        ],
     )
     parser.add_argument("--lora_dir", required=True, help="adapter: a folder or a Hugging Face name")
-    parser.add_argument("--tasks", nargs="+", default=["commonsense_qa"], help="(default: commonsense_qa)")
+    parser.add_argument(
+        "--tasks", nargs="+", default=["commonsense_qa"], help="names of the harness's tasks (default: commonsense_qa)"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the harness's command line and do not run it")
-    parser.add_argument("extra", nargs="*", metavar="-- ARGUMENT", help="handed on to the harness as they are")
+    parser.add_argument(
+        "extra", nargs="*", metavar="-- ARGUMENT", help="what stands after -- goes to the harness as it is"
+    )
     parser.add_argument(
         "--engine",
         choices=("auto", "vllm", "hf"),
         default="auto",
-        help="auto takes vllm where that package is installed",
+        help="model of the harness; auto takes vllm where that package is installed (default: auto)",
     )
     parser.add_argument("--max_lora_rank", type=int, help="largest rank that vllm serves (default: the adapter's)")
     add_model_flags(parser, base_model_required=True)

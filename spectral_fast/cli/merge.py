@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import EveryModule, add_command, warn
+from spectral_fast.cli.outputs import NEW_ADAPTER
 from spectral_fast.options import add_flags, check, option, take
 from spectral_fast.progress import bar
 from spectral_fast.usage import UsageError
@@ -22,11 +23,19 @@ class MergeSelection:
         ("all-linear",), "last name components, or all-linear; others are left out"
     )
     layer_min: int = option(0, "first layer, inclusive", low=0)
-    layer_max: int = option(10**9, "last layer, inclusive", low=0)
+    layer_max: int = option(10**9, "last layer, inclusive", low=0, shown="the last")
     adapter_name: str | None = option(None, "which adapter, if the weight files' keys name several")
 
     def __post_init__(self) -> None:
         check(self)
+
+
+_WRITES = {
+    **NEW_ADAPTER,
+    "merge_meta.json": "meta (sources with weights and hashes, all settings, versions, backends) and modules: sources "
+    "(numbers of the adapters that have it), r, error (of the truncation, relative), agreement (share of the entries "
+    "with the elected sign; null without an election)",
+}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -37,16 +46,24 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "merge",
         _run,
-        "merge adapters of any ranks into one: exactly, truncated by singular values, by PEFT's methods, or in common "
-        "subspaces",
-        "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 0.5 0.5 --method svd --rank 16 --out_dir ./merged",
+        "make several adapters one",
+        "Merges adapters of any ranks into one: exactly (cat), truncated by singular values (svd), by PEFT's "
+        "methods, or in subspaces that all share. Works on the factors alone, without a base model; only the methods"
+        " ..._svd other than svd itself form dense matrices, and are slow. Tells the relative error of the "
+        "truncation. docs/merging.md says what each method computes. Next: `eval`.",
+        examples=[
+            "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 0.5 0.5 --method svd --rank 16 --out_dir "
+            "./merged",
+            "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 1 1 --method core_ties --density 0.5 "
+            "--out_dir ./ties",
+            "spectral-fast merge --lora_path ORG/ONE ORG/TWO --weights 1 -1 --method cat --out_dir ./difference",
+        ],
+        writes=_WRITES,
     )
     # argparse's own knows no exponents before Python 3.14, and takes -1e-3 for a flag.
     parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     parser.add_argument("--lora_path", required=True, nargs="+", help="adapters: folders or Hugging Face names")
-    parser.add_argument(
-        "--weights", required=True, nargs="+", type=float, metavar="FLOAT", help="what each is multiplied by"
-    )
+    parser.add_argument("--weights", required=True, nargs="+", type=float, help="what each is multiplied by")
     parser.add_argument("--out_dir", required=True, type=Path, help="folder to write; must be new, or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds something")
     add_flags(parser.add_argument_group("modules"), MergeSelection)

@@ -19,8 +19,11 @@ from spectral_fast.cli.common import (
     warn,
     work_dir,
 )
+from spectral_fast.cli.outputs import SENSITIVITY, UNFINISHED
 from spectral_fast.options import take
 from spectral_fast.usage import check_inputs_kept, check_stream
+
+_WRITES = {**SENSITIVITY, **UNFINISHED}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -29,10 +32,23 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "probe",
         _run,
-        "measure the sensitivity of an adapter's singular values, for many edits later",
-        "spectral-fast probe --base_model meta-llama/Llama-2-7b-hf --lora_path ORG/ADAPTER --out_dir ./probed",
+        "measure sensitivities, for many edits later",
+        "Measures g = dL/ds, how much the loss depends on each singular value of an adapter, on the calibration "
+        "samples. Takes a forward and a backward pass per sample, with the base model in memory or, with --stream, "
+        "two of its layers. Says how certain the choice of directions is. torchrun splits the samples over "
+        "processes. Next, without the base model: `edit`, `resize` or `ranks` with --sensitivity.",
+        examples=[
+            "spectral-fast probe --base_model meta-llama/Llama-3.1-8B --lora_path ORG/ADAPTER --out_dir ./probed",
+            "spectral-fast probe --base_model meta-llama/Llama-3.1-8B --lora_path ORG/ADAPTER --out_dir "
+            "./probed-on-mine --calib_data mine.jsonl --until_stable 0.9",
+            "spectral-fast probe --base_model meta-llama/Llama-3.1-8B --lora_path ORG/ADAPTER --out_dir "
+            "./probed-by-layers --stream --target_modules all-linear",
+            "torchrun --nproc-per-node 2 -m spectral_fast probe --base_model meta-llama/Llama-3.1-8B --lora_path "
+            "ORG/ADAPTER --out_dir ./probed-by-two",
+        ],
+        writes=_WRITES,
     )
-    add_adapter_flags(parser, "folder for sensitivity.safetensors and .json")
+    add_adapter_flags(parser, "folder to write; must be new, or empty")
     add_model_flags(parser, base_model_required=True)
     add_calibration_flags(parser)
     return parser

@@ -7,8 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command, warn
+from spectral_fast.cli.outputs import COPY
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import bar
+
+_WRITES = {
+    **COPY,
+    "channel_prune_meta.json": "meta (all settings, hash of the adapter, versions) and modules: r, kept (numbers of "
+    "the channels), energy_kept (share of the energy, 0 to 1)",
+}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -19,9 +26,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "prune",
         _run,
-        "keep the best rank channels of an adapter, by the energy of b_k a_k, and write the pruned copy "
-        "(for pruning by sensitivity: edit --mode abs_select --sup_factor 0 --noise_frac 0.5, and then this)",
-        "spectral-fast prune --lora_path ORG/ADAPTER --out_dir ./pruned --keep_ratio 0.5 --compact",
+        "keep the best rank channels",
+        "Keeps in every module the channels b_k a_k (a column of B and a row of A) with the highest scores and "
+        "writes a copy in which the others are zero or, with --compact, left out. Works on the factors alone, "
+        "without a base model. To prune by what the loss says: `edit --mode abs_select --sup_factor 0 --noise_frac "
+        "0.5 --amp_factor 1 --preserve_energy none`, and then `prune --compact`.",
+        examples=[
+            "spectral-fast prune --lora_path ORG/ADAPTER --out_dir ./pruned --keep_ratio 0.5 --compact",
+            "spectral-fast prune --lora_path ORG/ADAPTER --out_dir ./pruned-at-random --method random --seed 1",
+        ],
+        writes=_WRITES,
     )
     add_adapter_flags(parser, "folder to write; must be new, or empty", EveryModule)
     group = parser.add_argument_group("pruning")

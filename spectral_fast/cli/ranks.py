@@ -17,6 +17,17 @@ from spectral_fast.usage import UsageError, check_inputs_kept
 
 CSV, JSON = "ranks.csv", "ranks.json"
 
+_WRITES = {
+    JSON: "lora_config (what LoraConfig takes: r, lora_alpha, target_modules, rank_pattern, alpha_pattern), "
+    "parameters, base_model, ranks_from, preset, all settings, versions",
+    CSV: "a layer per row: layer_index, layer_name, shape, lora_parameters_per_rank, weighted_score, rank_pattern, "
+    "alpha_pattern; by spectra alpha_hill, spectral_norm, D (distance of the fit), norm, alphahat, num_spikes, "
+    "stable_rank, xmin, bulk_edge, sigma_mp, Q, alpha_hill_normalized, num_spikes_normalized; by sensitivities "
+    "sensitivity (sum of |s g|), directions (how many share it)",
+    "ranks.png": "scores and ranks by depth",
+    "spectra-*.png": "by spectra: 24 layers a page, each with bulk and power law",
+}
+
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
@@ -26,16 +37,26 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "ranks",
         _run,
-        "give each layer of a model a LoRA rank, by the spectrum of its weights or by measured sensitivities",
-        "spectral-fast ranks --base_model meta-llama/Llama-2-7b-hf --out_dir ./ranks --budget_uniform_rank 16",
+        "give each layer of a model a LoRA rank",
+        "Gives each linear layer and convolution of a model a score and a LoRA rank, by the spectrum of its weights,"
+        " or by the sensitivities that `probe` measured. The weights are read one matrix after the other; 85 "
+        "matrices of 2048 columns took 24 s on two cores. Prints the ranks and how to hand them to PEFT. Next: "
+        "`train` with adaptive_ranks, or LoraConfig in your own code.",
+        examples=[
+            "spectral-fast ranks --base_model meta-llama/Llama-3.1-8B --out_dir ./ranks --budget_uniform_rank 16 "
+            "--exclude_modules lm_head",
+            "spectral-fast ranks --base_model meta-llama/Llama-3.1-8B --out_dir ./ranks-by-loss --sensitivity "
+            "./probed --no_pictures",
+        ],
+        writes=_WRITES,
     )
     parser.add_argument("--base_model", required=True, help="folder or Hugging Face name; read one matrix at a time")
-    parser.add_argument("--out_dir", required=True, type=Path, help=f"folder for {CSV}, {JSON} and pictures")
+    parser.add_argument("--out_dir", required=True, type=Path, help="folder to write; must be new, or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace out_dir if it holds something")
     parser.add_argument(
         "--sensitivity",
         type=Path,
-        help="folder that `probe` wrote: ranks by how much the directions of a module matter",
+        help="folder that `probe` wrote: ranks by how much the directions of a module matter, not by spectra",
     )
     parser.add_argument(
         "--preset",

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command, warn
+from spectral_fast.cli.outputs import COPY
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import bar
 
 MANY = 2000  # modules, for which PEFT's search takes some ten minutes
+
+_WRITES = {
+    **COPY,
+    "resize_meta.json": "meta (all settings, hashes, versions, backends, the record of the probe) and modules: r "
+    "(before), kept (directions), error (|ΔW - ΔW'| / |ΔW|), directions (which, if sensitivities chose them)",
+}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -22,11 +29,17 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "resize",
         _run,
-        "write an adapter with other ranks: the largest singular values of each module, or the directions that "
-        "matter most to the loss (--sensitivity)",
-        "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./r16 --rank 16\n"
-        "  spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small --error 0.1 --pad\n"
-        "  spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small --sensitivity ./probed --budget 0.05",
+        "change the ranks",
+        "Writes a copy of an adapter with other ranks. Of every module the largest singular values are kept or, with"
+        " --sensitivity, the directions that matter most to the loss. The goal is a rank, a share of the energy, an "
+        "error, or a budget. Works on the factors alone, without a base model: a 7B adapter took 0.7 s on two cores."
+        " Tells the relative error of every module. Next: `eval`, or `diff` with the source.",
+        examples=[
+            "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./r16 --rank 16",
+            "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./small --error 0.1 --pad",
+            "spectral-fast resize --lora_path ORG/ADAPTER --out_dir ./cheap --sensitivity ./probed --budget 0.05",
+        ],
+        writes=_WRITES,
     )
     add_adapter_flags(parser, "folder to write; must be new, or empty", EveryModule)
     group = parser.add_argument_group("size (one of the first five)")

@@ -9,8 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import add_command, add_model_flags
+from spectral_fast.cli.outputs import GSM8K, HUMANEVAL
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import counter
+
+_WRITES = {
+    "report.html": "tables and pictures, in one file; opens without a network",
+    "results.json": "lines (of the configurations), runs (score, comparison with the original, config, metrics), "
+    "failures, notes",
+    "results.jsonl": "a configuration per line: the columns of summary.csv, and hyperparameters",
+    "summary.csv": "a configuration per row: task, lora_repo_id, calib_samples, edit_mode, seed, amp_factor, "
+    "sup_factor, soft_temperature, soft_pivot_mode, pass@1 (the score, 0 to 1), metric, standard_error, n (problems), "
+    "difference, low, high (95 % interval), p_value, p_holm (corrected for all variants), verdict, label, run, notes",
+    "summary.tsv": "the same with tabs",
+    "summary_table.md": "means over seeds, and each run against the original",
+    "ledger.jsonl": "a group of finished runs per line: runs, failures, versions, engine, engine_settings, seconds, "
+    "finished; what stands in it is not done again",
+    "probes/*/": "what `probe` writes, for each adapter and calibration set",
+    "runs/*/config.json": "task, base_model, lora, role, seed, edit_mode, notes, hyperparameters, identity (hashes)",
+    "runs/*/metrics.json": "the score as `eval` tells it",
+    "runs/*/adapter_ref.txt": "the adapter that was edited",
+    "runs/*/adapter/": "what `edit` writes, where keep_adapter is set",
+    "kept_adapters/*/*/*/best.json": "by task, adapter and mode, the best adapter that was kept: adapter (its folder), "
+    "label, score, standard_error",
+    **{f"runs/*/{name}": text for name, text in (HUMANEVAL | GSM8K).items() if name != "eval_config.json"},
+    "runs/*/eval_config.json": "as `eval` or `eval-humaneval` writes it",
+}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -24,8 +48,19 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "sweep",
         _run,
-        "make and evaluate many edits in one engine, compare all with the original and with random edits",
-        "spectral-fast sweep grid.yaml --out_dir ./sweep --base_model meta-llama/Llama-2-7b-hf",
+        "make and evaluate many edits, compare them all",
+        "Makes many edits of adapters and evaluates them in one engine: each adapter is probed once, then all "
+        "variants are compared with the original on the same problems, and with random edits that have their counts "
+        "and factors. The configurations are the lines of a .jsonl file, or of a .yaml file whose lists stand for "
+        "each of their items. A sweep that was stopped goes on when the same command is given again. The exit status"
+        " is 1 if a run failed.",
+        examples=[
+            "spectral-fast sweep grid.yaml --out_dir ./sweep --base_model meta-llama/Llama-3.1-8B --eval_profile "
+            "paper_math",
+            "spectral-fast sweep grid.yaml --out_dir ./quick-sweep --base_model meta-llama/Llama-3.1-8B "
+            "--max_samples 200 --controls 2 --engine transformers",
+        ],
+        writes=_WRITES,
     )
     parser.add_argument("configs", type=Path, help=".jsonl, a configuration per line; or .yaml, where lists are grids")
     parser.add_argument("--out_dir", required=True, type=Path, help="folder of the sweep; one that was stopped goes on")

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spectral_fast.cli.common import add_command
 from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
+from spectral_fast.usage import UsageError
+
+T = TypeVar("T")
+
+_WRITES = {
+    "final_checkpoint/": "the adapter, adapter_config.json and adapter_model.safetensors, with the tokenizer and "
+    "PEFT's README.md; with use_spline also splines.png",
+    "checkpoint-*/": "the trainer's, every save_steps: adapter, optimizer, scheduler and trainer_state.json, to resume "
+    "from",
+    "training_params.json": "all settings: loramodel_args, training_args, data_args, rank_assignment_args; gate_args "
+    "and spline_args where used",
+    "*.log": "RUN_NAME.log: versions, parameters and ranks, then what was logged, with times",
+    "log_history.json": "a list of what the trainer logged: step, epoch, loss, grad_norm, learning_rate ...; at the "
+    "end train_runtime (seconds)",
+    "gate_metrics.json": "with slora_enable: acceptance_rate, accepted_steps, total_steps, rejected_steps, "
+    "optimizer_steps, avg_novelty, and of every micro-batch novelty_history, accept_history, loss_history",
+    "system_monitoring/usage.jsonl": "with system_monitor, a line per second: time, cpu_percent, memory_percent, "
+    "process_cpu_percent, process_memory_bytes, gpus",
+    "README.md": "TRL's model card",
+}
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -21,33 +41,54 @@ def add(commands: Any) -> argparse.ArgumentParser:
         commands,
         "train",
         _run,
-        "train a LoRA adapter by TRL's SFTTrainer, of one rank or of ranks by the spectra of the base weights; "
-        "every field of TRL's SFTConfig (--learning_rate, --max_steps, --output_dir ...) is a flag, too",
-        "spectral-fast train --config FILE.yaml --learning_rate 1e-4",
+        "train an adapter, from a YAML file",
+        "Trains a LoRA adapter by TRL's SFTTrainer: of one rank, or of ranks by the spectra of the base weights. "
+        "Settings come from a YAML file and from flags, which win; every field of TRL's SFTConfig (--learning_rate, "
+        "--max_steps, --output_dir ...) is a flag, too. One process, one GPU. A run that was stopped goes on by "
+        "--resume_from_checkpoint latest. Next: `eval`, `probe` or `edit` on OUTPUT_DIR/final_checkpoint.",
+        examples=[
+            "spectral-fast train --config train.yaml --learning_rate 1e-4",
+            "spectral-fast train --config train.yaml --output_dir ./gated --slora_enable --slora_target_novelty 0.3 "
+            "--slora_burn_in 200",
+            "spectral-fast train --model_name_or_path meta-llama/Llama-3.1-8B --train_dataset_path mine.jsonl "
+            "--lora_r 16 --output_dir ./trained-on-mine",
+        ],
+        writes=_WRITES,
     )
     parser.add_argument("--config", type=Path, help="YAML of flags' names; flags win, --no_NAME for false")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in output_dir")
     for name, cls in SECTIONS.items():
-        group, prefix = parser.add_argument_group(name), PREFIXES.get(name, "")
-        add_flags(group, cls, prefix=prefix)
-        _add_opposites(group, cls, prefix)
+        add_flags(parser.add_argument_group(name), cls, prefix=PREFIXES.get(name, ""))
+    parser.takes_more, parser.config_text = True, _config_text
     return parser
 
 
-def _add_opposites(group: Any, cls: Any, prefix: str) -> None:
-    """Flags that put a boolean back to its default, which the file has changed."""
-    for f in fields(cls):
-        if isinstance(f.default, bool):
-            name = prefix + f.name
-            opposite, action = (f"--{name}", "store_true") if f.default else (f"--no_{name}", "store_false")
-            group.add_argument(opposite, dest=name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+def _config_text(args: argparse.Namespace) -> str:
+    """The run as the file that --config reads: without sections, which need not be."""
+    from spectral_fast.cli.config import entry, flags, head, title
+    from spectral_fast.training.settings import given_keys, training_defaults
+
+    given = _understood(given_keys, args)
+    text = head(args.parser) + flags(args.parser, given) + title("training: TRL's SFTConfig")
+    for name, (default, about) in training_defaults().items():
+        shown = "DIR" if name == "output_dir" else default
+        text += entry(name, given.get(name, shown), about, name in given)
+    return text
+
+
+def _understood(read: Callable[..., T], args: argparse.Namespace) -> T:
+    """What the file and the flags say; what they cannot say is a wrong command line."""
+    try:
+        return read(args.config, vars(args), args.rest)
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from spectral_fast.training import load, train
 
-    settings = load(args.config, vars(args), args.rest)
+    settings = _understood(load, args)
     os.environ.setdefault("WANDB_PROJECT", settings.training.project)  # transformers tells W&B no other way
     result = train(settings, overwrite=args.overwrite, progress=counter)
     loss = f"loss {result['train_loss']:.4f}"

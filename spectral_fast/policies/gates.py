@@ -132,8 +132,8 @@ class SpectralGate(Policy):
     mode: ClassVar[str] = "spectral_gate"
     _overflow_hint: ClassVar[str] = "amp_factor, sup_factor or sigma_clip_min"
 
-    amp_factor: float = option(1.25, "gain of core directions (large |g|)", low=0.0)
-    sup_factor: float = option(0.80, "gain of noise directions (small |g|)", low=0.0)
+    amp_factor: float = option(1.25, "gain of core directions, where |g| is large", low=0.0)
+    sup_factor: float = option(0.80, "gain of noise directions, where |g| is small", low=0.0)
     soft_temperature: float = option(0.35, "width of the sigmoid over |g| rescaled to [0, 1]", positive=True)
     soft_pivot_mode: str = option(
         "median", "which |g| is the sigmoid's centre", choices=("median", "mean", "max", "min")

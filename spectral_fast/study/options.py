@@ -31,7 +31,7 @@ class PredictorOptions:
     rank: int = option(8, "triplets, columns or rows that are kept", low=1)
     run_experiment: bool = option(False, "draw one matrix beside its reconstructions")
     keep_ratio: float = option(0.3, "share of the triplets, columns or rows kept for that", low=0.0, high=1.0)
-    experiment_param: str = option("", "the parameter for that; the last one inspected if left out")
+    experiment_param: str = option("", "the parameter for that", shown="the last one inspected")
     seed: int = option(0, "seed of the random triplets and factors", low=0)
     max_layers: int = option(200, "most two-dimensional parameters to look at", low=1)
     max_elems: int = option(10_000_000, "parameters with more elements are skipped", low=1)
@@ -46,7 +46,9 @@ class PruneFinetuneOptions(PruneOptions):
 
     lora_r: int = option(8, "rank", low=1)
     lora_alpha: int = option(16, "alpha; the scaling is alpha / r", low=1)
-    target_modules: str = option("", "names of the linear layers, with commas; else those that the model has of a list")
+    target_modules: str = option(
+        "", "names of the linear layers, with commas", shown="those that the model has of a list"
+    )
     warmup_epochs: float = option(1.0, "epochs before pruning", low=0.0)
     post_epochs: float = option(1.0, "epochs after it", low=0.0)
     train_samples: int = option(200, "training rows, drawn with the seed; 0 for all", low=0)

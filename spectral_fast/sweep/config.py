@@ -169,7 +169,7 @@ def _parse(where: str, values: Mapping[str, Any]) -> Config:
     keys = take(Keys, values)
     lora = keys.lora_local_path or keys.lora_repo_id
     if lora is None:
-        raise ValueError("no adapter: give lora_local_path or lora_repo_id, or --lora_path for all")
+        raise ValueError("no adapter: give lora_local_path or lora_repo_id")
     if keys.base_model is None:
         raise ValueError("no base model: give base_model, or --base_model for all")
     task = TASKS[keys.task]

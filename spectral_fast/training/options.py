@@ -20,7 +20,7 @@ class LoraModelConfig:
     model_name_or_path: str | None = option(None, "base model: a folder or a Hugging Face name")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
     attn_implementation: str | None = option(
-        None, "e.g. sdpa, eager or flash_attention_2; transformers' choice if none"
+        None, "e.g. sdpa, eager or flash_attention_2", shown="transformers' choice"
     )
     dtype: str = option(
         "auto",
@@ -28,14 +28,16 @@ class LoraModelConfig:
         choices=("auto", *DTYPES),
     )
     cache_dir: str | None = option(None, "cache folder for downloads from the Hugging Face hub, and for data sets")
-    use_peft: bool = option(True, "train a LoRA adapter, but all weights")
+    use_peft: bool = option(True, "train a LoRA adapter; without one, all weights")
     use_qlora: bool = option(False, "hold the base weights in 4 bits (in 8 with --load_in_8bit)")
     use_rslora: bool = option(False, "scale an update by alpha / sqrt(r) instead of alpha / r")
     use_dora: bool = option(False, "weight-decomposed LoRA: a magnitude per output is trained, too")
     lora_r: int = option(16, "rank", low=1)
     lora_alpha: int = option(32, "alpha, of the scaling alpha / r", low=1)
     lora_dropout: float = option(0.05, "dropout before A", low=0.0, high=0.99)
-    lora_target_modules: tuple[str, ...] = option((), "names of the modules to adapt; all-linear if none are given")
+    lora_target_modules: tuple[str, ...] = option(
+        (), "last name components of the modules to adapt", shown="all-linear, all but the head"
+    )
     lora_modules_to_save: tuple[str, ...] = option((), "names of modules to train whole, beside the adapter")
     lora_task_type: str = option("CAUSAL_LM", "PEFT's name of the task", choices=("CAUSAL_LM",))
     load_in_8bit: bool = option(False, "hold the base weights in bitsandbytes' 8 bits")
@@ -89,8 +91,8 @@ class DataArguments:
     dataset_config: str | None = option(None, "configuration of a data set of the hub, e.g. main")
     train_split: str = option("train", "split of a folder or of a data set of the hub")
     val_split: str = option("val", "the same for the held-out data")
-    train_samples: int | None = option(None, "rows to take, from the first on (default: all)", low=1)
-    val_samples: int | None = option(None, "held-out rows to take, from the first on (default: all)", low=1)
+    train_samples: int | None = option(None, "rows to take, from the first on", low=1, shown="all")
+    val_samples: int | None = option(None, "held-out rows to take, from the first on", low=1, shown="all")
     question_column: str = option("question", "column with the question")
     answer_column: str = option("answer", "column with the answer, whose tokens are the labels")
 
@@ -124,13 +126,14 @@ class GateArguments:
     reorth_every: int = option(128, "updates after which the directions' rounding errors are taken off", low=1)
     k_topk: int = option(64, "largest logits of a token that its error is made of", low=1)
     fd_mode: str | None = option(
-        None, "Frequent Directions (liberty, the default), or the original's without weights", choices=MODES
+        None, "Frequent Directions, or the original's without weights", choices=MODES, shown="liberty"
     )
     compat: str | None = option(None, "source for all choices of the original", choices=(SOURCE,))
     max_optimizer_steps: int | None = option(
         None,
-        "optimizer steps to end after, and over which the learning rate's schedule goes (default: max_steps)",
+        "optimizer steps to end after, and over which the learning rate's schedule goes",
         low=1,
+        shown="max_steps",
     )
 
     def __post_init__(self) -> None:

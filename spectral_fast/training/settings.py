@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -100,6 +100,37 @@ def load(config: Path | str | None, flags: Mapping[str, Any] | None = None, word
     return Settings(training=_sft_config(sft, words), **parts)
 
 
+def given_keys(config: Path | None, flags: Mapping[str, Any], words: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load` would be told, as keys of a file without sections.
+
+    Args:
+        config: as for `load`.
+        flags: as for `load`.
+        words: as for `load`.
+
+    Raises:
+        As `load`, except for what belongs together.
+    """
+    given = {} if config is None else _read(config)
+    parser = _sft_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    said, unknown = parser.parse_known_args(words)
+    _refuse(unknown)
+    more: dict[str, Any] = vars(said)
+    return given | {key: value for key, value in flags.items() if key in _owners()} | more
+
+
+def training_defaults() -> dict[str, tuple[Any, str]]:
+    """Key of section training -> default and what it is about, in TRL's words."""
+    found = {}
+    for f in fields(sft_config_class()):
+        if _owners().get(f.name) == TRAINING:
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            found[f.name] = (default, str(f.metadata.get("help", "")))
+    return found
+
+
 def sft_config_class() -> Any:
     """TRL's class.
 
@@ -160,15 +191,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _sft_config(given: Mapping[str, Any], words: Sequence[str]) -> Any:
     """TRL's SFTConfig. Plain values of the file are read as the flags that they stand for, so that all are checked."""
     import torch
-    from transformers import HfArgumentParser
 
-    cls = sft_config_class()
-    parser: Any = HfArgumentParser(cls, allow_abbrev=False, add_help=False)
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    parser.error = refuse
+    cls, parser = sft_config_class(), _sft_parser()
     structured = {key: value for key, value in given.items() if value is None or isinstance(value, (list, dict))}
     hints = get_type_hints(cls)
     for key, value in structured.items():
@@ -180,12 +204,29 @@ def _sft_config(given: Mapping[str, Any], words: Sequence[str]) -> Any:
     parsed, unknown = parser.parse_known_args([*without_gpu, *plain, *words], argparse.Namespace(**structured))
     values = vars(parsed)
     used = [name for name in _WITHOUT_EFFECT if values.pop(name) != cls.__dataclass_fields__[name].default]
-    if unknown := [*(f"--{name}" for name in used), *unknown]:
-        flag = unknown[0].partition("=")[0]
-        raise ValueError(f"unknown flag {flag}{_meant(flag, [f'--{name}' for name in _owners()])}")
+    _refuse([*(f"--{name}" for name in used), *unknown])
     if values["output_dir"] is None:
         raise ValueError("no folder for the run: give output_dir, in the file or as a flag")
     return cls(**values, disable_tqdm=True)
+
+
+def _sft_parser() -> Any:
+    """A parser of the fields of TRL's SFTConfig."""
+    from transformers import HfArgumentParser
+
+    parser: Any = HfArgumentParser(sft_config_class(), allow_abbrev=False, add_help=False)
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    parser.error = refuse
+    return parser
+
+
+def _refuse(unknown: Sequence[str]) -> None:
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        raise ValueError(f"unknown flag {flag}{_meant(flag, [f'--{name}' for name in _owners()])}")
 
 
 def _meant(name: str, known: Collection[str]) -> str:

@@ -26,7 +26,8 @@ class StreamOptions:
     activation_memory: str | None = option(
         None,
         "with --stream: memory for activations that are kept for the backward pass instead of computed again, such as "
-        "8GB or 500MB (a plain number is in GB), in each process; left out, half of what is free at the start",
+        "8GB or 500MB (a plain number is in GB), in each process",
+        shown="half of what is free at the start",
     )
     resume: bool = option(
         False, "with --stream: go on where a killed run with the same settings stopped; starts anew if there is none"

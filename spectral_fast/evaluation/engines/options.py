@@ -15,17 +15,20 @@ class EngineOptions:
     """Which engine generates, and how much it may take."""
 
     engine: str = option("auto", "what generates; auto takes vllm where it is installed", choices=ENGINES)
-    batch_size: int = option(32, "texts that run together (transformers)", low=1)
+    batch_size: int = option(32, "texts that run together, with transformers", low=1)
     max_model_len: int = option(4096, "most tokens of prompt and answer together", low=1)
-    max_loras: int | None = option(None, "adapters that run together (vllm); else all, at most 8", low=1)
-    max_lora_rank: int | None = option(None, "largest rank that is served (vllm); else that of the adapters", low=1)
+    max_loras: int | None = option(None, "adapters that run together, with vllm", low=1, shown="all, at most 8")
+    max_lora_rank: int | None = option(None, "largest rank that vllm serves", low=1, shown="that of the adapters")
     gpu_memory_utilization: float | None = option(
         None,
-        "share of a GPU's memory (vllm); else $VLLM_GPU_MEMORY_UTILIZATION, else vLLM's own",
+        "share of a GPU's memory that vllm takes",
         high=1.0,
         positive=True,
+        shown="$VLLM_GPU_MEMORY_UTILIZATION, else vLLM's own",
     )
-    enforce_eager: bool = option(False, "capture no CUDA graphs and compile nothing (vllm); $VLLM_ENFORCE_EAGER=1, too")
+    enforce_eager: bool = option(
+        False, "let vllm capture no CUDA graphs and compile nothing; $VLLM_ENFORCE_EAGER=1, too"
+    )
 
     def __post_init__(self) -> None:
         check(self)

@@ -61,18 +61,20 @@ class MergeOptions:
         choices=tuple(METHODS),
     )
     density: float | None = option(
-        None, "share of entries that ties, dare and magnitude_prune keep (tsv: of directions)", low=0, high=1
+        None, "share of the entries that ties, dare and magnitude_prune keep; with tsv of the directions", low=0, high=1
     )
     majority_sign: str = option(
         "total", "whose sign has the majority: that of the sum, or the more frequent", choices=("total", "frequency")
     )
-    rank: int | None = option(None, "rank of the result (default: the largest of svd's and …_svd's sources)", low=1)
+    rank: int | None = option(
+        None, "rank of the result", low=1, shown="with svd and ..._svd the largest of the sources, else all there is"
+    )
     energy: float | None = option(None, "smallest ranks that keep this share of each module's sum of s²", low=0, high=1)
     error: float | None = option(
         None, "smallest ranks with |ΔW - ΔW'| / |ΔW| up to this in each module, Frobenius norms", low=0, high=1
     )
     seed: int = option(0, "seed of the random drawings of dare")
-    dtype: str | None = option(None, "dtype to store (default: the sources' own, or the wider)", choices=tuple(DTYPES))
+    dtype: str | None = option(None, "dtype to store", choices=tuple(DTYPES), shown="that of the sources, or the wider")
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,0 +1,138 @@
+"""What a user reads of the command line itself: help, usage, refusals, and what the tab key offers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from cli_tools import NAMES, commands, refused
+
+from spectral_fast.cli import command_line, main
+from spectral_fast.cli.parser import STATUSES
+from spectral_fast.evaluation.humaneval import HumanEvalOptions
+from spectral_fast.evaluation.profiles import EvaluationOptions
+from spectral_fast.policies import POLICIES
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_the_list_of_commands_has_each_in_one_line_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    assert max(map(len, lines)) <= 80
+    for name, parser in commands().items():
+        assert f"  {name:<16}  {parser.summary}" in lines
+        assert 0 < len(parser.summary) <= 55
+    assert lines.index("adapters:") < lines.index("evaluation:") < lines.index("this machine:")
+    assert f"  {STATUSES}" in lines
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_help_of_a_command_fits_80_columns_and_has_an_example(name: str) -> None:
+    lines = commands()[name].format_help().splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+    assert any(line.startswith(f"  spectral-fast {name}") for line in lines)
+    assert f"  {STATUSES}" in lines
+    assert not re.search(r"\b(STR|INT|FLOAT|LORA_PATH)\b", "\n".join(lines).partition("\nexample")[0])
+
+
+def test_usage_tells_what_is_needed_and_no_more() -> None:
+    usage = " ".join(commands()["probe"].format_usage().split())
+    assert usage == "usage: spectral-fast probe --lora_path ADAPTER --out_dir DIR --base_model MODEL [flags]"
+    assert commands()["diff"].format_usage() == "usage: spectral-fast diff FIRST SECOND [flags]\n"
+    assert commands()["info"].format_usage() == "usage: spectral-fast info [flags]\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["edti"], "spectral-fast: error: argument COMMAND: invalid choice: 'edti'; is edit meant?"),
+        ([], "spectral-fast: error: the following arguments are required: COMMAND"),
+        (["info", "--jsn"], "spectral-fast info: error: unrecognized arguments: --jsn; is --json meant?"),
+        (["info", "--xyz=3"], "spectral-fast info: error: unrecognized arguments: --xyz=3"),
+        (["info", "more"], "spectral-fast info: error: unrecognized arguments: more"),
+        (["edit", "--lora-pth", "x"], "spectral-fast edit: error: unrecognized arguments: --lora_pth; is --lora_path"),
+        (["edit", "--mode", "abs"], "invalid choice: 'abs'; is abs_select meant?; choose from abs_select, smooth_abs"),
+        (["edit", "--mode", "smoth_abs"], "invalid choice: 'smoth_abs'; is smooth_abs meant?"),
+        (["merge"], "the following arguments are required: --lora_path, --weights, --out_dir"),
+    ],
+)
+def test_a_wrong_command_line_gets_the_usage_the_error_and_where_to_read_on(
+    capsys: pytest.CaptureFixture[str], argv: list[str], error: str
+) -> None:
+    lines = refused(capsys, *argv).splitlines()
+    assert lines[0].startswith("usage: spectral-fast")
+    assert error in lines[-2]
+    assert re.fullmatch(r"run `spectral-fast( \w+)? --help` for all (flags|commands)", lines[-1])
+    assert len(lines) <= 4
+
+
+def test_dataclasses_that_share_a_flag_agree_on_its_values() -> None:
+    for classes in (POLICIES.values(), (EvaluationOptions, HumanEvalOptions)):
+        seen: dict[str, dict[str, object]] = {}
+        for f in (f for cls in classes for f in fields(cls)):
+            allowed = {key: f.metadata[key] for key in ("choices", "low", "high", "positive")}
+            assert seen.setdefault(f.name, allowed) == allowed, f.name
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/ada")
+    argv = ["edit", "--lora_path=~/mine", "--out_dir=~/out", "--calib_data=~/x.jsonl", "--report=~", "--mode=gd"]
+    args, _ = command_line().parse_known_args(argv)
+    assert (args.lora_path, args.calib_data) == ("/home/of/ada/mine", "/home/of/ada/x.jsonl")
+    assert (args.out_dir, args.report) == (Path("/home/of/ada/out"), Path("/home/of/ada"))
+
+
+BASH = """
+source "$1"; cd "$2"; shift 2
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+$(complete -p spectral-fast | sed -E 's/.*-F ([^ ]+).*/\\1/')
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("completion") / "spectral-fast.bash"
+    with pytest.MonkeyPatch.context() as patch, file.open("w") as out:
+        patch.setattr("sys.stdout", out)
+        assert main(["completion", "bash"]) == 0
+    return file
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["ed"], {"edit"}),
+        (["eval"], {"eval", "eval-humaneval"}),
+        (["edit", "--mo"], {"--mode"}),
+        (["edit", "--mode", "ab"], {"abs_select"}),
+        (["edit", "--no_"], {"--no_smooth_align_mid"}),
+        (["completion", "z"], {"zsh"}),
+        (["edit", "--out_dir", ""], {"folder"}),
+        (["edit", "--config", "fi"], {"file.yaml"}),
+    ],
+)
+def test_bash_completes(bash_script: Path, tmp_path: Path, words: list[str], wanted: set[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file.yaml").touch()
+    argv = ["bash", "--norc", "-c", BASH, "-", str(bash_script), str(tmp_path), "spectral-fast", *words]
+    result = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert set(result.stdout.split()) == wanted
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_other_shells_have_a_script_too(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "spectral-fast" in script
+    assert "preserve_energy" in script
+    assert "no_preserve_energy" not in script
