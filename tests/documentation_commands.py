@@ -18,7 +18,6 @@ SMALLER: list[tuple[str, str]] = [
     (r"^spectral-fast edit(?=.* --eval_gsm8k)", r"\g<0> --eval_max_samples 4"),
     (r"^spectral-fast train\b", r"\g<0> --max_steps 3 --per_device_train_batch_size 1 --max_length 256"),
     (r"--slora_burn_in \d+", "--slora_burn_in 1"),
-    (r"--slora_burn_in \d+", "--slora_burn_in 1"),
     (r"^spectral-fast demo\b", r"\g<0> --max_samples 8"),
     (r"^spectral-fast toy\b", r"\g<0> --trials 4"),
     (r"^spectral-fast prune-finetune\b", r"\g<0> --train_samples 32 --eval_samples 16"),

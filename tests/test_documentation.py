@@ -88,6 +88,8 @@ def perform(block: Block, page: str, folder: Path, environment: dict[str, str], 
         return printed
     if block.language == "python":
         exec(compile(block.text, where, "exec"), {"__name__": page})
+    elif block.language == "py":
+        pass  # a file of the tree itself: test_worked_op.py puts it there
     elif block.file is not None and block.language in ("yaml", "jinja"):
         (folder / block.file).write_text(block.text, encoding="utf-8")
     elif block.file is not None:
