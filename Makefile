@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-vllm test-browser lint format embedded reference bench bench-smoke adaptive gate spline codegen roofline sanitize neon cuda clean
+.PHONY: demo test test-vllm test-browser lint docs reference format embedded bench bench-smoke adaptive gate spline codegen roofline sanitize neon cuda clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -17,7 +17,7 @@ $(VENV)/installed: $(BIN)/python $(SOURCES)
 	touch $@
 
 $(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev,docs]'
 	touch $@
 
 $(VENV)/installed-cross: $(VENV)/installed
@@ -54,6 +54,10 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/* tests/*.cpp
+
+# The site, build/site/index.html; without a network. Material's authors would tell us of their next product.
+docs: $(VENV)/installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i csrc/*.* csrc/cuda/* tests/*.cpp
