@@ -287,8 +287,8 @@ def test_a_misspelt_folder_is_told_the_one_that_is_there(tmp_path: Path) -> None
     [
         ("RepositoryNotFoundError", "no such repository, or it is private: check the name, or `hf auth login`"),
         ("GatedRepoError", "gated: ask for access on its page"),
-        ("LocalEntryNotFoundError", "the Hugging Face hub cannot be reached: check the network"),
-        ("HfHubHTTPError", r"cannot be downloaded \(HfHubHTTPError: 500 and more\)"),
+        ("LocalEntryNotFoundError", "the hub cannot be reached: check the network"),
+        ("OfflineModeIsEnabled", r"cannot be downloaded \(OfflineModeIsEnabled: 500 and more\)"),
     ],
 )
 def test_a_repository_that_cannot_be_downloaded_says_why(

@@ -27,14 +27,13 @@ def resolve(lora_path: Path | str, cache_dir: Path | str | None = None) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     absent = f"{str(lora_path)!r} is no local folder ({folder.absolute()} does not exist)"
+    meant = _like(folder)
     try:
         return Path(snapshot_download(str(lora_path), cache_dir=cache_dir))
     except HFValidationError as error:
-        raise FileNotFoundError(
-            f"{absent}, nor a name that a Hugging Face repository can have{_like(folder)}"
-        ) from error
+        raise FileNotFoundError(f"{absent}, nor a name that a Hugging Face repository can have{meant}") from error
     except Exception as error:  # its kinds differ between versions and HTTP libraries; all mean: no adapter
-        raise FileNotFoundError(f"{absent}{_like(folder)}, and {_why(error)}") from error
+        raise FileNotFoundError(f"{absent}{meant}, and {_why(error)}") from error
 
 
 def _like(folder: Path) -> str:
@@ -59,7 +58,5 @@ def _why(error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
             return "it is not whole in the cache of downloads, and HF_HUB_OFFLINE forbids to download it: unset that"
-        return (
-            "it is not whole in the cache of downloads, and the Hugging Face hub cannot be reached: check the network"
-        )
+        return "it is not whole in the cache of downloads, and the hub cannot be reached: check the network"
     return f"the Hugging Face repository cannot be downloaded ({type(error).__name__}: {' '.join(str(error).split())})"

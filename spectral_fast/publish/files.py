@@ -14,7 +14,7 @@ from spectral_fast.adapter.naming import CONFIG
 from spectral_fast.evaluation.evaluate import METRICS
 from spectral_fast.publish.figures import CONFIGS
 from spectral_fast.publish.paths import hub_name, without_paths
-from spectral_fast.publish.records import RECORDS
+from spectral_fast.publish.records import RECORDS, read_json
 from spectral_fast.publish.source_card import README
 
 # Pattern of a name -> why it stays here.
@@ -125,11 +125,11 @@ def _check_link(link: Path, root: Path) -> None:
 def _changed(path: Path, name: str, base_model: str | None) -> bytes | None:
     """The content to publish, if it is not the file's own."""
     if name == CONFIG:
-        old = json.loads(path.read_bytes())
+        old = read_json(path)
         stated = old.get("base_model_name_or_path")
         new = {**old, "base_model_name_or_path": base_model or (stated if hub_name(stated) else without_paths(stated))}
     elif any(fnmatch(name, pattern) for pattern in _RECORDS):
-        old = json.loads(path.read_bytes())
+        old = read_json(path)
         new = without_paths(old)
     else:
         return None

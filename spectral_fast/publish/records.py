@@ -47,7 +47,12 @@ class Made:
 
 
 def read_record(file: Path) -> Record:
-    """A record, without the paths of this machine.
+    """A record without the paths of this machine; raises as `read_json`."""
+    return dict(without_paths(read_json(file)))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object of a JSON file.
 
     Raises:
         ValueError: it is no JSON object.
@@ -58,7 +63,7 @@ def read_record(file: Path) -> Record:
         raise ValueError(f"{file} is no JSON ({error}): mend it, or remove it") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} should hold a JSON object; got {type(content).__name__}: mend it, or remove it")
-    return dict(without_paths(content))
+    return content
 
 
 def made_by(folder: Path) -> list[Made]:

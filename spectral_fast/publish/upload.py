@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,6 +169,8 @@ def _explained(repo_id: str, endpoint: str) -> Iterator[None]:
         if status < 500:
             raise ValueError(f"the hub refuses {repo_id} ({said})") from error
         raise ConnectionError(f"{endpoint} fails ({said}); nothing was published: try again later") from error
+    except json.JSONDecodeError as error:
+        raise ConnectionError(f"{endpoint} does not answer as a hub does; nothing was published: try again") from error
     except ValueError as error:
         raise ValueError(f"{repo_id}: {_one_line(error)}") from error
     except (FileNotFoundError, PermissionError):  # of a file here
@@ -176,13 +179,19 @@ def _explained(repo_id: str, endpoint: str) -> Iterator[None]:
         if not isinstance(error, (OSError, RuntimeError)) and not type(error).__module__.startswith("httpx"):
             raise
         raise ConnectionError(
-            f"{endpoint} cannot be reached ({_one_line(error)}); nothing was published: try again, --dry_run needs no "
-            "network"
+            f"the upload to {endpoint} failed ({_root(error)}); nothing was published: check the network, and try again"
         ) from error
 
 
 def _said(error: Exception) -> str:
     return _one_line(getattr(error, "server_message", None) or error)
+
+
+def _root(error: BaseException) -> str:
+    """What it began with, which the client may have wrapped."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {_one_line(error)}"
 
 
 def _one_line(error: object) -> str:
