@@ -258,15 +258,53 @@ def test_a_name_is_looked_up_at_hugging_face(tmp_path: Path, monkeypatch: pytest
     assert resolve("someone/adapter", cache_dir=tmp_path) == tmp_path / "someone" / "adapter"
 
 
-@pytest.mark.parametrize("name", ["someone/adapter", "./no/such/folder", "/no/such/folder"])
-def test_a_name_that_is_neither_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("someone/adapter", "HF_HUB_OFFLINE forbids to download it"),
+        ("./no/such/folder", "nor a name that a Hugging Face repository can have"),
+        ("/no/such/folder", "nor a name that a Hugging Face repository can have"),
+    ],
+)
+def test_a_name_that_is_neither_says_so(name: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="nor a Hugging Face repository that can be downloaded") as caught:
+    with pytest.raises(FileNotFoundError, match=why) as caught:
         resolve(name, cache_dir=tmp_path)
-    assert str(caught.value).startswith(f"{name!r} is neither a local folder ({Path(name).absolute()} does")
+    assert str(caught.value).startswith(f"{name!r} is no local folder ({Path(name).absolute()} does not exist)")
     assert caught.value.__cause__ is not None
+
+
+def test_a_misspelt_folder_is_told_the_one_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "edited").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"did you mean {tmp_path / 'edited'}"):
+        resolve(tmp_path / "editd")
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("RepositoryNotFoundError", "no such repository, or it is private: check the name, or `hf auth login`"),
+        ("GatedRepoError", "gated: ask for access on its page"),
+        ("LocalEntryNotFoundError", "the hub cannot be reached: check the network"),
+        ("OfflineModeIsEnabled", r"cannot be downloaded \(OfflineModeIsEnabled: 500 and more\)"),
+    ],
+)
+def test_a_repository_that_cannot_be_downloaded_says_why(
+    kind: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    def fail(*_: object, **__: object) -> str:
+        error: type[Exception] = getattr(errors, kind)
+        raise error.__new__(error, "500\nand more")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match=why):
+        resolve("someone/adapter", cache_dir=tmp_path)
 
 
 def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:

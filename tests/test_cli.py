@@ -196,7 +196,7 @@ def remove_weights(folder: Path) -> None:
         (cut_off, "adapter_model.safetensors"),
         (transpose, "adapter_config.json says r=32 but"),
         (remove_weights, "has neither adapter_model.safetensors nor adapter_model.bin"),
-        (shutil.rmtree, "neither a local folder"),
+        (shutil.rmtree, "is no local folder"),
     ],
 )
 def test_a_broken_adapter_is_refused_without_a_traceback_and_nothing_is_written(

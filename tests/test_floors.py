@@ -46,6 +46,7 @@ FLOORS = {
     "study": 6,
     "bench": 7,
     "demo": 7,
+    "publish": 7,
     "sweep": 7,
     "__main__": 8,
     "cli": 8,

@@ -33,6 +33,7 @@ from spectral_fast.cli import (
     probe,
     prune,
     prune_finetune,
+    push,
     ranks,
     resize,
     sweep,
@@ -44,7 +45,7 @@ from spectral_fast.cli.parser import STATUSES, Parser
 from spectral_fast.usage import UsageError
 
 GROUPS = {
-    "adapters": (probe, edit, inspect, diff, merge, resize, prune, clip, export),
+    "adapters": (probe, edit, inspect, diff, merge, resize, prune, clip, export, push),
     "evaluation": (evaluate, humaneval, lm_eval, sweep),
     "base models and training": (extract, ranks, train, analyze),
     "study": (toy, predictors, prune_finetune, active_channels),

@@ -156,7 +156,14 @@ class Worker:
                 except Exception as error:
                     failures.append({"id": run.id, "error": _reason(error)})
                     continue
-                meta = {"base_model_id": run.config.base_model, "run": run.id, "mode": run.config.mode}
+                config = run.config
+                meta = {
+                    "base_model_id": config.base_model,
+                    "eval_data": config.evaluation.eval_data,
+                    "profile": config.profile,
+                    "run": run.id,
+                    "mode": config.mode,
+                }
                 made.append((run, Evaluation(adapter, new, None, meta)))
             if not made:
                 return []
