@@ -59,9 +59,9 @@ def _pip(words: list[str]) -> str | None:
 
 def flags_exist(words: list[str]) -> str | None:
     """What is not run has a command and flags that exist at least."""
-    from spectral_fast.cli import _parser
+    from spectral_fast.cli import command_line
 
-    [commands] = [action for action in _parser()._actions if action.dest == "command"]
+    [commands] = [action for action in command_line()._actions if action.dest == "command"]
     name, *arguments = words[words.index("spectral-fast") + 1 :]
     if name not in commands.choices:
         return f"there is no command {name}"

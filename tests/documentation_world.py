@@ -28,7 +28,8 @@ def make_world(home: Path) -> dict[str, str]:
     train, test = _problems()
     _data_set(home, "openai/gsm8k", "main", {"train": train, "test": test})
     _data_set(home, "nyu-mll/glue", "sst2", {"train": _sentences(60, 1), "validation": _sentences(40, 2)})
-    (home / "held-out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test[:4]), encoding="utf-8")
+    for name, rows in (("train.jsonl", train[-40:]), ("held-out.jsonl", test[:4])):
+        (home / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     names = {"HF_HOME": home, "HF_HUB_CACHE": hub, "HF_DATASETS_CACHE": home / "datasets"}
     return {"HF_HUB_OFFLINE": "1"} | {name: str(path) for name, path in names.items()}
 
@@ -117,6 +118,7 @@ def _data_set(home: Path, name: str, config: str, splits: Mapping[str, list[dict
 def own_files(home: Path) -> dict[str, Path]:
     """Files and folders of a user's own that pages name."""
     return {
+        "train.jsonl": home / "train.jsonl",
         "held-out.jsonl": home / "held-out.jsonl",
         "base": embedded.base_model_dir(),
         "tuned": home / "tuned",
