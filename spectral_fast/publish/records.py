@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -77,11 +77,14 @@ def made_by(folder: Path) -> list[Made]:
     for file in sorted(found, key=lambda file: file.stat().st_mtime_ns):
         content, kind = read_record(file), RECORDS[file.name]
         try:
-            steps.append(kind.describe(content["meta"], content[kind.modules]))
+            step = kind.describe(content["meta"], content[kind.modules])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{file} is no record of spectral_fast ({type(error).__name__}: {error}): mend it, or remove it"
             ) from error
+        # Modules that were chosen in Python are in no record, so no command would surely choose the same.
+        known = not kind.selects or "target_modules" in content["meta"]
+        steps.append(step if known else replace(step, commands=()))
     return steps
 
 
@@ -212,10 +215,11 @@ def _extract(meta: Record, modules: Record) -> Made:
 
 
 class Kind(NamedTuple):
-    """How a record is read: the key of its modules, and what describes them."""
+    """How a record is read: the key of its modules, what describes them, and whether they were selected."""
 
     modules: str
     describe: Callable[[Record, Record], Made]
+    selects: bool = True
 
 
 RECORDS = {
@@ -223,7 +227,7 @@ RECORDS = {
     prune.META: Kind("modules", _prune),
     resize.META: Kind("modules", _resize),
     clip.META: Kind("modules", _clip),
-    export.META: Kind("modules", _export),
+    export.META: Kind("modules", _export, selects=False),
     merging.META: Kind("modules", _merge),
     extraction.META: Kind("modules", _extract),
 }

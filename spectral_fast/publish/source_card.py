@@ -99,7 +99,7 @@ def _parted(content: str) -> tuple[dict[str, Any], str, list[str]]:
         return metadata, content[front.end() :], []
     if metadata is None and not front[1].strip():
         return {}, content[front.end() :], []
-    fence = "`" * (2 + max((len(run) for run in re.findall("`+", front[1])), default=1))
+    fence = "`" * (1 + max((2, *(len(run) for run in re.findall("`+", front[1])))))
     return {}, f"{fence}yaml\n{front[1]}\n{fence}\n\n{content[front.end() :]}", [f"{README}: {why}"]
 
 
