@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from spectral_fast import embedded
 from spectral_fast.adapter import Adapter
 from spectral_fast.cli import main
 from spectral_fast.evaluation.evaluate import Gsm8k, write_metrics
+from spectral_fast.evaluation.humaneval import HumanEval
 from spectral_fast.evaluation.profiles import PROFILES, Profile
 from spectral_fast.publish import Publication, model_card
 from spectral_fast.publish.paths import hub_name, quoted_without_paths, without_paths
@@ -86,7 +88,7 @@ ADAPTER = str(embedded.adapter_dir())
         (
             ["merge", "--lora_path", ADAPTER, ADAPTER, "--weights", "0.5", "-0.25", "--rank", "8"],
             ["0.5 × `adapter (local)`", "-0.25 × `adapter (local)`", "error of the truncation"],
-            ["merge", "svd"],
+            ["merge"],
         ),
     ],
 )
@@ -264,6 +266,25 @@ def test_figures_elsewhere_are_found_where_they_are_said_to_be_and_a_profile_nam
         card_of(edited, results=[tmp_path / "nowhere"])
 
 
+def test_programs_are_scored_as_they_were(edited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Outcome:
+        passed: bool
+
+    task = HumanEval(
+        [{"task_id": f"X/{i}", "prompt": "", "entry_point": "f", "test": ""} for i in range(4)],
+        PROFILES["paper_code_main"],
+    )
+    monkeypatch.setattr(HumanEval, "_run", lambda _, texts: ([Outcome(i % 4 == 0) for i in range(200)], "landlock"))
+    meta = {"adapter_files_sha256": Adapter.open(edited).hashes, "eval_data": "humaneval", "profile": "paper_code_main"}
+    task.record([["pass"] * 50] * 4, edited, engine=Engine(), meta={**meta, "lora_dir": str(edited)})
+    [result] = card_of(edited).data.eval_results
+    assert (result.dataset_type, result.metric_type) == ("openai/openai_humaneval", "pass@1")
+    assert result.metric_value == pytest.approx(0.25, abs=0.01)
+    assert (result.metric_args["problems"], result.metric_args["generations"]) == (4, 50)
+    assert "temperature 0.2" in result.metric_name
+
+
 def test_figures_of_other_weights_are_left_out_with_a_warning(edited: Path) -> None:
     evaluated(edited, edited, 8)
     config = json.loads((edited / "adapter_config.json").read_text())
@@ -342,7 +363,10 @@ def test_a_folder_that_is_published_again_does_not_quote_its_own_card(edited: Pa
         (b"---\n---\nText.\n", "\nText."),
         (b"\xef\xbb\xbf---\nlicense: mit\n---\n\xff Text.\n", "\n\ufffd Text."),
         (b"---\nno end of it\n", "no end of it"),
-        (b"---\ndate: 2024-01-01\n1: 2\ntags: one\nmodel-index: 3\n---\nText.\n", "\nText."),
+        (
+            b"---\ndate: 2024-01-01\n1: 2\ntags: one\nmodel-index: 3\nself: 1\nignore_metadata_errors: 1\n---\nText.\n",
+            "\nText.",
+        ),
     ],
 )
 def test_a_readme_with_odd_front_matter_is_quoted_whole(edited: Path, readme: bytes, kept: str) -> None:

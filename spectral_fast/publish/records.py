@@ -173,7 +173,7 @@ def _export(meta: Record, modules: Record) -> Made:
     again = {"lora_path": meta["lora_path"], "bake_scaling": True, "rank": meta["rank"]}
     line = command("export", "./exported", again, meta)
     text = (
-        "The scalings were put into the factors, for loaders that know one rank and one scaling only; ΔW is the same "
+        "The scalings were put into the factors, for loaders that know only one rank and one scaling. ΔW is the same, "
     )
     text += "but for rounding."
     return Made("Export with baked scaling", text, facts | _origin(meta), (line,), (), (), _of(meta))
@@ -195,7 +195,7 @@ def _merge(meta: Record, modules: Record) -> Made:
     again = {"lora_path": names, "weights": weights, **selected(meta)}
     line = command("merge", "./merged", again, meta, merging.MergeOptions, SelectionOptions)
     text = f"{len(names)} adapters became one, by the method `{meta['method']}`. Nothing was trained."
-    return Made("Merging", text, facts | _versions(meta), (line,), ("merge", str(meta["method"])), (), sources)
+    return Made("Merging", text, facts | _versions(meta), (line,), ("merge",), (), sources)
 
 
 def _extract(meta: Record, modules: Record) -> Made:
@@ -208,9 +208,7 @@ def _extract(meta: Record, modules: Record) -> Made:
     }
     again = {name: meta[name] for name in ("base_model", "tuned_model", "target_modules", "modules_to_save")}
     line = command("extract", "./lora", again, meta, extraction.ExtractOptions)
-    text = (
-        "Every module's B A approximates the difference of a tuned model's weight and the base's. Nothing was trained."
-    )
+    text = "Every module's B A approximates the difference of the tuned model's weight and the base's."
     return Made("Extraction", text, facts | _versions(meta), (line,), ("extracted",))
 
 
