@@ -191,6 +191,12 @@ def test_an_adapter_of_somebody_else_is_described_without_a_history(tmp_path: Pa
     assert Publication.of(adapter, "someone/it").warnings[0].startswith("there is no record of how")
 
 
+def test_what_vllm_would_not_serve_is_not_offered_to_it(tmp_path: Path) -> None:
+    served = card_of(handmade(tmp_path / "plain", {"r": 4})).text
+    assert "vllm serve BASE_MODEL --enable-lora --max-lora-rank 8 --lora-modules it=someone/it" in served
+    assert "vllm serve" not in card_of(peft_adapter(tmp_path / "dora", use_dora=True)).text
+
+
 def test_an_ls_lora_says_who_loads_it(tmp_path: Path) -> None:
     splined().save_pretrained(tmp_path / "adapter")
     card = card_of(tmp_path / "adapter")
@@ -275,7 +281,7 @@ def test_programs_are_scored_as_they_were(edited: Path, monkeypatch: pytest.Monk
         [{"task_id": f"X/{i}", "prompt": "", "entry_point": "f", "test": ""} for i in range(4)],
         PROFILES["paper_code_main"],
     )
-    monkeypatch.setattr(HumanEval, "_run", lambda _, texts: ([Outcome(i % 4 == 0) for i in range(200)], "landlock"))
+    monkeypatch.setattr(HumanEval, "_run", lambda *_: ([Outcome(i % 4 == 0) for i in range(200)], "landlock"))
     meta = {"adapter_files_sha256": Adapter.open(edited).hashes, "eval_data": "humaneval", "profile": "paper_code_main"}
     task.record([["pass"] * 50] * 4, edited, engine=Engine(), meta={**meta, "lora_dir": str(edited)})
     [result] = card_of(edited).data.eval_results
@@ -364,9 +370,10 @@ def test_a_folder_that_is_published_again_does_not_quote_its_own_card(edited: Pa
         (b"\xef\xbb\xbf---\nlicense: mit\n---\n\xff Text.\n", "\n\ufffd Text."),
         (b"---\nno end of it\n", "no end of it"),
         (
-            b"---\ndate: 2024-01-01\n1: 2\ntags: one\nmodel-index: 3\nself: 1\nignore_metadata_errors: 1\n---\nText.\n",
+            b"---\ndate: 2024-01-01\n1: 2\ntags: one\nmodel-index: 3\n---\nText.\n",
             "\nText.",
         ),
+        (b"---\nself: 1\nignore_metadata_errors: 1\neval_results: 2\n---\nText.\n", "\nText."),
     ],
 )
 def test_a_readme_with_odd_front_matter_is_quoted_whole(edited: Path, readme: bytes, kept: str) -> None:

@@ -231,7 +231,9 @@ def test_weights_saved_from_shards_and_unfinished_folders_are_refused(tmp_path: 
         Publication.of(handmade(tmp_path / ".edited.partial" / "new"), NAME)
 
 
-@pytest.mark.parametrize("name", ["", "a/b/c", "../x", "a b", "org/name.git", "org/--", "/work/x", "größe", "a" * 97])
+@pytest.mark.parametrize(
+    "name", ["", "a/b/c", "../x", "a b", "org/name.git", "org/--", "/work/x", "größe", "name-alone", "o/" + "a" * 97]
+)
 def test_names_that_no_repository_can_have_are_refused(edited: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"repo_id must be ORG/NAME"):
         push_to_hub(edited, name)

@@ -172,10 +172,8 @@ def _export(meta: Record, modules: Record) -> Made:
     }
     again = {"lora_path": meta["lora_path"], "bake_scaling": True, "rank": meta["rank"]}
     line = command("export", "./exported", again, meta)
-    text = (
-        "The scalings were put into the factors, for loaders that know only one rank and one scaling. ΔW is the same, "
-    )
-    text += "but for rounding."
+    text = "The scalings were put into the factors, for loaders that know only one rank and one scaling. But for "
+    text += "rounding, ΔW is the same."
     return Made("Export with baked scaling", text, facts | _origin(meta), (line,), (), (), _of(meta))
 
 
