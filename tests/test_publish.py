@@ -113,7 +113,7 @@ def test_the_base_models_name_is_put_where_it_belongs(server: Hub, edited: Path)
     assert "AutoModelForCausalLM.from_pretrained('meta-llama/Llama-2-7b-hf')" in card.text
 
 
-def test_caches_states_and_generations_stay_here(edited: Path) -> None:
+def test_caches_states_and_generations_stay_here(server: Hub, edited: Path) -> None:
     for name in (".env", ".cache/x", "__pycache__/x.pyc", "optimizer.pt", "rng_state_0.pth", "checkpoint-5/x"):
         (edited / name).parent.mkdir(exist_ok=True)
         (edited / name).write_text("not for others")
@@ -133,6 +133,8 @@ def test_caches_states_and_generations_stay_here(edited: Path) -> None:
     assert found.left_out["adapter_model.bin"] == "adapter_model.safetensors is what is read"
     assert found.left_out[".env"] == "hidden"
     assert len(found.left_out) == 10
+    found.send(token=TOKEN, endpoint=server.endpoint)
+    assert sorted(server.files) == [content.name for content in found.contents]
 
 
 def test_a_large_file_is_listed_and_not_read(edited: Path) -> None:
@@ -153,7 +155,10 @@ def test_a_snapshot_of_the_hubs_cache_may_be_pushed_and_other_links_out_of_the_f
     (edited / "notes.txt").symlink_to(secret)
     with pytest.raises(ValueError, match=r"notes\.txt is a link to .*id_rsa, which is not in the folder"):
         Publication.of(edited, NAME)
-    (edited / "notes.txt").unlink()
+    (edited / "notes.txt").rename(edited / "README.md")  # which the card would quote
+    with pytest.raises(ValueError, match=r"README\.md is a link to .*id_rsa"):
+        Publication.of(edited, NAME)
+    (edited / "README.md").unlink()
     (edited / "all").symlink_to(tmp_path)
     with pytest.raises(ValueError, match=r"all is a link to"):
         Publication.of(edited, NAME)
@@ -226,7 +231,9 @@ def test_weights_saved_from_shards_and_unfinished_folders_are_refused(tmp_path: 
         Publication.of(handmade(tmp_path / ".edited.partial" / "new"), NAME)
 
 
-@pytest.mark.parametrize("name", ["", "a/b/c", "../x", "a b", "org/name.git", "org/--", "/work/x", "größe", "a" * 97])
+@pytest.mark.parametrize(
+    "name", ["", "a/b/c", "../x", "a b", "org/name.git", "org/--", "/srv/x", "größe", "name-alone", "o/" + "a" * 97]
+)
 def test_names_that_no_repository_can_have_are_refused(edited: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"repo_id must be ORG/NAME"):
         push_to_hub(edited, name)

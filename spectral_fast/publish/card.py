@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectral_fast._version import __version__
 from spectral_fast.adapter import Adapter
+from spectral_fast.evaluation.engines.vllm import served_rank
 from spectral_fast.publish.figures import Figure, Figures, find
 from spectral_fast.publish.paths import hub_name, in_command, text_without_paths, without_paths
 from spectral_fast.publish.records import Made, made_by
@@ -44,7 +45,12 @@ def model_card(
     Raises:
         FileNotFoundError, ValueError: it is no adapter, or a record is broken.
     """
-    return write_card(Adapter.open(folder, splines=True), repo_id, base_model, [Path(path) for path in results])[0]
+    return write_card(opened(folder), repo_id, base_model, [Path(path) for path in results])[0]
+
+
+def opened(folder: Path | str) -> Adapter:
+    """The adapter in a folder, with every kind of module that there may be."""
+    return Adapter.open(folder, include_conv=True, include_embedding=True, splines=True)
 
 
 def write_card(
@@ -106,7 +112,7 @@ def _facts(adapter: Adapter, shown: str | None) -> dict[str, str]:
     parameters = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in adapter.weights.tensors.values())
     options = [name for name in ("use_dora", "use_rslora") if config.get(name)]
     facts = {
-        "base model": f"`{shown}`",
+        "base model": f"`{shown}`" if shown else "not named",
         "PEFT type": ", ".join([str(config["peft_type"]), *options]),
         "rank": _span(module.r for module in modules),
         "scaling": _span(module.scaling for module in modules) + f" (lora_alpha = {config.get('lora_alpha', 8)})",
@@ -161,11 +167,13 @@ def _loading(adapter: Adapter, repo_id: str, base: str) -> Iterable[str]:
         f"tokenizer = AutoTokenizer.from_pretrained({base!r})\n"
         f"model = PeftModel.from_pretrained(base, {repo_id!r})\n```"
     )
-    if not splines:
-        rank = max((module.r for module in adapter.modules.values()), default=8)
-        served = next((x for x in (1, 8, 16, 32, 64, 128, 256, 320, 512) if x >= rank), rank)
+    try:
+        rank = served_rank([adapter.path])
+    except ValueError:
+        yield "vLLM would refuse it, or serve something else."
+    else:
         yield (
-            f"```sh\nvllm serve {base} --enable-lora --max-lora-rank {served} "
+            f"```sh\nvllm serve {base} --enable-lora --max-lora-rank {rank} "
             f"--lora-modules {repo_id.rpartition('/')[2]}={repo_id}\n```"
         )
 

@@ -15,7 +15,8 @@ from spectral_fast.publish.records import HUB_NAMES, Record, read_record
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-CONFIGS, SWEEP = "eval_config*.json", "results.json"  # of one evaluation, and of a sweep, two folders above its runs
+CONFIGS = "eval_config*.json"  # of one evaluation
+SWEEP, RUNS = "results.json", "runs"  # of a sweep, beside the folder with its runs
 _METRICS = {"strict_match_accuracy": "accuracy"}
 _NO_CONTROL = "What random edits of this size would have done was not measured"
 _NAMES = {"openai/gsm8k": "GSM8K", "openai/openai_humaneval": "HumanEval"}
@@ -141,8 +142,10 @@ def find(folder: Path, results: Iterable[Path], hashes: Mapping[str, str], sourc
     for path in named:
         if not path.is_dir():
             raise FileNotFoundError(f"results are a folder that eval, eval-humaneval or sweep wrote; {path} is none")
-    files = [file for path in [*named, folder.resolve().parent] for file in sorted(path.glob(CONFIGS))]
-    files += [file for path in named for file in sorted(path.glob(f"runs/*/{CONFIGS}"))]
+    above = folder.resolve().parent
+    sweeps = [*named, *([above.parent.parent] if above.parent.name == RUNS else [])]
+    files = [file for path in [*named, above] for file in sorted(path.glob(CONFIGS))]
+    files += [file for path in sweeps for file in sorted(path.glob(f"{RUNS}/*/{CONFIGS}"))]
     for file in dict.fromkeys(files):
         record = read_record(file)
         try:
@@ -181,7 +184,7 @@ def _edits(file: Path, figure: Figure) -> list[str]:
 def _sweeps(file: Path) -> list[str]:
     """What a sweep compared: with the original, and with random edits."""
     results = file.parent.parent.with_name(SWEEP)
-    if file.parent.parent.name != "runs" or not results.is_file():
+    if file.parent.parent.name != RUNS or not results.is_file():
         return []
     content = read_record(results)
     run = next((run for run in content["runs"] if run["run"] == file.parent.name), None)

@@ -89,8 +89,6 @@ def _walk(folder: Path, root: Path, left: dict[str, str]) -> Iterator[tuple[Path
     for entry in sorted(folder.iterdir()):
         name = entry.relative_to(root).as_posix()
         reason = next((why for pattern, why in LEFT_OUT.items() if fnmatch(entry.name, pattern)), None)
-        if name == README:
-            reason = "replaced by the card"
         if reason is not None:
             left[name] = reason
             continue
@@ -100,7 +98,9 @@ def _walk(folder: Path, root: Path, left: dict[str, str]) -> Iterator[tuple[Path
             raise ValueError(f"the name {name!r} is no text that a repository can hold; rename the file") from error
         if entry.is_symlink():
             _check_link(entry, root)
-        if entry.is_dir():
+        if name == README:
+            left[name] = "replaced by the card, which quotes it"
+        elif entry.is_dir():
             yield from _walk(entry, root, left)
         elif entry.is_file():
             yield entry, name

@@ -10,12 +10,15 @@ LOCAL = " (local)"  # after the last part of a path, so that it is not taken for
 
 _WHOLE = re.compile(r"(/|~/|\.{1,2}/|file:/)|[^/\s]+(/[^/\s]+){2,}/?$")  # names of the hub have one slash at most
 _WITHIN = re.compile(r"(?<![\w.~/<-])(?:file:/{0,2}(?=/))?~?(?:/[^/\s\"'`<>|(),;]+){2,}/?")
+_DOWNLOAD = re.compile(r"/models--([^/]+)/snapshots/[0-9a-f]{40}/?$")  # in the hub's cache
 _NOBODYS = {"bin", "dev", "etc", "lib", "lib64", "opt", "proc", "run", "sbin", "sys", "usr", "var"}
 _FILE = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", ".yaml", ".yml", ".txt")
 
 
 def without_paths(value: Any) -> Any:
     """A record as it may be published: of every path in it, however deep, only the last part is left.
+
+    A download in the hub's cache goes by its name on the hub.
 
     Args:
         value: what JSON holds: texts, numbers, and lists and objects of them.
@@ -80,4 +83,6 @@ def in_command(text: Any) -> str:
 
 
 def _last_part(path: str) -> str:
+    if download := _DOWNLOAD.search(path):
+        return download[1].replace("--", "/")
     return (Path(path).name.strip("~.") or "a path") + LOCAL

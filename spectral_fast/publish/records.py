@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -77,11 +77,14 @@ def made_by(folder: Path) -> list[Made]:
     for file in sorted(found, key=lambda file: file.stat().st_mtime_ns):
         content, kind = read_record(file), RECORDS[file.name]
         try:
-            steps.append(kind.describe(content["meta"], content[kind.modules]))
+            step = kind.describe(content["meta"], content[kind.modules])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{file} is no record of spectral_fast ({type(error).__name__}: {error}): mend it, or remove it"
             ) from error
+        # Modules that were chosen in Python are in no record, so no command would surely choose the same.
+        known = not kind.selects or "target_modules" in content["meta"]
+        steps.append(step if known else replace(step, commands=()))
     return steps
 
 
@@ -169,10 +172,8 @@ def _export(meta: Record, modules: Record) -> Made:
     }
     again = {"lora_path": meta["lora_path"], "bake_scaling": True, "rank": meta["rank"]}
     line = command("export", "./exported", again, meta)
-    text = (
-        "The scalings were put into the factors, for loaders that know one rank and one scaling only; ΔW is the same "
-    )
-    text += "but for rounding."
+    text = "The scalings were put into the factors, for loaders that know only one rank and one scaling. But for "
+    text += "rounding, ΔW is the same."
     return Made("Export with baked scaling", text, facts | _origin(meta), (line,), (), (), _of(meta))
 
 
@@ -192,7 +193,7 @@ def _merge(meta: Record, modules: Record) -> Made:
     again = {"lora_path": names, "weights": weights, **selected(meta)}
     line = command("merge", "./merged", again, meta, merging.MergeOptions, SelectionOptions)
     text = f"{len(names)} adapters became one, by the method `{meta['method']}`. Nothing was trained."
-    return Made("Merging", text, facts | _versions(meta), (line,), ("merge", str(meta["method"])), (), sources)
+    return Made("Merging", text, facts | _versions(meta), (line,), ("merge",), (), sources)
 
 
 def _extract(meta: Record, modules: Record) -> Made:
@@ -205,17 +206,16 @@ def _extract(meta: Record, modules: Record) -> Made:
     }
     again = {name: meta[name] for name in ("base_model", "tuned_model", "target_modules", "modules_to_save")}
     line = command("extract", "./lora", again, meta, extraction.ExtractOptions)
-    text = (
-        "Every module's B A approximates the difference of a tuned model's weight and the base's. Nothing was trained."
-    )
+    text = "Every module's B A approximates the difference of the tuned model's weight and the base's."
     return Made("Extraction", text, facts | _versions(meta), (line,), ("extracted",))
 
 
 class Kind(NamedTuple):
-    """How a record is read: the key of its modules, and what describes them."""
+    """How a record is read: the key of its modules, what describes them, and whether they were selected."""
 
     modules: str
     describe: Callable[[Record, Record], Made]
+    selects: bool = True
 
 
 RECORDS = {
@@ -223,7 +223,7 @@ RECORDS = {
     prune.META: Kind("modules", _prune),
     resize.META: Kind("modules", _resize),
     clip.META: Kind("modules", _clip),
-    export.META: Kind("modules", _export),
+    export.META: Kind("modules", _export, selects=False),
     merging.META: Kind("modules", _merge),
     extraction.META: Kind("modules", _extract),
 }

@@ -18,6 +18,7 @@ _MARK = "<!-- spectral_fast: the card above is of weights {} -->"
 _MARKED = re.compile(_MARK.format("([0-9a-f]{64})") + r"\n*")
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _NOT_OURS = ("model-index", "metrics")  # of the source: an edited copy has other figures
+_NO_METADATA = {"self", "ignore_metadata_errors", "eval_results", "model_name"}  # names of ModelCardData's own
 _INTRODUCTION = "*The card that came with the adapter's folder:*"
 _UNFILLED = "[More Information Needed]"
 
@@ -50,7 +51,8 @@ class SourceCard:
             warnings.append(
                 f"{README}: {' and '.join(figures)} of its metadata are left out, as they are of the source"
             )
-        kept = {key: value for key, value in metadata.items() if isinstance(key, str) and key not in _NOT_OURS}
+        dropped = {*_NOT_OURS, *_NO_METADATA}
+        kept = {key: value for key, value in metadata.items() if isinstance(key, str) and key not in dropped}
         if isinstance(kept.get("tags"), list):
             kept["tags"] = [tag for tag in kept["tags"] if not _is_derived(tag)]
         if _UNFILLED in text:
@@ -99,7 +101,7 @@ def _parted(content: str) -> tuple[dict[str, Any], str, list[str]]:
         return metadata, content[front.end() :], []
     if metadata is None and not front[1].strip():
         return {}, content[front.end() :], []
-    fence = "`" * (2 + max((len(run) for run in re.findall("`+", front[1])), default=1))
+    fence = "`" * (1 + max((2, *(len(run) for run in re.findall("`+", front[1])))))
     return {}, f"{fence}yaml\n{front[1]}\n{fence}\n\n{content[front.end() :]}", [f"{README}: {why}"]
 
 

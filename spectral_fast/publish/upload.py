@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectral_fast.adapter import Adapter
-from spectral_fast.publish.card import write_card
+from spectral_fast.publish.card import opened, write_card
 from spectral_fast.publish.files import Content, check_weights, chosen, unfinished
 from spectral_fast.publish.paths import check_repo_id
 from spectral_fast.publish.source_card import README
@@ -59,11 +58,12 @@ class Publication:
             ValueError: it is no whole LoRA adapter, a value is not finite, a record is broken, a link leads out of the
                 folder, or the repository's name is none.
         """
-        check_repo_id(repo_id)
+        if "/" not in check_repo_id(repo_id):
+            raise ValueError(f"repo_id must be ORG/NAME, with your own name or an organization's; got {repo_id!r}")
         folder = Path(folder)
         if (part := unfinished(folder)) is not None:
             raise ValueError(f"{folder} is unfinished: a run writes to {part}; wait for it to end")
-        adapter = Adapter.open(folder, splines=True)
+        adapter = opened(folder)
         contents, left = chosen(adapter, base_model)
         check_weights(adapter)
         if card is None:
