@@ -52,7 +52,7 @@ test-vllm: .venv-vllm/installed
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy && $(BIN)/mypy examples/*.py
 	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/* tests/*.cpp
 
 # The site, build/site/index.html; without a network. Material's authors would tell us of their next product.

@@ -70,6 +70,19 @@ def edit_adapter(
         FileExistsError: if out_dir holds something and `overwrite` is false.
 
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995.
+
+    Example:
+        >>> from spectral_fast import Adapter, embedded
+        >>> adapter = Adapter.open(embedded.adapter_dir())
+
+        >>> from spectral_fast import edit_adapter
+        >>> from spectral_fast.policies import RandomIndex  # the control, which needs no sensitivities
+        >>> edited = edit_adapter(adapter, RandomIndex(seed=1), "control", modules=adapter.select(("o_proj",)))
+        >>> module = edited["base_model.model.model.layers.0.self_attn.o_proj"]
+        >>> module.s.shape, module.edit.s_new.shape
+        (torch.Size([32]), torch.Size([32]))
+        >>> Adapter.open("control").modules.keys() == adapter.modules.keys()
+        True
     """
     chosen = _default(adapter, policy, sensitivity) if modules is None else list(modules)
     threads = torch.get_num_threads()

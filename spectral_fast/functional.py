@@ -31,6 +31,17 @@ def svd_lowrank_factors(b: Tensor, a: Tensor) -> Any:
     Raises:
         TypeError: a factor is no tensor, or of another dtype.
         ValueError: the factors do not fit, are on two devices, have no entries, or hold a NaN or an infinity.
+
+    Example:
+        >>> import torch
+        >>> from spectral_fast import svd_lowrank_factors
+        >>> b, a = torch.randn(64, 4, requires_grad=True), torch.randn(4, 32)
+        >>> U, S, Vh = svd_lowrank_factors(b, a)
+        >>> bool(torch.dist(U * S @ Vh, b @ a) < 1e-3)
+        True
+        >>> S.sum().backward()  # the nuclear norm, whose gradient by b a is U Vh
+        >>> bool(torch.dist(b.grad, (U @ Vh @ a.mT).detach()) < 1e-3)
+        True
     """
     for x, name in ((b, "b"), (a, "a")):
         if not isinstance(x, Tensor):

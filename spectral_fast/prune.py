@@ -28,7 +28,13 @@ Progress = Callable[[Sequence[LoraModule]], Iterable[LoraModule]]
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """Which channels of every module are kept."""
+    """Which channels of every module are kept.
+
+    Example:
+        >>> from spectral_fast.toolbox import PruneOptions
+        >>> PruneOptions(keep_ratio=0.5).keep(32)  # channels of a module of rank 32
+        16
+    """
 
     method: str = option(
         "channel_energy",
@@ -125,6 +131,18 @@ def prune_adapter(
         FileExistsError: out_dir holds something and `overwrite` is false.
 
     Source: the channel scores are those of SparseLoRA-inspired pruning studies; see `spectral_fast.study`.
+
+    Example:
+        >>> from spectral_fast import Adapter, embedded
+        >>> adapter = Adapter.open(embedded.adapter_dir())
+
+        >>> from spectral_fast.toolbox import PruneOptions, prune_adapter
+        >>> pruned = prune_adapter(adapter, PruneOptions(keep_ratio=0.5), "pruned", compact=True)
+        >>> module = pruned["base_model.model.model.layers.0.self_attn.o_proj"]
+        >>> int(module.kept.sum()), module.energy_kept > 0.5
+        (16, True)
+        >>> {module.r for module in Adapter.open("pruned").modules.values()}
+        {16}
     """
     chosen = list(adapter.modules.values()) if modules is None else list(modules)
     ranks = {module.name: options.keep(module.r) for module in chosen} if compact else {}

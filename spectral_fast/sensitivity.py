@@ -74,6 +74,16 @@ class Sensitivity:
     Attributes:
         modules: by module name as in the adapter's file, e.g. `base_model.model.model.layers.0.self_attn.o_proj`.
         record: provenance, JSON-serialisable; `adapter_sha256` ties it to the adapter that it was measured on.
+
+    Example:
+        >>> import torch
+        >>> from spectral_fast import Sensitivity
+        >>> from spectral_fast.sensitivity import ModuleSensitivity
+        >>> s = torch.tensor([3.0, 1.0], dtype=torch.float64)
+        >>> parts = torch.tensor([[0.5, -1.0], [0.25, 1.5]])  # of two samples
+        >>> Sensitivity({"o_proj": ModuleSensitivity.of_samples(s, parts)}).save("probed")
+        >>> Sensitivity.load("probed").modules["o_proj"].g
+        tensor([0.7500, 0.5000], dtype=torch.float64)
     """
 
     modules: Mapping[str, ModuleSensitivity]

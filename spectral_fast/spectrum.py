@@ -23,6 +23,16 @@ class Spectrum:
     Attributes:
         factored: U and V as a tall basis times a small transform each.
         dtypes: those of B and of A.
+
+    Example:
+        >>> import torch
+        >>> from spectral_fast import Spectrum
+        >>> spectrum = Spectrum.of(torch.eye(3, 2), torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))
+        >>> [round(s, 6) for s in spectrum.s.tolist()]
+        [2.0, 1.0]
+        >>> b, a = spectrum.rebuild(torch.tensor([5.0, 0.0]))  # other singular values, the same directions
+        >>> [round(s, 4) for s in torch.linalg.svdvals(b @ a).tolist()]
+        [5.0, 0.0, 0.0]
     """
 
     factored: kernel.Factored
@@ -94,6 +104,16 @@ def lowrank_svd(bs: Sequence[Tensor], as_: Sequence[Tensor], names: Sequence[str
             instruction set that this processor lacks.
 
     Source: ``spectral_fast.kernels.lowrank_svd``. Cost: one pass over the factors, (m + n) r² flops.
+
+    Example:
+        >>> import torch
+        >>> from spectral_fast import lowrank_svd
+        >>> bs, as_ = [torch.randn(64, 4), torch.randn(48, 8)], [torch.randn(4, 32), torch.randn(8, 64)]
+        >>> one, two = lowrank_svd(bs, as_)
+        >>> one.u.shape, one.s.shape, one.vh.shape
+        (torch.Size([64, 4]), torch.Size([4]), torch.Size([4, 32]))
+        >>> bool(torch.dist(two.u * two.s.float() @ two.vh, bs[1] @ as_[1]) < 1e-3)
+        True
     """
     results = kernel.lowrank_svd(bs, as_, names)
     return [Spectrum(f, (b.dtype, a.dtype)) for f, b, a in zip(results, bs, as_, strict=True)]

@@ -48,6 +48,16 @@ class Adapter:
         modules: name -> editable module, in the file's order.
         carried: module or tensor that is not editable -> why; it is copied as it is.
         warnings: what to know before trusting an edit.
+
+    Example:
+        >>> from spectral_fast import Adapter, embedded
+        >>> adapter = Adapter.open(embedded.adapter_dir())
+        >>> module = adapter.select(("o_proj",))[0]
+        >>> module.name, (module.m, module.n), module.r
+        ('base_model.model.model.layers.0.self_attn.o_proj', (256, 256), 32)
+        >>> b, a = adapter.read(module)
+        >>> b.shape, a.shape, b.dtype
+        (torch.Size([256, 32]), torch.Size([32, 256]), torch.bfloat16)
     """
 
     path: Path

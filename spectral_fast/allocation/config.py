@@ -111,6 +111,13 @@ def spectral_analysis_for_adaptive_lora(
     Returns:
         pandas.DataFrame, a row per layer: layer_index, alpha_hill, spectral_norm (the largest eigenvalue), D,
         layer_name, eigs, norm (their sum), alphahat, num_spikes; then what `LayerSpectrum.row` adds.
+
+    Example:
+        >>> from spectral_fast import embedded
+        >>> from spectral_fast.allocation import spectral_analysis_for_adaptive_lora
+        >>> table = spectral_analysis_for_adaptive_lora(embedded.base_model_dir())
+        >>> len(table), table.layer_name[0]
+        (29, 'model.layers.0.self_attn.q_proj')
     """
     given: dict[str, Any] = {
         "eigenvalue_threshold": eigenvalue_threshold,
@@ -200,6 +207,15 @@ def get_adaptive_lora_config(
 
     Raises:
         ValueError: no layer is selected, the budget cannot be met, or a preset is given with sensitivities.
+
+    Example:
+        >>> from spectral_fast import embedded, get_adaptive_lora_config
+        >>> base = embedded.base_model_dir()
+        >>> ranks = get_adaptive_lora_config(base, budget_uniform_rank=8, exclude_modules=["lm_head"])
+        >>> len(ranks.rank_pattern), min(ranks.rank_pattern.values()) >= 4
+        (14, True)
+        >>> ranks.lora_config(task_type="CAUSAL_LM").peft_type.value
+        'LORA'
     """
     if sensitivity is not None and preset != "paper":
         raise ValueError(f"preset {preset!r} is about spectra, and with sensitivity none are taken: leave out one")

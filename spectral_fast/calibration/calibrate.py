@@ -94,6 +94,16 @@ def calibrate(
             infinite (named by module).
 
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, section on gradient-guided sensitivity.
+
+    Example:
+        >>> import torch
+        >>> from transformers import AutoModelForCausalLM
+        >>> from spectral_fast import Adapter, calibrate, embedded
+        >>> base = AutoModelForCausalLM.from_pretrained(embedded.base_model_dir(), dtype=torch.float32)
+        >>> rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [9, 8], "labels": [9, 8]}]
+        >>> measured = calibrate(base, Adapter.open(embedded.adapter_dir()), rows)
+        >>> len(measured.modules), measured.record["samples_used"]
+        (20, 2)
     """
     examples = as_examples(data)
     model = bare(model)

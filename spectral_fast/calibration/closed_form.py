@@ -45,6 +45,19 @@ def sensitivity_from_gradients(
             or an infinity.
 
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, the definition of g; the chain rule.
+
+    Example:
+        >>> import torch
+        >>> from peft import PeftModel
+        >>> from transformers import AutoModelForCausalLM
+        >>> from spectral_fast import embedded, sensitivity_from_gradients
+        >>> base = AutoModelForCausalLM.from_pretrained(embedded.base_model_dir(), dtype=torch.float32)
+        >>> model = PeftModel.from_pretrained(base, str(embedded.adapter_dir()), is_trainable=True)
+        >>> tokens = torch.tensor([[5, 6, 7, 8]])
+        >>> model(input_ids=tokens, labels=tokens).loss.backward()
+        >>> measured = sensitivity_from_gradients(model)
+        >>> len(measured.modules), next(iter(measured.modules.values())).g.shape
+        (20, torch.Size([32]))
     """
     model = bare(model)
     names = adapter_layers(model, adapter_name, modules)

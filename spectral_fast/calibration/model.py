@@ -22,7 +22,13 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Where a base model comes from and how it computes."""
+    """Where a base model comes from and how it computes.
+
+    Example:
+        >>> from spectral_fast import ModelOptions
+        >>> ModelOptions(device="cpu", dtype="bf16").resolved()
+        (device(type='cpu'), torch.bfloat16)
+    """
 
     dtype: str = option(
         "auto",

@@ -36,7 +36,17 @@ DEFAULT_SAMPLES = 32
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Which samples to calibrate on."""
+    """Which samples to calibrate on.
+
+    Example:
+        >>> from spectral_fast import CalibrationOptions
+        >>> CalibrationOptions().limit, CalibrationOptions(until_stable=0.9).limit
+        (32, None)
+        >>> CalibrationOptions(calib_samples=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: calib_samples must be in [1, inf]; got 0
+    """
 
     calib_data: str = option("gsm8k", "gsm8k (the train split, by datasets) or a .jsonl or .parquet file")
     calib_samples: int | None = option(
@@ -116,6 +126,19 @@ def probe(
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`, `load_examples` and `calibrate`.
+
+    Example:
+        >>> from spectral_fast import Adapter, embedded
+        >>> adapter = Adapter.open(embedded.adapter_dir())
+
+        >>> from spectral_fast import CalibrationOptions, probe
+        >>> data = CalibrationOptions(calib_data=str(embedded.calibration_file()), calib_samples=4)
+        >>> sensitivity = probe(adapter, adapter.select(("o_proj",)), embedded.base_model_dir(), data)
+        >>> sensitivity.record["samples_used"], len(sensitivity.modules)
+        (4, 4)
+        >>> next(iter(sensitivity.modules.values())).samples.shape  # g of each sample
+        torch.Size([4, 32])
+        >>> sensitivity.save("probed")  # what `spectral-fast probe` leaves, and `edit --sensitivity` takes
     """
     data, options, ranks = data or CalibrationOptions(), options or ModelOptions(), ranks or Ranks()
     base_model = str(base_model)

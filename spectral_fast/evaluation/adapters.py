@@ -134,6 +134,17 @@ def evaluate_adapters(
     Raises:
         FileNotFoundError, RuntimeError, ValueError: as `make_task`, `open_engine` and `Engine.generate`; or programs
             are to be run, and `allow_code_execution` is not given, or nothing here confines them.
+
+    Example:
+        >>> from spectral_fast import embedded, evaluate_adapters
+        >>> from spectral_fast.evaluation import EngineOptions, EvaluationOptions
+        >>> adapters = {"base": None, "adapter": embedded.adapter_dir()}
+        >>> task = EvaluationOptions(eval_data=str(embedded.heldout_file()), fewshot=0, max_samples=4, max_tokens=40)
+        >>> engine = EngineOptions(engine="transformers")
+        >>> base = embedded.base_model_dir()
+        >>> results = evaluate_adapters(base, adapters, "results", options=task, engine_options=engine)
+        >>> results["adapter"]["total"], results["adapter"]["predictions_path"]
+        (4, 'results/gsm8k_predictions_adapter.jsonl')
     """
     if options is None:
         of_programs = profile is not None and PROFILES[profile].task == "humaneval"

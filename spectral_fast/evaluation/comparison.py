@@ -68,6 +68,13 @@ def compare(baseline: Mapping[Key, float], edited: Mapping[Key, float]) -> Compa
 
     Raises:
         ValueError: there are no problems, they are not the same ones, or a share is not within [0, 1].
+
+    Example:
+        >>> from spectral_fast.evaluation import compare
+        >>> before, after = dict.fromkeys(range(100), False), {i: i < 8 for i in range(100)}  # 8 of 100 are now right
+        >>> comparison = compare(before, after)
+        >>> comparison.difference, round(comparison.p_value, 4)
+        (0.08, 0.0078)
     """
     differing = baseline.keys() ^ edited.keys()
     if differing:

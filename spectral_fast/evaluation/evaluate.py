@@ -173,7 +173,15 @@ def write_metrics(
 
 
 def read_correct(predictions_path: Path | str) -> dict[tuple[int, str | None], bool]:
-    """(idx, gold) -> correct, from a file of predictions; gold tells other problems with the same numbers apart."""
+    """(idx, gold) -> correct, from a file of predictions; gold tells other problems with the same numbers apart.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from spectral_fast.evaluation import read_correct
+        >>> _ = Path("predictions.jsonl").write_text('{"idx": 0, "gold": "5", "pred": "5", "correct": true}')
+        >>> read_correct("predictions.jsonl")
+        {(0, '5'): True}
+    """
     with Path(predictions_path).open(encoding="utf-8") as file:
         return {(row["idx"], row["gold"]): row["correct"] for row in map(json.loads, file)}
 

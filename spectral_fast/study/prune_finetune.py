@@ -69,6 +69,18 @@ def run_prune_finetune(
         ValueError: for target modules that the model has not, rows without the columns, classes in the evaluation that
             training has not, a LoRA that is not finite after training, or a results.csv with other columns.
         OSError: out_dir cannot be written to.
+
+    Example:
+        >>> import json
+        >>> from spectral_fast import embedded
+        >>> from spectral_fast.study import PruneFinetuneOptions, run_prune_finetune
+        >>> with open("rows.jsonl", "w") as file:
+        ...     for i in range(20):
+        ...         print(json.dumps({"sentence": f"{i} + {i}", "label": i % 2}), file=file)
+        >>> options = PruneFinetuneOptions(keep_ratio=0.5, lora_r=8, target_modules="q_proj")
+        >>> result = run_prune_finetune(embedded.base_model_dir(), "rows.jsonl", options, "lora_runs")
+        >>> result["lora_r"], result["effective_r"]
+        (8, 4)
     """
     model, dataset, out_dir = str(model), str(dataset), Path(out_dir)
     check_results(out_dir / RESULTS)

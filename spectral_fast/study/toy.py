@@ -43,6 +43,12 @@ def run_toy(
 
     Raises:
         FileExistsError: out_dir holds something and `overwrite` is false.
+
+    Example:
+        >>> from spectral_fast.study import ToyOptions, run_toy
+        >>> result = run_toy(ToyOptions(n=16, m=8, ranks=(2, 4), trials=5), "toy_results")
+        >>> result["ordered"], [row["rank_used"] for row in result["rows"]]
+        (True, [2, 4])
     """
     with replace_directory(out_dir, overwrite=overwrite, marker=PER_TRIAL) as folder:
         trials = list(_trials(options, progress))

@@ -152,6 +152,14 @@ def load_configs(path: Path | str, defaults: Mapping[str, Any] | None = None) ->
 
     Raises:
         FileNotFoundError, ValueError: naming up to five of the configurations that are wrong.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from spectral_fast.sweep import Config, load_configs
+        >>> _ = Path("grid.yaml").write_text("edit_mode: [abs_select, smooth_abs]")
+        >>> configs: list[Config] = load_configs("grid.yaml", {"base_model": "BASE", "lora_local_path": "ADAPTER"})
+        >>> [config.mode for config in configs]
+        ['abs_select', 'smooth_abs']
     """
     configs, wrong = [], []
     for where, given in read_configs(path):

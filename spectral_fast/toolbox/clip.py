@@ -25,7 +25,13 @@ META = "clip_meta.json"
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """What a spike is."""
+    """What a spike is.
+
+    Example:
+        >>> from spectral_fast.toolbox import ClipOptions
+        >>> ClipOptions(multiple=10.0).multiple
+        10.0
+    """
 
     multiple: float = option(
         10.0, "clip singular values above this many times the median of the module's that are not zero", low=1
@@ -80,6 +86,16 @@ def clip_adapter(
     Raises:
         ValueError: factors that are not finite, named; or an init by which PEFT changes the base weights.
         FileExistsError: out_dir holds something and `overwrite` is false.
+
+    Example:
+        >>> from spectral_fast import Adapter, embedded
+        >>> adapter = Adapter.open(embedded.adapter_dir())
+
+        >>> from spectral_fast.toolbox import ClipOptions, clip_adapter
+        >>> clipped = clip_adapter(adapter, ClipOptions(multiple=10), "clipped")
+        >>> module = clipped["base_model.model.model.layers.0.mlp.down_proj"]
+        >>> len(module.clipped), round(module.limit, 2), round(module.error, 2)
+        (1, 1.7, 0.23)
     """
     if changes_base(adapter.config):
         raise ValueError(

@@ -102,6 +102,15 @@ def compare_adapters(
 
     Raises:
         ValueError: factors that are not finite, named; directions below 1.
+
+    Example:
+        >>> from spectral_fast import Adapter, embedded
+        >>> adapter = Adapter.open(embedded.adapter_dir())
+
+        >>> from spectral_fast.toolbox import compare_adapters
+        >>> difference = compare_adapters(adapter, adapter)
+        >>> {module.relative for module in difference.modules.values()}, difference.config
+        ({0.0}, {})
     """
     if directions < 1:
         raise ValueError(f"directions must be at least 1; got {directions}")

@@ -70,6 +70,16 @@ def export_adapter(
         ValueError: the adapter has factors that cannot be rewritten, a bias that is scaled too, or an init by which
             PEFT changes the base weights; a module's rank is above `rank`; or a factor is not finite.
         FileExistsError: out_dir holds something and `overwrite` is false.
+
+    Example:
+        >>> from spectral_fast import Adapter, embedded
+        >>> adapter = Adapter.open(embedded.adapter_dir())
+
+        >>> from spectral_fast.toolbox import export_adapter
+        >>> baked = export_adapter(adapter, "plain", rank=64)  # for a loader that knows rank 64 only
+        >>> plain = Adapter.open("plain")
+        >>> plain.config["r"], plain.config["lora_alpha"], max(module.error for module in baked.values())
+        (64, 64, 0.0)
     """
     modules = list(adapter.modules.values())
     config = _config(adapter, rank)

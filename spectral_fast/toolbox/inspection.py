@@ -25,7 +25,13 @@ TOP = (1, 4, 16)
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What is worth a remark."""
+    """What is worth a remark.
+
+    Example:
+        >>> from spectral_fast.toolbox import InspectOptions
+        >>> InspectOptions(spike=5.0).spike
+        5.0
+    """
 
     spike: float = option(10.0, "remark on singular values above this many times the median that are not zero", low=1)
 
@@ -114,6 +120,15 @@ def inspect_adapter(
 
     Raises:
         ValueError: factors that are not finite, named.
+
+    Example:
+        >>> from spectral_fast import Adapter, embedded
+        >>> adapter = Adapter.open(embedded.adapter_dir())
+
+        >>> from spectral_fast.toolbox import inspect_adapter
+        >>> found = inspect_adapter(adapter)["base_model.model.model.layers.0.mlp.down_proj"]
+        >>> found.s.shape, round(float(found.s[0]), 2), found.row()["rank_90"]
+        ((32,), 2.63, 6)
     """
     spike = (options or InspectOptions()).spike
     chosen = list(adapter.modules.values()) if modules is None else list(modules)

@@ -37,7 +37,17 @@ Kept = Mapping[str, Tensor | int]  # module -> indices of directions, ascending,
 
 @dataclass(frozen=True)
 class ResizeOptions:
-    """How many directions of every module are kept; one of the first five."""
+    """How many directions of every module are kept; one of the first five.
+
+    Example:
+        >>> from spectral_fast.toolbox import ResizeOptions
+        >>> ResizeOptions(rank=16).rank
+        16
+        >>> ResizeOptions(rank=16, energy=0.9)
+        Traceback (most recent call last):
+            ...
+        ValueError: give one of rank, energy, error, budget and budget_params; got rank=16, energy=0.9
+    """
 
     rank: int | None = option(None, "rank of every module; those of a smaller one keep theirs", low=1)
     energy: float | None = option(None, "smallest ranks that keep this share of each module's sum of s²", low=0, high=1)
@@ -121,6 +131,16 @@ def resize_adapter(
         ValueError: the rank cannot change (see `Adapter.config_with`), a value is not finite, sensitivities are
             another adapter's or lack a module, or a budget is below one direction per module.
         FileExistsError: out_dir holds something and `overwrite` is false.
+
+    Example:
+        >>> from spectral_fast import Adapter, embedded
+        >>> adapter = Adapter.open(embedded.adapter_dir())
+
+        >>> from spectral_fast.toolbox import ResizeOptions, resize_adapter
+        >>> resized = resize_adapter(adapter, ResizeOptions(energy=0.9), "small")
+        >>> module = resized["base_model.model.model.layers.0.mlp.down_proj"]
+        >>> module.r, module.kept, module.error < 0.1**0.5  # the error of leaving out 10 % of the energy
+        (32, 6, True)
     """
     chosen = list(adapter.modules.values()) if modules is None else list(modules)
     options.check_sensitivity(sensitivity)

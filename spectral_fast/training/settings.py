@@ -88,6 +88,14 @@ def load(config: Path | str | None, flags: Mapping[str, Any] | None = None, word
         FileNotFoundError: there is no such file.
         RuntimeError: TRL is not installed.
         ValueError, TypeError: an unknown key or flag, with what may be meant; a value that is not allowed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from spectral_fast.training import Settings, load
+        >>> _ = Path("train.yaml").write_text("{model_name_or_path: BASE, output_dir: trained, lora_r: 8}")
+        >>> settings: Settings = load("train.yaml", {"lora_r": 16}, ["--max_steps", "10"])
+        >>> settings.model.lora_r, settings.training.max_steps
+        (16, 10)
     """
     given = {} if config is None else _read(Path(config))
     values = {key: value for key, value in given.items() if _owners()[key] != TRAINING} | dict(flags or {})

@@ -12,7 +12,13 @@ ENGINES = ("auto", "vllm", "transformers")
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Which engine generates, and how much it may take."""
+    """Which engine generates, and how much it may take.
+
+    Example:
+        >>> from spectral_fast.evaluation import EngineOptions
+        >>> EngineOptions(engine="transformers", batch_size=64).chosen()
+        'transformers'
+    """
 
     engine: str = option("auto", "what generates; auto takes vllm where it is installed", choices=ENGINES)
     batch_size: int = option(32, "texts that run together, with transformers", low=1)

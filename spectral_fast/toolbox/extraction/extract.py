@@ -36,7 +36,13 @@ _START = 64  # columns to begin with where the rank is not known
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """How large and how good the adapter is to be; one of the first three."""
+    """How large and how good the adapter is to be; one of the first three.
+
+    Example:
+        >>> from spectral_fast.toolbox import ExtractOptions
+        >>> ExtractOptions(error=0.1).error
+        0.1
+    """
 
     rank: int | None = option(None, "rank of every module", low=1)
     energy: float | None = option(None, "smallest ranks that keep this share of |ΔW|²", low=0, high=1)
@@ -118,6 +124,18 @@ def extract_adapter(
         ValueError: no layer differs; what changed is not finite, or leaves the dtype's range; a model is quantised,
             damaged, or not the other's; or `work_dir` is of another run.
         FileExistsError: `out_dir` or `work_dir` holds something, and neither `overwrite` nor `resume` is given.
+
+    Example:
+        >>> from peft import PeftModel
+        >>> from transformers import AutoModelForCausalLM
+        >>> from spectral_fast import Adapter, embedded
+        >>> from spectral_fast.toolbox import ExtractOptions, extract_adapter
+        >>> base = AutoModelForCausalLM.from_pretrained(embedded.base_model_dir())
+        >>> tuned = PeftModel.from_pretrained(base, str(embedded.adapter_dir())).merge_and_unload()
+        >>> tuned.save_pretrained("tuned")
+        >>> found = extract_adapter(embedded.base_model_dir(), "tuned", ExtractOptions(rank=32), "lora")
+        >>> len(found.ranks), max(x.error / x.norm for x in found.modules.values()) < 0.05
+        (20, True)
     """
     base_model, tuned_model = str(base_model), str(tuned_model)
     sources = [Path(model) for model in (base_model, tuned_model) if Path(model).is_dir()]

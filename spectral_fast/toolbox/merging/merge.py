@@ -85,6 +85,15 @@ def merge_adapters(
         ValueError: numbers of adapters and weights differ, adapters do not fit together (see `Plan`), or a value is
             not finite.
         FileExistsError: out_dir holds something and `overwrite` is false.
+
+    Example:
+        >>> from spectral_fast import Adapter, embedded
+        >>> adapter = Adapter.open(embedded.adapter_dir())
+
+        >>> from spectral_fast.toolbox import MergeOptions, merge_adapters
+        >>> merged = merge_adapters([adapter, adapter], [0.5, 0.5], MergeOptions(method="svd", rank=32), "merged")
+        >>> max(module.error for module in merged.values()) < 1e-6  # of rank 64, half is the same again
+        True
     """
     check_out_dir(out_dir, [source.path for source in sources], overwrite=overwrite)
     _check_weights(sources, weights)

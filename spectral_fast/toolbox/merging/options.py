@@ -51,7 +51,17 @@ METHODS = {
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How adapters are merged."""
+    """How adapters are merged.
+
+    Example:
+        >>> from spectral_fast.toolbox import MergeOptions
+        >>> MergeOptions(method="svd", rank=16).rank
+        16
+        >>> MergeOptions(method="mean")
+        Traceback (most recent call last):
+            ...
+        ValueError: method must be one of cat, svd, linear, ...; got 'mean'
+    """
 
     method: str = option(
         "svd",
