@@ -25,6 +25,7 @@ SMALLER: list[tuple[str, str]] = [
     (r"--nproc-per-node \d+", "--nproc-per-node 2"),
     (r"--engine vllm\b(?!.* -- )", "--engine transformers"),  # tests/vllm has its own
     (r"--device_map auto\b", "--device cpu"),
+    (r"\bbench --device interpreter\b", r"\g<0> --only spectral_linear"),  # all of it: test_bench.py
 ]
 
 LONG = {  # targets that are not for every commit
