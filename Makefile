@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 SOURCES := pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-vllm test-browser lint docs reference format embedded bench bench-smoke adaptive gate spline codegen roofline sanitize neon cuda clean
+.PHONY: demo test test-vllm test-browser lint docs reference format embedded bench bench-smoke adaptive gate spline codegen roofline sanitize neon cuda wheel test-wheel clean
 .DELETE_ON_ERROR:
 
 $(BIN)/python:
@@ -22,6 +22,10 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-cross: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cross]'
+	touch $@
+
+$(VENV)/installed-package: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[package]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -120,6 +124,29 @@ CUDA_ARCHITECTURES := 80 90a 100
 build/libspectral_fast_cuda.so: csrc/cuda/jacobi.cu
 	mkdir -p build
 	nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC $(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) $< -o $@
+
+# The files to publish: dist/*.tar.gz, and the wheel that is built from it in isolation. Zig is a Clang that links with any glibc: the
+# wheel runs where torch's does, from glibc 2.28 on, whatever the system that builds it.
+GLIBC := 2.28
+ARCHITECTURE := $(shell uname -m)
+ZIG = $(BIN)/python -c 'import os, ziglang; print(os.path.join(os.path.dirname(ziglang.__file__), "zig"))'
+wheel: $(VENV)/installed-package
+	rm -rf dist build/wheel
+	CXX="$$($(ZIG)) c++ -target $(ARCHITECTURE)-linux-gnu.$(GLIBC)" $(BIN)/python -m build --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_$(subst .,_,$(GLIBC))_$(ARCHITECTURE) --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	$(BIN)/twine check --strict dist/*
+
+# The wheel, installed, by the tests of the kernels, under every instruction set that the processor has. Its environment is fresh, but
+# for the other one's packages, which it sees behind its own. From another folder: not the checkout shall be found.
+test-wheel: $(VENV)/installed-test
+	rm -rf build/wheel-environment
+	$(PYTHON) -m venv build/wheel-environment
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo build/wheel-environment/lib/python*/site-packages)/behind.pth"
+	build/wheel-environment/bin/pip install --quiet --no-index --no-deps --ignore-installed dist/*.whl
+	cd build/wheel-environment && bin/python -c 'import sys, spectral_fast as s; sys.exit(not s.__file__.startswith(sys.prefix))'
+	cd build/wheel-environment && bin/python -m pytest -q --config-file "$(CURDIR)/pyproject.toml" $(addprefix "$(CURDIR)"/tests/test_,$(WHEEL_TESTS:=.py))
+WHEEL_TESTS := native lowrank_svd recompose spline_kernel isa cli embedded
 
 clean:
 	rm -rf build dist *.egg-info demo-output embedded-output $(VENV) .venv-vllm

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -40,6 +42,17 @@ class CMakeBuild(build_ext):
         subprocess.run([*cmake, "--build", str(build)], check=True)
 
 
+class TreeAsItIs(sdist):
+    """Puts the link spectral_fast/kernels where setuptools left a second copy of what it points at."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Lays out the folder that is packed."""
+        super().make_release_tree(base_dir, files)
+        link = Path(base_dir) / "spectral_fast" / "kernels"
+        shutil.rmtree(link)
+        link.symlink_to((ROOT / "spectral_fast" / "kernels").readlink())
+
+
 def files(*patterns: str) -> list[str]:
     """Paths under the root, relative and sorted: what the sdist must carry."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
@@ -49,5 +62,5 @@ setup(
     ext_modules=[
         Extension("spectral_fast._C", sources=files("csrc/*.cpp"), depends=["CMakeLists.txt", *files("csrc/*.h")])
     ],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "sdist": TreeAsItIs},
 )

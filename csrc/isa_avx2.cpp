@@ -1,4 +1,5 @@
 #if defined(__x86_64__)
+#include "processor.h"
 #include "region.h"
 
 SPECTRAL_FAST_BEGIN_TARGET("avx2,fma")
@@ -13,7 +14,7 @@ SPECTRAL_FAST_END_TARGET
 // Outside of the region: a processor without these instructions asks, too.
 namespace spectral_fast::avx2 {
 extern const Kernels kKernels{"avx2",
-                              [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
+                              [] { return processor_has(bit_AVX2, kYmm); },
                               lowrank_svd,
                               recompose,
                               segment_products_of,

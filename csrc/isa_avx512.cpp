@@ -1,4 +1,5 @@
 #if defined(__x86_64__)
+#include "processor.h"
 #include "region.h"
 
 SPECTRAL_FAST_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
@@ -12,19 +13,16 @@ SPECTRAL_FAST_END_TARGET
 
 // Outside of the region: a processor without these instructions asks, too.
 namespace spectral_fast::avx512 {
-extern const Kernels kKernels{"avx512",
-                              [] {
-                                return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                                       __builtin_cpu_supports("fma");
-                              },
-                              lowrank_svd,
-                              recompose,
-                              segment_products_of,
-                              top_logits_of,
-                              tensor_sketch_of,
-                              jacobi_svd,
-                              frequent_directions,
-                              spline_of};
+extern const Kernels kKernels{
+    "avx512",
+    [] { return processor_has(bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL, kZmm); },
+    lowrank_svd,
+    recompose,
+    segment_products_of,
+    top_logits_of,
+    tensor_sketch_of,
+    jacobi_svd,
+    frequent_directions,
+    spline_of};
 }  // namespace spectral_fast::avx512
 #endif

@@ -1,5 +1,5 @@
 // What every processor of the architecture has: 16-byte vectors, which the compiler maps to SSE2 or NEON, or takes
-// apart where there are none.
+// apart where there are none. Users know it as "scalar", the usual name of the last resort, SSE2 or not.
 #include "region.h"
 
 namespace spectral_fast::baseline {

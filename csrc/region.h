@@ -14,7 +14,7 @@
 #include <numeric>
 
 #if defined(__x86_64__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #include "kernels.h"

@@ -19,18 +19,26 @@ inline Vi whole(Vf x, float last) {
   return __builtin_convertvector(x, Vi);
 }
 
-// Entries of a table that are looked up within registers: two vectors of them. By Clang, which has no such builtin, and
-// by 16-byte instruction sets, which have no such instruction, they are looked up one by one.
-#if defined(__clang__)
-constexpr std::size_t kEntries = 0;
-#else
+// Entries of a table that are looked up within registers: two vectors of them. By 16-byte instruction sets, which have
+// no such instruction, they are looked up one by one.
 constexpr std::size_t kEntries = kVectorBytes >= 32 ? 2 * kFloats : 0;
+
+#if defined(__x86_64__)
+// Entries i of the table low, high. Written with intrinsics: Clang has no builtin for it.
+template <class V, class I>
+inline V select(V low, V high, I i) {
+  if constexpr (sizeof(V) == 64)
+    return (V)_mm512_permutex2var_ps((__m512)low, (__m512i)i, (__m512)high);
+  else  // each half by the lowest bits, then one of them by bit 3, moved to the sign
+    return (V)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)low, (__m256i)i),
+                               _mm256_permutevar8x32_ps((__m256)high, (__m256i)i), (__m256)(i << 28));
+}
 #endif
 
 template <bool kInRegisters>
 inline Vf lookup(const float* table, Vi i) {
-#if !defined(__clang__)
-  if constexpr (kInRegisters) return __builtin_shuffle(load<Vf>(table), load<Vf>(table + kFloats), i);
+#if defined(__x86_64__)
+  if constexpr (kInRegisters && kEntries > 0) return select(load<Vf>(table), load<Vf>(table + kFloats), i);
 #endif
   float lanes[kFloats];
   for (std::size_t lane = 0; lane < kFloats; ++lane) lanes[lane] = table[i[lane]];

@@ -56,6 +56,21 @@ def test_the_forced_instruction_set_is_the_one_in_use(isa: str) -> None:
     assert result.stdout.strip() == isa
 
 
+CPUINFO = Path("/proc/cpuinfo")
+NEEDS = {
+    "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma"},
+    "scalar": {"sse2"},
+}
+
+
+@pytest.mark.skipif(not CPUINFO.exists() or "neon" in _C.isa()["built"], reason="wants Linux's list of x86-64 features")
+def test_the_instruction_sets_found_are_those_that_the_operating_system_lists() -> None:
+    """A compiler whose runtime answers "no" to every question would leave the slowest kernels, and all tests pass."""
+    flags = next(line for line in CPUINFO.read_text().splitlines() if line.startswith("flags")).split()
+    assert _C.isa()["supported"] == [isa for isa, needed in NEEDS.items() if needed <= set(flags)]
+
+
 def test_an_instruction_set_that_the_build_does_not_know_is_an_error() -> None:
     result = run("mmx", "-c", USE_A_KERNEL)
     assert "RuntimeError: SPECTRAL_FAST_ISA=mmx is no instruction set of this build; known: " in result.stderr
