@@ -27,6 +27,7 @@ from spectral_fast.edit import edit_adapter
 from spectral_fast.evaluation import evaluate_adapters
 from spectral_fast.functional import svd_lowrank_factors
 from spectral_fast.policies import POLICIES
+from spectral_fast.publish import push_to_hub
 from spectral_fast.sensitivity import Sensitivity
 from spectral_fast.spectrum import Spectrum, lowrank_svd
 
@@ -44,6 +45,7 @@ __all__ = [
     "get_adaptive_lora_config",
     "lowrank_svd",
     "probe",
+    "push_to_hub",
     "sensitivity_from_gradients",
     "svd_lowrank_factors",
 ]

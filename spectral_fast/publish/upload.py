@@ -140,6 +140,11 @@ def push_to_hub(
 
     Caches, a trainer's state and generated texts stay here. Paths of this machine in records and adapter_config.json
     are cut to their last part. See `Publication.of` and `Publication.send` for the arguments and what is raised.
+
+    >>> from spectral_fast import embedded, push_to_hub
+    >>> push_to_hub(embedded.adapter_dir(), "ORG/NAME", create_pr=True, revision="dev")
+    Traceback (most recent call last):
+    ValueError: a pull request is made against main; leave out revision dev, or create_pr
     """
     publication = Publication.of(folder, repo_id, base_model=base_model, results=results, card=card)
     return publication.send(
