@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import spectral_fast
+from spectral_fast.evaluation import HumanEvalOptions
 
 CLI = Path(spectral_fast.__file__).parent / "cli"
 
@@ -85,6 +86,13 @@ def test_a_command_does_its_work_by_the_function_that_python_has(command: str) -
     assert {*signature.parameters, "return"} <= hints.keys()
     paths = [hint for parameter, hint in hints.items() if parameter in ("out_dir", "base_model", "lora_dir", "output")]
     assert all(hint == Path | str for hint in paths), "a user has paths as text, too"
+
+
+@pytest.mark.parametrize("asked", [{"options": HumanEvalOptions()}, {"profile": "greedy_code"}])
+def test_programs_that_a_model_wrote_are_not_run_unless_that_is_said(tmp_path: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="say allow_code_execution to allow it"):
+        spectral_fast.evaluate_adapters("no such model", {None: None}, tmp_path / "out", **asked)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_public_is_what_is_promised() -> None:
