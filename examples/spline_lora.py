@@ -40,7 +40,7 @@ save_spline_picture("splines.png", splines)
 # %% In a model
 # PEFT loads it; the penalty is there for loops of one's own.
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "trained/final_checkpoint")
-print(f"{sum(p.numel() for p in spline_parameters(model))} parameters, penalty {float(spline_penalty(model)):.4f}")
+print(f"{sum(p.numel() for p in spline_parameters(model))} parameters, penalty {float(spline_penalty(model)):.1e}")
 assert splines_of(model).keys() == splines.keys()
 
 # %% As a function

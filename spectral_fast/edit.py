@@ -72,11 +72,9 @@ def edit_adapter(
     Source: Tian et al., "Spectral Surgery", arXiv:2603.03995.
 
     Example:
-        >>> from spectral_fast import Adapter, embedded
-        >>> adapter = Adapter.open(embedded.adapter_dir())
-
-        >>> from spectral_fast import edit_adapter
+        >>> from spectral_fast import Adapter, edit_adapter, embedded
         >>> from spectral_fast.policies import RandomIndex  # the control, which needs no sensitivities
+        >>> adapter = Adapter.open(embedded.adapter_dir())
         >>> edited = edit_adapter(adapter, RandomIndex(seed=1), "control", modules=adapter.select(("o_proj",)))
         >>> module = edited["base_model.model.model.layers.0.self_attn.o_proj"]
         >>> module.s.shape, module.edit.s_new.shape

@@ -134,9 +134,8 @@ def prune_adapter(
 
     Example:
         >>> from spectral_fast import Adapter, embedded
-        >>> adapter = Adapter.open(embedded.adapter_dir())
-
         >>> from spectral_fast.toolbox import PruneOptions, prune_adapter
+        >>> adapter = Adapter.open(embedded.adapter_dir())
         >>> pruned = prune_adapter(adapter, PruneOptions(keep_ratio=0.5), "pruned", compact=True)
         >>> module = pruned["base_model.model.model.layers.0.self_attn.o_proj"]
         >>> int(module.kept.sum()), module.energy_kept > 0.5

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import spectral_fast
+from spectral_fast.evaluation import HumanEvalOptions
 
 CLI = Path(spectral_fast.__file__).parent / "cli"
 
@@ -33,7 +34,7 @@ FUNCTIONS = {
     "eval-humaneval": ("spectral_fast", "evaluate_adapters"),
     "lm-eval": ("spectral_fast.evaluation", "run_lm_eval"),
     "sweep": ("spectral_fast.sweep", "run_sweep"),
-    "ranks": ("spectral_fast.allocation", "allocate"),  # what get_adaptive_lora_config is made of
+    "ranks": ("spectral_fast", "get_adaptive_lora_config"),
     "train": ("spectral_fast.training", "train"),
     "analyze": ("spectral_fast.report.gated", "analyze"),
     "toy": ("spectral_fast.study", "run_toy"),
@@ -44,6 +45,8 @@ FUNCTIONS = {
     "bench": ("spectral_fast.bench.run", "run"),
     "info": ("spectral_fast.environment", "describe"),
 }
+# Where a command tells more than the function returns, it calls what that is made of.
+PARTS = {"ranks": "allocate"}
 OF_THE_SHELL = {"completion"}
 
 
@@ -77,14 +80,23 @@ def test_a_command_does_its_work_by_the_function_that_python_has(command: str) -
         for node in ast.walk(call.func)
         if isinstance(node, ast.Name)
     }
-    assert name in used, f"{own.name} does not call {module}.{name}"
+    part = PARTS.get(command, name)
+    assert part in used, f"{own.name} does not call {part}"
     function: Any = getattr(import_module(module), name)
+    assert part == name or part in function.__code__.co_names, f"{name} does not call {part}"
     assert inspect.getdoc(function)
     hints = typing.get_type_hints(inspect.unwrap(function))
     signature = inspect.signature(function)
     assert {*signature.parameters, "return"} <= hints.keys()
     paths = [hint for parameter, hint in hints.items() if parameter in ("out_dir", "base_model", "lora_dir", "output")]
     assert all(hint == Path | str for hint in paths), "a user has paths as text, too"
+
+
+@pytest.mark.parametrize("asked", [{"options": HumanEvalOptions()}, {"profile": "greedy_code"}])
+def test_programs_that_a_model_wrote_are_not_run_unless_that_is_said(tmp_path: Path, asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="say allow_code_execution to allow it"):
+        spectral_fast.evaluate_adapters("no such model", {None: None}, tmp_path / "out", **asked)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_public_is_what_is_promised() -> None:

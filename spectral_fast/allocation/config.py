@@ -205,6 +205,9 @@ def get_adaptive_lora_config(
             (`sensitivity_scores`), the layers to choose among are those that were probed, and no spectra are taken.
         device: where spectra are computed.
 
+    Returns:
+        Ranks and alphas by module, as `lora_config` hands them to PEFT, and the table of all layers.
+
     Raises:
         ValueError: no layer is selected, the budget cannot be met, or a preset is given with sensitivities.
 

@@ -124,14 +124,18 @@ def probe(
         work_dir: folder for the files of a streamed run, see `work_folder`; the caller discards it when the result is
             safe. By default a temporary one, with which a run cannot be resumed.
 
+    Returns:
+        s and g (float64) of shape (r,) per module, with g of each sample, (samples, r) float32, and a record of
+        adapter, data, model, versions and of how certain the choice of directions is.
+
     Raises:
         FileNotFoundError, ValueError: as `load_model`, `load_examples` and `calibrate`.
 
-    Example:
-        >>> from spectral_fast import Adapter, embedded
-        >>> adapter = Adapter.open(embedded.adapter_dir())
+    Source: Tian et al., "Spectral Surgery", arXiv:2603.03995. Cost: a forward and a backward pass per sample.
 
-        >>> from spectral_fast import CalibrationOptions, probe
+    Example:
+        >>> from spectral_fast import Adapter, CalibrationOptions, embedded, probe
+        >>> adapter = Adapter.open(embedded.adapter_dir())
         >>> data = CalibrationOptions(calib_data=str(embedded.calibration_file()), calib_samples=4)
         >>> sensitivity = probe(adapter, adapter.select(("o_proj",)), embedded.base_model_dir(), data)
         >>> sensitivity.record["samples_used"], len(sensitivity.modules)

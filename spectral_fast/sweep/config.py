@@ -150,6 +150,13 @@ def parse(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 def load_configs(path: Path | str, defaults: Mapping[str, Any] | None = None) -> list[Config]:
     """All configurations of a file, checked; see `read_configs` and `parse`.
 
+    Args:
+        path: JSON lines, a configuration each; or YAML, where lists stand for each of their items.
+        defaults: values for keys that a configuration does not have.
+
+    Returns:
+        One per configuration, in the file's order, combinations of a grid spelt out.
+
     Raises:
         FileNotFoundError, ValueError: naming up to five of the configurations that are wrong.
 

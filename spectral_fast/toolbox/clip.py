@@ -89,9 +89,8 @@ def clip_adapter(
 
     Example:
         >>> from spectral_fast import Adapter, embedded
-        >>> adapter = Adapter.open(embedded.adapter_dir())
-
         >>> from spectral_fast.toolbox import ClipOptions, clip_adapter
+        >>> adapter = Adapter.open(embedded.adapter_dir())
         >>> clipped = clip_adapter(adapter, ClipOptions(multiple=10), "clipped")
         >>> module = clipped["base_model.model.model.layers.0.mlp.down_proj"]
         >>> len(module.clipped), round(module.limit, 2), round(module.error, 2)

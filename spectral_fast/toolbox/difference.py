@@ -100,14 +100,16 @@ def compare_adapters(
         directions: how many of the largest singular directions the overlaps are of; fewer where the rank is smaller.
         progress: wraps the list of modules.
 
+    Returns:
+        What differs: module by module, in other tensors, and in the configurations.
+
     Raises:
         ValueError: factors that are not finite, named; directions below 1.
 
     Example:
         >>> from spectral_fast import Adapter, embedded
-        >>> adapter = Adapter.open(embedded.adapter_dir())
-
         >>> from spectral_fast.toolbox import compare_adapters
+        >>> adapter = Adapter.open(embedded.adapter_dir())
         >>> difference = compare_adapters(adapter, adapter)
         >>> {module.relative for module in difference.modules.values()}, difference.config
         ({0.0}, {})

@@ -73,9 +73,8 @@ def export_adapter(
 
     Example:
         >>> from spectral_fast import Adapter, embedded
-        >>> adapter = Adapter.open(embedded.adapter_dir())
-
         >>> from spectral_fast.toolbox import export_adapter
+        >>> adapter = Adapter.open(embedded.adapter_dir())
         >>> baked = export_adapter(adapter, "plain", rank=64)  # for a loader that knows rank 64 only
         >>> plain = Adapter.open("plain")
         >>> plain.config["r"], plain.config["lora_alpha"], max(module.error for module in baked.values())

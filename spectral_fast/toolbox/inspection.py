@@ -123,9 +123,8 @@ def inspect_adapter(
 
     Example:
         >>> from spectral_fast import Adapter, embedded
-        >>> adapter = Adapter.open(embedded.adapter_dir())
-
         >>> from spectral_fast.toolbox import inspect_adapter
+        >>> adapter = Adapter.open(embedded.adapter_dir())
         >>> found = inspect_adapter(adapter)["base_model.model.model.layers.0.mlp.down_proj"]
         >>> found.s.shape, round(float(found.s[0]), 2), found.row()["rank_90"]
         ((32,), 2.63, 6)

@@ -134,9 +134,8 @@ def resize_adapter(
 
     Example:
         >>> from spectral_fast import Adapter, embedded
-        >>> adapter = Adapter.open(embedded.adapter_dir())
-
         >>> from spectral_fast.toolbox import ResizeOptions, resize_adapter
+        >>> adapter = Adapter.open(embedded.adapter_dir())
         >>> resized = resize_adapter(adapter, ResizeOptions(energy=0.9), "small")
         >>> module = resized["base_model.model.model.layers.0.mlp.down_proj"]
         >>> module.r, module.kept, module.error < 0.1**0.5  # the error of leaving out 10 % of the energy

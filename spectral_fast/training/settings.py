@@ -84,6 +84,9 @@ def load(config: Path | str | None, flags: Mapping[str, Any] | None = None, word
         flags: those of the classes in `SECTIONS`, parsed.
         words: the rest of the command line: fields of TRL's SFTConfig as flags.
 
+    Returns:
+        Everything that `train` needs, checked.
+
     Raises:
         FileNotFoundError: there is no such file.
         RuntimeError: TRL is not installed.

@@ -119,6 +119,9 @@ def extract_adapter(
         resume: go on with what is in `work_dir`.
         progress: wraps the list of layers.
 
+    Returns:
+        Ranks and measured errors by module; what was equal, saved in full, or lost.
+
     Raises:
         FileNotFoundError: a model is not to be had, or not as safetensors.
         ValueError: no layer differs; what changed is not finite, or leaves the dtype's range; a model is quantised,

@@ -88,9 +88,8 @@ def merge_adapters(
 
     Example:
         >>> from spectral_fast import Adapter, embedded
-        >>> adapter = Adapter.open(embedded.adapter_dir())
-
         >>> from spectral_fast.toolbox import MergeOptions, merge_adapters
+        >>> adapter = Adapter.open(embedded.adapter_dir())
         >>> merged = merge_adapters([adapter, adapter], [0.5, 0.5], MergeOptions(method="svd", rank=32), "merged")
         >>> max(module.error for module in merged.values()) < 1e-6  # of rank 64, half is the same again
         True
