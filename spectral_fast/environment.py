@@ -35,7 +35,7 @@ VARIABLES = {
     "LOCAL_WORLD_SIZE": "how many processes share the machine's memory, with --stream on a CPU",
     "MASTER_ADDR": "address at which the processes meet",
     "MASTER_PORT": "port at which they meet",
-    "VLLM_GPU_MEMORY_UTILIZATION": "share of GPU memory for vLLM, where --gpu_memory_utilization is not given",
+    "VLLM_GPU_MEMORY_UTILIZATION": "share of a GPU's memory that vLLM takes; --gpu_memory_utilization wins",
     "VLLM_CPU_KVCACHE_SPACE": "GiB for vLLM's keys and values on a CPU; otherwise derived from the free memory",
     "VLLM_ENFORCE_EAGER": "1: as --enforce_eager",
     "VLLM_LOGGING_LEVEL": "of vLLM; WARNING if not set",

@@ -74,6 +74,8 @@ def test_all_that_lies_in_the_folder_is_carried_with_its_mode(tmp_path: Path) ->
         (path / skipped / "x").touch()
     (path / ".gitattributes").touch()
     expected = {name: content for name, content in files(path).items() if not name.startswith((".git/", ".cache/"))}
+    for evaluation in ("eval_config.json", "gsm8k_predictions.jsonl", "samples_lora.jsonl", "per_problem_lora.json"):
+        (path / evaluation).touch()
     adapter = Adapter.open(path)
     adapter.write(tmp_path / "out", everything(adapter))
     assert files(tmp_path / "out") == expected
