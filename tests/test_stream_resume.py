@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from stream_models import family_model, ragged_samples, save_adapter, save_in_shards
@@ -94,13 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_g(folder: Path) -> None:
     cases = ["0,1000000000", "0,5", "0,6", "1000000000,7"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, str(folder), *cases],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forked.run(KILLED, str(folder), *cases)
     assert done.returncode == 0, done.stderr[-2000:]
     deaths = [int(line) for line in done.stdout.split()]
     assert deaths[0] == 0
