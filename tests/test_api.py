@@ -44,9 +44,10 @@ FUNCTIONS = {
     "demo": ("spectral_fast.demo", "run_demo"),
     "bench": ("spectral_fast.bench.run", "run"),
     "info": ("spectral_fast.environment", "describe"),
+    "push": ("spectral_fast", "push_to_hub"),
 }
 # Where a command tells more than the function returns, it calls what that is made of.
-PARTS = {"ranks": "allocate"}
+PARTS = {"ranks": "allocate", "push": "Publication"}
 OF_THE_SHELL = {"completion"}
 
 

@@ -269,6 +269,7 @@ def _within(content: Any) -> Iterator[str]:
         ["info"],
         ["lm-eval", "--base_model", "base", "--lora_dir", "adapter", "--dry_run"],
         ["completion", "bash"],
+        ["push", "--lora_dir", "adapter", "--repo_id", "ORG/NAME", "--dry_run"],
     ],
     ids=lambda words: words[0],
 )
@@ -279,4 +280,4 @@ def test_other_commands_write_nothing(words: list[str], tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main(words) == 0
     assert sorted(tmp_path.rglob("*")) == before
-    assert set(COMMANDS) == {*WRITERS, "bench", "diff", "info", "lm-eval", "completion"}
+    assert set(COMMANDS) == {*WRITERS, "bench", "diff", "info", "lm-eval", "completion", "push"}

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from spectral_fast.adapter import Adapter
 from spectral_fast.publish.paths import quoted_without_paths, without_paths
 
@@ -87,6 +85,8 @@ class SourceCard:
 
 
 def _parted(content: str) -> tuple[dict[str, Any], str, list[str]]:
+    import yaml
+
     front = _FRONT.match(content)
     if front is None:
         return {}, content, []

@@ -9,8 +9,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spectral_fast.publish.paths import hub_name, in_command
 from spectral_fast.publish.records import HUB_NAMES, Made, read_record
 from spectral_fast.training.folder import FINAL, PARAMETERS
@@ -61,6 +59,8 @@ def _described(record: Mapping[str, Any]) -> Made:
     data = record["data_args"]["train_dataset_path"]
     facts = {name: ", ".join(f"{k} = {v}" for k, v in values.items()) for name, values in config.items() if values}
     config["training"]["output_dir"] = "./trained"
+    import yaml
+
     text = yaml.safe_dump({name: values for name, values in config.items() if values}, sort_keys=False)
     commands = (
         f"cat > train.yaml <<'END'\n{text}END\n{shlex.join(['spectral-fast', 'train', '--config', 'train.yaml'])}"
