@@ -90,7 +90,8 @@ def test_a_command_does_its_work_by_the_function_that_python_has(command: str) -
     signature = inspect.signature(function)
     assert {*signature.parameters, "return"} <= hints.keys()
     paths = [hint for parameter, hint in hints.items() if parameter in ("out_dir", "base_model", "lora_dir", "output")]
-    assert all(hint == Path | str for hint in paths), "a user has paths as text, too"
+    # The base model of push is a name on the hub.
+    assert command == "push" or all(hint == Path | str for hint in paths), "a user has paths as text, too"
 
 
 @pytest.mark.parametrize("asked", [{"options": HumanEvalOptions()}, {"profile": "greedy_code"}])
