@@ -9,7 +9,7 @@ import subprocess
 from typing import Any
 
 from spectral_fast.cli.common import add_command, add_model_flags
-from spectral_fast.options import take
+from spectral_fast.usage import take
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

@@ -76,7 +76,7 @@ def evaluate(
 
 def evaluate_adapters(
     base_model: str,
-    adapters: Mapping[str | None, Path],
+    adapters: Mapping[str | None, Path | None],
     out_dir: Path,
     model_options: ModelOptions,
     options: EvaluationOptions,
@@ -91,7 +91,8 @@ def evaluate_adapters(
 
     Args:
         base_model: folder or hub name.
-        adapters: variant -> adapter folder; the variant becomes part of the file names, None of a single one is none.
+        adapters: variant -> adapter folder, or None for the base model alone. The variant becomes part of the file
+            names; that of a single one may be None.
         out_dir: folder for predictions and settings, see `Gsm8k.record`.
         model_options: device, dtype and source of the base model.
         options: problems and decoding.
