@@ -42,10 +42,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "eval",
         _run,
         "accuracy on GSM8K or on questions of your own",
-        "Lets a model with an adapter solve problems, and tells how many answers are right, with the standard error."
-        " The problems are those of GSM8K or of a file with question and answer; a profile is a fixed way to ask, so"
-        " that results can be compared, and two profiles are of HumanEval. Costs the generation of all answers: vLLM"
-        " where it is installed, else transformers. To compare many adapters: `sweep`.",
+        "Lets a model, with an adapter or alone, solve problems, and tells how many answers are right, with the "
+        "standard error. The problems are those of GSM8K or of a file with question and answer; a profile is a fixed "
+        "way to ask, so that results can be compared, and two profiles are of HumanEval. Costs the generation of all "
+        "answers: vLLM where it is installed, else transformers. To compare many adapters: `sweep`.",
         examples=[
             "spectral-fast eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --eval_profile paper_math",
             "spectral-fast eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --out_dir ./evaluated "
