@@ -76,6 +76,7 @@ def check_out_dir(
             raise ValueError(
                 f"out_dir {out} and the source {origin} must not contain each other; choose another out_dir"
             )
+    check_parents(out)
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "out_dir is a file; choose another one", str(out))
     if os.path.ismount(out):
@@ -90,6 +91,17 @@ def check_out_dir(
                 str(out),
             )
     return out
+
+
+def check_parents(path: Path) -> None:
+    """Refuses a folder that could only be inside a file.
+
+    Raises:
+        NotADirectoryError: naming both.
+    """
+    for parent in path.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(f"{parent} is a file, and cannot hold the folder {path}; choose another one")
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, TypeVar
 
+from spectral_fast import options
 from spectral_fast.policies import Policy
+
+T = TypeVar("T")
 
 
 class UsageError(Exception):
     """A combination of flags that cannot be meant."""
+
+
+def take(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
+    """As `options.take`, of a command line: values that cannot be, or not together, are a `UsageError`."""
+    try:
+        return options.take(cls, given, prefix)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

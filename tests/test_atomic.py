@@ -122,7 +122,7 @@ def test_a_file_is_refused(out: Path) -> None:
 
 def test_a_file_in_the_way_of_a_parent_is_named(out: Path) -> None:
     out.write_text("precious")
-    refused(out / "deeper", OSError, str(out))
+    refused(out / "deeper", NotADirectoryError, f"{out} is a file, and cannot hold the folder")
     assert out.read_text() == "precious"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -148,8 +149,10 @@ def test_a_killed_probe_goes_on_only_when_it_shall(
 
     argv = ["probe", *BASE, *LORA, *DATA, "--out_dir", tmp_path / "out", "--stream"]
     with monkeypatch.context() as killed:
-        killed.setattr(_Sweeps, "_loss", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert run(capsys, *argv)[0] == 130
+        killed.setattr(_Sweeps, "_loss", lambda *_: signal.raise_signal(signal.SIGTERM))
+        status, _, err = run(capsys, *argv)
+    assert status == 143
+    assert err.endswith("half-written. The same command with --resume goes on from here.\n")
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
     status, _, err = run(capsys, *argv)
     assert status == 1
@@ -220,7 +223,8 @@ def test_a_broken_adapter_is_refused_without_a_traceback_and_nothing_is_written(
         (["--calib_data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--question_column", "problem"], "no problem"),
         (["--target_modules", "gate_proj"], "the adapter has"),
-        (["--layer_min", "9"], "the adapter has"),
+        (["--layer_min", "9"], "from layer 9 on; the adapter has"),
+        (["--layer_min", "8", "--layer_max", "9"], "in layers 8 to 9; the adapter has"),
         (["--base_model", "no/such/model/anywhere"], "cannot load base model"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--messages_column", "answer"], "row 0"),
@@ -366,6 +370,16 @@ def test_flags_without_effect_are_said_and_not_recorded(
         assert f"{flag} has no effect here" in err
     meta = json.loads((tmp_path / "out" / "spectral_edit_meta.json").read_text())["meta"]
     assert (meta["base_model"], meta["calib_samples"]) == (BASE[1], 4)
+
+
+@pytest.mark.parametrize("command", [["edit", *LORA], ["sweep", "grid.yaml"], ["eval", *BASE, "--base_only"]])
+def test_a_folder_inside_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    (tmp_path / "letter.txt").touch()
+    status, _, err = run(capsys, *command, "--out_dir", tmp_path / "letter.txt" / "deep" / "out")
+    assert status == 1
+    assert f"{tmp_path / 'letter.txt'} is a file, and cannot hold the folder" in err
 
 
 def test_a_second_weight_file_is_not_left_beside_the_edited_one(

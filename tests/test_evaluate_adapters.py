@@ -48,6 +48,21 @@ def test_eval_scores_an_adapter_and_records_how(tmp_path: Path, capsys: pytest.C
     assert config["meta"]["config_src"]["sha256"].startswith("44136fa355b3678a")  # of {}
 
 
+def test_eval_of_the_base_model_alone_needs_no_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = ["--eval_data", HELDOUT, "--fewshot", "0", "--max_samples", "2", "--max_tokens", "4", "--max_loras", "3"]
+    assert main(["eval", *BASE, "--base_only", *task, "--engine", "transformers"]) == 0
+    assert "--max_loras has no effect: the engine is transformers" in capsys.readouterr().err
+    assert json.loads((tmp_path / "eval_config.json").read_text())["meta"]["lora_dir"] is None
+    for which in ([], ["--base_only", "--lora_dir", ADAPTER]):
+        with pytest.raises(SystemExit) as ended:
+            main(["eval", *BASE, *which])
+        assert ended.value.code == 2
+        assert "give --lora_dir for an adapter, or --base_only for the base model" in capsys.readouterr().err
+
+
 def test_edit_can_evaluate_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = ["--eval_gsm8k", "--eval_data", HELDOUT, "--eval_fewshot", "0", "--eval_max_samples", "4"]
     edit = ["edit", *BASE, "--lora_path", ADAPTER, "--mode", "random_index", "--eval_max_tokens", "110"]

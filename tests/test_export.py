@@ -157,8 +157,9 @@ def test_the_command_clips_and_says_what_it_did(tmp_path: Path, capsys: pytest.C
     meta = json.loads((tmp_path / "out" / clip.META).read_text())
     assert meta["modules"] == result["clipped"]
     assert meta["meta"]["multiple"] == 20
-    assert main([*argv, "--overwrite", "--multiple", "0.5"]) == 1
-    assert "multiple must be in [1, inf]" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*argv, "--overwrite", "--multiple", "0.5"])
+    assert "--multiple: must be in [1, inf]" in capsys.readouterr().err
 
 
 def test_thousands_of_modules_are_exported_and_clipped(tmp_path: Path) -> None:

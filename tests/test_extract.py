@@ -349,4 +349,7 @@ def test_the_command_tells_what_it_found_and_keeps_nothing_else(
     with pytest.raises(SystemExit):
         main(command[:-2])
     assert "give one of rank, energy and error" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--max_rank", "8"])
+    assert "--max_rank is for --energy and --error" in capsys.readouterr().err
     assert extraction.META == META

@@ -114,10 +114,8 @@ def test_ranks_come_from_what_probe_wrote(tmp_path: Path, capsys: pytest.Capture
     ("flags", "message"),
     [
         (["--budget_params", 10], "a budget of 10 parameters cannot be met: the 14 selected layers take"),
-        (["--budget_params", 10, "--budget_uniform_rank", 3], "exclude each other"),
         (["--layer_selection_percentile", 0.01], "of 29 layers is none"),
         (["--target_modules", "qkv"], "no layer is called qkv; the model has down_proj, gate_proj"),
-        (["--minimum_rank", 9, "--maximum_rank", 8], "minimum_rank must not be above maximum_rank"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
     ],
 )
@@ -127,6 +125,24 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     status, _, err = run(capsys, *BASE, "--out_dir", tmp_path / "ranks", *flags)
     assert status == 1
     assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budget_params", "10", "--budget_uniform_rank", "3"], "exclude each other"),
+        (["--minimum_rank", "9", "--maximum_rank", "8"], "minimum_rank must not be above maximum_rank"),
+        (["--maximum_rank", str(10**25)], "--maximum_rank: must be in [1, 65536]"),
+    ],
+)
+def test_flags_that_cannot_be_are_a_wrong_command_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*BASE, "--out_dir", str(tmp_path / "ranks"), *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

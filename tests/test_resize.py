@@ -262,6 +262,23 @@ def test_what_cannot_be_resized_is_refused_and_nothing_is_written(tmp_path: Path
         resize_adapter(source, rank, out)
 
 
+def test_the_command_resizes_what_was_probed_and_says_how_much_was_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Adapter.open(embedded.adapter_dir())
+    measured = sensitivities(source)
+    some = {name: x for name, x in measured.modules.items() if name.endswith("o_proj")}
+    (tmp_path / "probed").mkdir()
+    Sensitivity(some, measured.record).save(tmp_path / "probed")
+    argv = ["resize", "--lora_path", str(source.path), "--sensitivity", str(tmp_path / "probed"), "--rank", "4"]
+    assert main([*argv, "--out_dir", str(tmp_path / "out")]) == 0
+    assert "16 modules were not probed, and keep their ranks" in capsys.readouterr().err
+    ranks = {name: module.r for name, module in Adapter.open(tmp_path / "out").modules.items()}
+    assert ranks == {name: 4 if name in some else module.r for name, module in source.modules.items()}
+    assert main([*argv, "--out_dir", str(tmp_path / "all"), "--target_modules", "all-linear"]) == 1
+    assert "lack 16 of the selected modules" in capsys.readouterr().err
+
+
 def test_the_command_resizes_and_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora, out = str(embedded.adapter_dir()), str(tmp_path / "out")
     argv = ["resize", "--lora_path", lora, "--out_dir", out, "--rank", "8", "--target_modules", "o_proj", "q_proj"]

@@ -156,14 +156,16 @@ def test_a_matrix_of_zeros_has_no_error_but_beside_random_factors() -> None:
     ("argv", "message"),
     [
         (["--ranks", "0"], "ranks must be one or more, each at least 1; got 0"),
-        (["--trials", "1"], "trials must be in [2, inf]; got 1"),
-        (["--n", "0"], "n must be in [1, inf]; got 0"),
+        (["--trials", "1"], "--trials: must be in [2, inf]; got 1"),
+        (["--n", "0"], "--n: must be in [1, inf]; got 0"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
 ) -> None:
-    assert main(["toy", "--outdir", str(tmp_path / "out"), *argv]) == 1
+    with pytest.raises(SystemExit) as ended:
+        main(["toy", "--outdir", str(tmp_path / "out"), *argv])
+    assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -326,7 +328,6 @@ def test_no_picture_is_drawn_of_a_matrix_with_nan(tmp_path: Path, capsys: pytest
             "'nowhere.weight' is no two-dimensional parameter",
         ),
         (["--max_elems", "1", "--run_experiment"], "at most --max_elems 1 elements"),
-        (["--rank", "0"], "rank must be in [1, inf]; got 0"),
         (["--model", "no/such/model/anywhere"], "cannot load base model"),
     ],
 )

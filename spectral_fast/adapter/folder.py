@@ -34,6 +34,7 @@ _NOT_CONTENT = (
     *(".git", ".cache", "eval_config*.json", "gsm8k_predictions*.jsonl", "metrics_gsm8k.json"),
     *("samples_lora.jsonl*", "raw_generations_lora.jsonl", "per_problem_lora.json"),
 )
+ALL_LAYERS = 10**9  # as the last layer: no limit
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -118,7 +119,7 @@ class Adapter:
         self,
         target_modules: Sequence[str] = ("down_proj", "o_proj"),
         layer_min: int = 0,
-        layer_max: int = 10**9,
+        layer_max: int = ALL_LAYERS,
     ) -> list[LoraModule]:
         """The modules whose last name component is a target, in the layers layer_min to layer_max inclusive.
 
@@ -142,9 +143,10 @@ class Adapter:
         chosen = [module for module in self.modules.values() if _component(module) in wanted and in_range(module)]
         if not chosen:
             has = ", ".join(f"{name} ({count})" for name, count in components.items()) or "no editable module"
+            where = f"from layer {layer_min} on" if layer_max == ALL_LAYERS else f"in layers {layer_min} to {layer_max}"
             raise ValueError(
-                f"no module of {self.path} is among target_modules {' '.join(target_modules)} in layers "
-                f"{layer_min} to {layer_max}; the adapter has {has}{self._carried_in_short()}"
+                f"no module of {self.path} is among target_modules {' '.join(target_modules)} {where}; the adapter "
+                f"has {has}{self._carried_in_short()}"
             )
         for name in target_modules:
             if name in wanted - set(components):

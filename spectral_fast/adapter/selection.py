@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from spectral_fast.adapter.folder import Adapter
+from spectral_fast.adapter.folder import ALL_LAYERS, Adapter
 from spectral_fast.adapter.naming import LoraModule
 from spectral_fast.options import check, option
 
@@ -16,7 +16,7 @@ class SelectionOptions:
 
     target_modules: tuple[str, ...] = option(("down_proj", "o_proj"), "last name components, or all-linear")
     layer_min: int = option(0, "first layer, inclusive", low=0)
-    layer_max: int = option(10**9, "last layer, inclusive", low=0, shown="the last")
+    layer_max: int = option(ALL_LAYERS, "last layer, inclusive", low=0, shown="the last")
     adapter_name: str | None = option(None, "which adapter, if the weight file's keys name several")
     include_conv: bool = option(False, "take LoRA on convolutions, too; it cannot be probed")
     include_embedding: bool = option(False, "take LoRA on embeddings, too; it cannot be probed")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spectral_fast._version import __version__
+from spectral_fast.atomic import check_parents
 from spectral_fast.calibration.ranks import launched
 from spectral_fast.cli import (
     active_channels,
@@ -97,6 +98,8 @@ def _run(args: argparse.Namespace) -> int:
 
         print(args.parser.config_text(args) if args.parser.config_text else as_config(args.parser, args), end="")
         return 0
+    if getattr(args, "out_dir", None) is not None:
+        check_parents(args.out_dir)
     done = args.run(args)
     if done is None:  # a rank that another speaks for
         return 0

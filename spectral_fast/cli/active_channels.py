@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import add_command, add_model_flags
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
-from spectral_fast.usage import UsageError, check_inputs_kept
+from spectral_fast.usage import UsageError, check_inputs_kept, take
 
 _WRITES = {
     "active_channels.csv": "a prediction per row: block, layer, part (ffn, qk, vo), sparsity (share left out), "

@@ -8,8 +8,9 @@ from typing import Any
 
 from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command, warn
 from spectral_fast.cli.outputs import COPY
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.usage import take
 
 _WRITES = {
     **COPY,

@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectral_fast.adapter.selection import SelectionOptions
+from spectral_fast.atomic import replace_file
 from spectral_fast.cli.parser import STATUSES, Parser
-from spectral_fast.options import add_flags, option, take
+from spectral_fast.options import add_flags, option
 from spectral_fast.progress import bar
-from spectral_fast.usage import UsageError
+from spectral_fast.usage import UsageError, take
+
+if TYPE_CHECKING:
+    from spectral_fast.evaluation.engines import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,35 @@ def add_result_flags(parser: argparse.ArgumentParser, out_dir: str) -> None:
     )
 
 
+def add_subject_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of what is evaluated: an adapter, or the base model alone."""
+    parser.add_argument("--lora_dir", help="adapter: a folder or a Hugging Face name")
+    parser.add_argument("--base_only", action="store_true", help="evaluate the base model alone")
+
+
+def subject(args: argparse.Namespace) -> Path | None:
+    """Folder of the adapter that is evaluated; None for the base model alone.
+
+    Raises:
+        UsageError: both are given, or none.
+    """
+    from spectral_fast.adapter import resolve
+
+    if args.base_only != (args.lora_dir is None):
+        raise UsageError("give --lora_dir for an adapter, or --base_only for the base model, and not both")
+    return None if args.base_only else resolve(args.lora_dir, getattr(args, "cache_dir", None))
+
+
+def warn_of_engine(args: argparse.Namespace, options: EngineOptions, prefix: str = "") -> None:
+    """Warn about flags of the engine that is not taken."""
+    from spectral_fast.evaluation.engines.options import TRANSFORMERS_ONLY, VLLM_ONLY
+
+    engine = options.chosen()
+    others = VLLM_ONLY if engine == "transformers" else TRANSFORMERS_ONLY
+    given = [f"{prefix}{name}" for name in others if f"{prefix}{name}" in vars(args)]
+    warn(f"--{name} has no effect: the engine is {engine}" for name in given)
+
+
 def config_source(args: argparse.Namespace) -> dict[str, Any]:
     """What a record says of --config_src; nothing if it is not given."""
     from spectral_fast.provenance import sha256_file
@@ -140,7 +173,7 @@ def write_result(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """The result in the file --out_json, if it is given."""
     if args.out_json is not None:
         args.out_json.parent.mkdir(parents=True, exist_ok=True)
-        args.out_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        replace_file(args.out_json, json.dumps(result, indent=2) + "\n")
 
 
 def add_calibration_flags(parser: argparse.ArgumentParser) -> None:

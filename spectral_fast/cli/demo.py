@@ -30,7 +30,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "probe, edit and evaluate on a tiny built-in model",
         "Does the main job on the model inside the package: probes its adapter on 32 problems, edits it, makes two "
         "random controls, solves 512 held-out problems with each, and writes a report. Needs no GPU and no network; "
-        "some minutes on two cores, seconds with few --max_samples.",
+        "about 100 s of one core, a tenth of it with few --max_samples.",
         examples=[
             "spectral-fast demo",
             "spectral-fast demo --max_samples 16 --out_dir ./quick-demo",

@@ -17,13 +17,14 @@ from spectral_fast.cli.common import (
     discard_work,
     run_probe,
     warn,
+    warn_of_engine,
     work_dir,
 )
 from spectral_fast.cli.outputs import COPY, GSM8K, UNFINISHED
-from spectral_fast.options import add_flags, flag_name, take
+from spectral_fast.options import add_flags, flag_name
 from spectral_fast.policies import POLICIES, Policy
 from spectral_fast.progress import bar, counter
-from spectral_fast.usage import UsageError, check_inputs_kept, check_report, check_stream, unused
+from spectral_fast.usage import UsageError, check_inputs_kept, check_report, check_stream, take, unused
 
 SHARED_POLICY_FLAGS = {"seed"}  # accepted with every mode: the seed of the run as a whole
 
@@ -90,6 +91,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
     from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.edit import edit_adapter
+    from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.profiles import EvaluationOptions
     from spectral_fast.sensitivity import Sensitivity
 
@@ -108,6 +110,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     warn([*adapter.warnings, *unused(args, policy, needs_probe)])
     if args.eval_gsm8k:  # its mistakes are better known before the edit
         take(EvaluationOptions, vars(args), prefix="eval_").load()
+        warn_of_engine(args, take(EngineOptions, vars(args), prefix="eval_"), prefix="eval_")
     sensitivity = folder = None
     if needs_probe:
         folder = work_dir(args)

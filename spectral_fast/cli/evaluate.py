@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli import humaneval
@@ -10,14 +11,18 @@ from spectral_fast.cli.common import (
     add_command,
     add_model_flags,
     add_result_flags,
+    add_subject_flags,
     check_outputs,
     config_source,
+    subject,
     warn,
+    warn_of_engine,
     write_result,
 )
 from spectral_fast.cli.outputs import GSM8K, HUMANEVAL, OUT_JSON
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
+from spectral_fast.usage import take
 
 _WRITES = {
     **HUMANEVAL,
@@ -37,10 +42,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "eval",
         _run,
         "accuracy on GSM8K or on questions of your own",
-        "Lets a model with an adapter solve problems, and tells how many answers are right, with the standard error."
-        " The problems are those of GSM8K or of a file with question and answer; a profile is a fixed way to ask, so"
-        " that results can be compared, and two profiles are of HumanEval. Costs the generation of all answers: vLLM"
-        " where it is installed, else transformers. To compare many adapters: `sweep`.",
+        "Lets a model, with an adapter or alone, solve problems, and tells how many answers are right, with the "
+        "standard error. The problems are those of GSM8K or of a file with question and answer; a profile is a fixed "
+        "way to ask, so that results can be compared, and two profiles are of HumanEval. Costs the generation of all "
+        "answers: vLLM where it is installed, else transformers. To compare many adapters: `sweep`.",
         examples=[
             "spectral-fast eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --eval_profile paper_math",
             "spectral-fast eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --out_dir ./evaluated "
@@ -48,9 +53,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         ],
         writes=_WRITES,
     )
-    parser.add_argument("--lora_dir", required=True, help="adapter: a folder or a Hugging Face name")
+    add_subject_flags(parser)
     parser.add_argument("--eval_profile", choices=list(PROFILES), help="named settings; they win over the flags")
-    add_result_flags(parser, "folder for the results (default: the adapter's)")
+    add_result_flags(parser, "folder for the results (default: the adapter's, or .)")
     add_flags(parser.add_argument_group("task"), EvaluationOptions)
     add_flags(parser.add_argument_group("engine"), EngineOptions)
     add_model_flags(parser, base_model_required=True)
@@ -58,7 +63,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.adapter import resolve
     from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.evaluation.adapters import evaluate_adapters
     from spectral_fast.evaluation.engines import EngineOptions
@@ -70,14 +74,16 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.eval_profile is not None:
         ignored = [name for name in ("fewshot", "temperature", "max_tokens") if name in vars(args)]
         warn(f"--{name} is ignored: profile {args.eval_profile} sets it" for name in ignored)
-    folder = resolve(args.lora_dir, getattr(args, "cache_dir", None))
+    folder = subject(args)
+    engine_options = take(EngineOptions, vars(args))
+    warn_of_engine(args, engine_options)
     [result] = evaluate_adapters(
         args.base_model,
         {None: folder},
-        args.out_dir or folder,
+        args.out_dir or folder or Path(),
         take(ModelOptions, vars(args)),
         take(EvaluationOptions, vars(args)),
-        take(EngineOptions, vars(args)),
+        engine_options,
         profile=args.eval_profile,
         seed=args.seed,
         meta=config_source(args),

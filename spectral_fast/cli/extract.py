@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from spectral_fast.cli.common import add_command, warn
+from spectral_fast.cli.common import add_command, unfinished, warn
 from spectral_fast.cli.outputs import NEW_ADAPTER, UNFINISHED
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.usage import UsageError, take
 
 _SHOWN = 5  # tensors that are named; --json has all
 
@@ -78,14 +79,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.toolbox.extraction import ExtractOptions, extract_adapter
-    from spectral_fast.usage import UsageError
 
-    try:
-        options = take(ExtractOptions, vars(args))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    out_dir: Path = args.out_dir.resolve()  # "." has no name of its own
-    work = out_dir.with_name(f"{out_dir.name}.unfinished")
+    options = take(ExtractOptions, vars(args))
+    if options.rank is not None and "max_rank" in vars(args):
+        raise UsageError("--max_rank is for --energy and --error, and --rank is given; leave out one of the two")
+    work = unfinished(args.out_dir)
     try:
         found = extract_adapter(
             args.base_model,

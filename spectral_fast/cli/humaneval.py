@@ -10,15 +10,18 @@ from spectral_fast.cli.common import (
     add_command,
     add_model_flags,
     add_result_flags,
+    add_subject_flags,
     check_outputs,
     config_source,
+    subject,
     warn,
+    warn_of_engine,
     write_result,
 )
 from spectral_fast.cli.outputs import HUMANEVAL, OUT_JSON
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
-from spectral_fast.usage import UsageError
+from spectral_fast.usage import UsageError, take
 
 _WRITES = {**HUMANEVAL, **OUT_JSON}
 
@@ -46,8 +49,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         ],
         writes=_WRITES,
     )
-    parser.add_argument("--lora_dir", help="adapter: a folder or a Hugging Face name")
-    parser.add_argument("--base_only", action="store_true", help="evaluate the base model alone")
+    add_subject_flags(parser)
     code = [name for name, profile in PROFILES.items() if profile.task == "humaneval"]
     parser.add_argument("--eval_profile", choices=code, help="named settings; they win over the flags")
     add_result_flags(parser, "folder for the results (default: the adapter's, or .)")
@@ -59,7 +61,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Generate, run the tests, and write what came out; also for `eval` with a profile of HumanEval."""
-    from spectral_fast.adapter import resolve
     from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.evaluation.adapters import evaluate_adapters
     from spectral_fast.evaluation.engines import EngineOptions
@@ -71,23 +72,21 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             "HumanEval runs programs that a model has written, which may be harmful. They run confined (see "
             "spectral_fast/evaluation/sandbox); say --allow_code_execution to allow it"
         )
-    base_only = getattr(args, "base_only", False)
-    if base_only != (args.lora_dir is None):
-        raise UsageError("give --lora_dir for an adapter, or --base_only for the base model, and not both")
+    folder = subject(args)
     if args.eval_profile is not None:
         decoding = ("n_generations", "temperature", "top_p", "max_tokens", "stop_words")
         of_questions = ("fewshot", "fewshot_data", "answer_parser", "stop")  # which `eval` has
         ignored = [name for name in decoding + of_questions if name in vars(args)]
         warn(f"--{name} is ignored: profile {args.eval_profile} sets it" for name in ignored)
-    options = take(HumanEvalOptions, vars(args))
-    folder = None if base_only else resolve(args.lora_dir, getattr(args, "cache_dir", None))
+    options, engine_options = take(HumanEvalOptions, vars(args)), take(EngineOptions, vars(args))
+    warn_of_engine(args, engine_options)
     [result] = evaluate_adapters(
         args.base_model,
         {None: folder},
         args.out_dir or folder or Path(),
         take(ModelOptions, vars(args)),
         options,
-        take(EngineOptions, vars(args)),
+        engine_options,
         profile=args.eval_profile,
         seed=args.seed,
         allow_code_execution=True,

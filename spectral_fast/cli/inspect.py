@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import EveryModule, add_command, warn
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.usage import take
 
 RECORD = "inspection.json"
 _COLUMNS = {

@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from spectral_fast.cli.common import add_command, add_model_flags
-from spectral_fast.options import take
+from spectral_fast.usage import take
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

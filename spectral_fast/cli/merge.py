@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.adapter.folder import ALL_LAYERS
 from spectral_fast.cli.common import EveryModule, add_command, warn
 from spectral_fast.cli.outputs import NEW_ADAPTER
-from spectral_fast.options import add_flags, check, option, take
+from spectral_fast.options import add_flags, check, option
 from spectral_fast.progress import bar
-from spectral_fast.usage import UsageError
+from spectral_fast.usage import UsageError, take
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class MergeSelection:
         ("all-linear",), "last name components, or all-linear; others are left out"
     )
     layer_min: int = option(0, "first layer, inclusive", low=0)
-    layer_max: int = option(10**9, "last layer, inclusive", low=0, shown="the last")
+    layer_max: int = option(ALL_LAYERS, "last layer, inclusive", low=0, shown="the last")
     adapter_name: str | None = option(None, "which adapter, if the weight files' keys name several")
 
     def __post_init__(self) -> None:

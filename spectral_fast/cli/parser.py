@@ -207,4 +207,5 @@ def word_for(action: argparse.Action) -> str:
 
 def _in_usage(action: argparse.Action) -> str:
     flag = f"{action.option_strings[0]} " if action.option_strings else ""
-    return flag.strip() if action.nargs == 0 else f"{flag}{action.metavar or '|'.join(map(str, action.choices or ()))}"
+    word = str(action.metavar or "|".join(map(str, action.choices or ())))
+    return flag.strip() if action.nargs == 0 else f"{flag}{word}{' ...' * (action.nargs == '+')}"

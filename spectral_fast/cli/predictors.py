@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import add_command, warn
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.usage import take
 
 _WRITES = {
     "layer_reconstruction.csv": "a matrix per row: param, shape, skipped (if one was too large), seed, n, m, k_used, "

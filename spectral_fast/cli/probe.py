@@ -20,8 +20,7 @@ from spectral_fast.cli.common import (
     work_dir,
 )
 from spectral_fast.cli.outputs import SENSITIVITY, UNFINISHED
-from spectral_fast.options import take
-from spectral_fast.usage import check_inputs_kept, check_stream
+from spectral_fast.usage import check_inputs_kept, check_stream, take
 
 _WRITES = {**SENSITIVITY, **UNFINISHED}
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import add_command
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
+from spectral_fast.usage import take
 
 _WRITES = {
     "results.csv": "grows by a row per run: model, dataset, method, keep_ratio, lora_r, effective_r, seed, "

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import add_command, warn
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
-from spectral_fast.usage import UsageError, check_inputs_kept
+from spectral_fast.usage import UsageError, check_inputs_kept, take
 
 CSV, JSON = "ranks.csv", "ranks.json"
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command, warn
 from spectral_fast.cli.outputs import COPY
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.usage import take
 
 MANY = 2000  # modules, for which PEFT's search takes some ten minutes
 
@@ -44,7 +45,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
     add_adapter_flags(parser, "folder to write; must be new, or empty", EveryModule)
     group = parser.add_argument_group("size (one of the first five)")
     add_flags(group, ResizeOptions)
-    group.add_argument("--sensitivity", type=Path, help="folder that `probe` wrote: choose by |s g|, not by s")
+    group.add_argument(
+        "--sensitivity",
+        type=Path,
+        help="folder that `probe` wrote: choose by |s g|, not by s, in the modules that were probed",
+    )
     parser.add_argument("--cache_dir", help="cache folder for downloads from the Hugging Face hub")
     return parser
 
@@ -64,6 +69,11 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     selection = take(EveryModule, vars(args))
     adapter, modules = selection.open(resolve(args.lora_path, args.cache_dir))
     warn(adapter.warnings)
+    if sensitivity is not None and "target_modules" not in vars(args):  # of which `probe` takes fewer by default
+        probed = [module for module in modules if module.name in sensitivity.modules]
+        if probed and len(probed) < len(modules):
+            warn([f"{len(modules) - len(probed)} modules were not probed, and keep their ranks"])
+            modules = probed
     resized = resize_adapter(
         adapter,
         options,

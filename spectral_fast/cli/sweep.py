@@ -8,10 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from spectral_fast.cli.common import add_command, add_model_flags
+from spectral_fast.cli.common import add_command, add_model_flags, warn_of_engine
 from spectral_fast.cli.outputs import GSM8K, HUMANEVAL
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
+from spectral_fast.usage import take
 
 _WRITES = {
     "report.html": "tables and pictures, in one file; opens without a network",
@@ -62,6 +63,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         ],
         writes=_WRITES,
     )
+    parser.again = "The same command goes on where this one stopped."
     parser.add_argument("configs", type=Path, help=".jsonl, a configuration per line; or .yaml, where lists are grids")
     parser.add_argument("--out_dir", required=True, type=Path, help="folder of the sweep; one that was stopped goes on")
     parser.add_argument("--eval_profile", choices=list(PROFILES), help="named settings; they win over the flags")
@@ -104,7 +106,9 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     configs = load_configs(args.configs, defaults)
     if not args.allow_code_execution and any(config.task == "humaneval" for config in configs):
         raise UsageError("humaneval runs programs that a model wrote: --allow_code_execution, if that is what you want")
-    settings = Settings(args.out_dir, take(ModelOptions, given), take(EngineOptions, given), counter=counter)
+    engine_options = take(EngineOptions, given)
+    warn_of_engine(args, engine_options)
+    settings = Settings(args.out_dir, take(ModelOptions, given), engine_options, counter=counter)
     result = run_sweep(
         configs,
         settings,

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import add_command
-from spectral_fast.options import add_flags, take
+from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.usage import take
 
 _WRITES = {
     "toy_results_per_trial.csv": "a matrix per row: seed, trial, n, m, rank_requested, rank_used, k_ratio, relative "

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from spectral_fast.options import check, option
 
 ENGINES = ("auto", "vllm", "transformers")
+VLLM_ONLY = ("max_loras", "max_lora_rank", "gpu_memory_utilization", "enforce_eager")
+TRANSFORMERS_ONLY = ("batch_size",)
 
 
 @dataclass(frozen=True)
