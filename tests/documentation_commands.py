@@ -12,18 +12,17 @@ from documentation_tools import ROOT
 # right after the command's name gives way to the page's own.
 SMALLER: list[tuple[str, str]] = [
     (r"^spectral-fast eval(?= )", r"\g<0> --max_samples 4"),
-    (r"^spectral-fast sweep\b", r"\g<0> --max_samples 2 --controls 1"),
+    (r"^spectral-fast sweep\b", r"\g<0> --max_samples 2 --controls 2"),
     (r"^spectral-fast eval-humaneval\b", r"\g<0> --max_samples 2"),
     (r"--eval_profile paper_code_main\b", "--eval_profile greedy_code"),  # 50 programs of 512 tokens for each problem
     (r"^spectral-fast edit(?=.* --eval_gsm8k)", r"\g<0> --eval_max_samples 4"),
     (r"^spectral-fast train\b", r"\g<0> --max_steps 3 --per_device_train_batch_size 1 --max_length 256"),
     (r"--slora_burn_in \d+", "--slora_burn_in 1"),
-    (r"^spectral-fast demo\b", r"\g<0> --max_samples 8"),
+    (r"^spectral-fast demo\b", r"\g<0> --max_samples 4"),
     (r"^spectral-fast toy\b", r"\g<0> --trials 4"),
     (r"^spectral-fast prune-finetune\b", r"\g<0> --train_samples 32 --eval_samples 16"),
     (r"^spectral-fast lm-eval\b", r"\g<0> --dry_run"),  # lm-evaluation-harness is not installed
     (r"--nproc-per-node \d+", "--nproc-per-node 2"),
-    (r"--engine vllm\b(?!.* -- )", "--engine transformers"),  # tests/vllm has its own
     (r"--device_map auto\b", "--device cpu"),
     (r"\bbench --device interpreter\b", r"\g<0> --only spectral_linear"),  # all of it: test_bench.py
 ]
@@ -79,8 +78,6 @@ def _nothing(_: list[str]) -> str | None:
 NOT_HERE: list[tuple[str, str, Callable[[list[str]], str | None]]] = [
     (r"^make ", "its targets are run by .ci/run, or take too long", _make),
     (r"^(\S*python3? -m )?pip (install|uninstall) ", "there is no network; CI installs by the Makefile", _pip),
-    (r"^git clone ", "there is no network", _nothing),
-    (r"^python3? -m venv ", "the Makefile makes one", _nothing),
     (r"^python -m benchmarks", "measurements; make bench-smoke runs them on tiny sizes", _nothing),
     (r"--device cuda\b", "there is no GPU", flags_exist),
     (r"--load_in_4bit", "bitsandbytes is not installed", flags_exist),

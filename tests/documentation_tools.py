@@ -101,7 +101,8 @@ def program(line: str) -> str:
 
 
 def masked(line: str) -> str:
-    """A line of output with what another run or machine may change taken out: numbers, hashes, spaces."""
+    """A line of output with what another run or machine may change taken out: numbers, hashes, spaces, a place."""
+    line = re.sub(r"\b(within the|above all|below all)\b", "among", line)
     line = re.sub(r"\b[0-9a-f]{12,}\b", "0", line)
     return re.sub(r"\s+", " ", re.sub(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?", "0", line)).strip()
 

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import documentation_world as world
 import pytest
-from documentation_commands import flags_exist, made_small, not_here
+from documentation_commands import NOT_HERE, SMALLER, flags_exist, made_small, not_here
 from documentation_tools import ROOT, Block, blocks, broken_links, inline_commands, missing_lines, program
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -90,7 +90,7 @@ def perform(block: Block, page: str, folder: Path, environment: dict[str, str], 
         exec(compile(block.text, where, "exec"), {"__name__": page})
     elif block.language == "py":
         pass  # a file of the tree itself: test_worked_op.py puts it there
-    elif block.file is not None and block.language in ("yaml", "jinja"):
+    elif block.file is not None and (block.language != "json" or not (folder / block.file).exists()):
         (folder / block.file).write_text(block.text, encoding="utf-8")
     elif block.file is not None:
         absent = missing_lines(block.text, (folder / block.file).read_text(encoding="utf-8"))
@@ -133,6 +133,12 @@ def test_commands_within_the_text_have_flags_that_exist(page: Path) -> None:
 
 def test_links_lead_to_files_and_headings_that_are_there() -> None:
     assert broken_links({page: page.read_text(encoding="utf-8") for page in PAGES}) == []
+
+
+def test_every_exception_is_for_a_command_that_some_page_has() -> None:
+    commands = [command for page in PAGES for block in blocks(page.read_text("utf-8")) for command in block.commands]
+    patterns = [row[0] for row in NOT_HERE] + [row[0] for row in SMALLER]
+    assert [pattern for pattern in patterns if not any(re.search(pattern, command) for command in commands)] == []
 
 
 @pytest.mark.parametrize(
