@@ -189,9 +189,9 @@ def spline_rows(model: Model) -> Iterator[Row]:
 
 
 def _grams(modules: Sequence[Shape], r: int) -> list[Launch]:
-    from spectral_fast.kernels.lowrank_svd.gpu import grams, padded
+    from spectral_fast.kernels.lowrank_svd.gpu import filled_rank, grams
 
-    return launched(lambda: grams([empty(m, r) for m, _ in modules], [empty(r, n) for _, n in modules], padded(r)))
+    return launched(lambda: grams([empty(m, r) for m, _ in modules], [empty(r, n) for _, n in modules], filled_rank(r)))
 
 
 def look(case: Head) -> Row:

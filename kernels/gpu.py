@@ -29,7 +29,7 @@ RANKS = (16, 32, 64, 128, 256)
 FEWER_RANKS = (16, 64, 256)  # of float16, which few adapters still are
 
 
-def padded(r: int, ranks: Iterable[int] = RANKS) -> int:
+def compiled_rank(r: int, ranks: Iterable[int] = RANKS) -> int:
     """The first of the ascending ranks that holds rank r."""
     return next(rank for rank in ranks if r <= rank)
 

@@ -19,7 +19,7 @@ from spectral_fast.evaluation.comparison import compare
 from spectral_fast.evaluation.engines import EngineOptions
 from spectral_fast.evaluation.evaluate import read_correct
 from spectral_fast.evaluation.profiles import EvaluationOptions
-from spectral_fast.policies import AbsSelect
+from spectral_fast.policies import AbsSelect, hard_choice, matched_control
 from spectral_fast.progress import Counter
 from spectral_fast.sensitivity import RECORD
 from spectral_fast.statistics import Stability
@@ -67,7 +67,7 @@ def run_demo(
     folders = {"original": adapter.path, "edited": out_dir / "edited"}
     for seed in CONTROL_SEEDS:
         folder = out_dir / f"control_{seed}"
-        edit_adapter(adapter, policy.control(seed), folder, modules=modules, overwrite=overwrite)
+        edit_adapter(adapter, matched_control(policy, seed), folder, modules=modules, overwrite=overwrite)
         folders[f"random control {seed}"] = folder
     results = evaluate_adapters(
         base_model,
@@ -95,7 +95,7 @@ def run_demo(
         "evaluated on": f"{results['original']['total']} held-out problems, greedy decoding",
         "seconds": round(time.perf_counter() - began),
     }
-    stability = None if sensitivity.samples is None else Stability.of(sensitivity.samples, policy.choice())
+    stability = None if sensitivity.samples is None else Stability.of(sensitivity.samples, hard_choice(policy))
     title = "The embedded adapter, edited"
     write_report(out_dir / REPORT, title, edited, evaluation=rows, facts=facts, stability=stability)
     (out_dir / "pictures").mkdir(exist_ok=True)

@@ -141,7 +141,7 @@ def test_what_is_shipped_is_what_can_be_launched(arch: str) -> None:
     shipped = [x.variant for x in gpu.shipped(arch)]
     launched = []
     for dtype in dtypes:
-        for rank in sorted({gpu.padded(r) for r in range(1, gpu.MAX_RANK + 1)}):
+        for rank in sorted({gpu.program_rank(r) for r in range(1, gpu.MAX_RANK + 1)}):
             launched += (
                 gpu._whole_variants(arch, dtype, rank)
                 if rank in gpu._WHOLE[dtype]

@@ -125,6 +125,17 @@ def test_no_units_import_each_other_in_a_circle() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Nor for types only, and not within functions. What a package's own face hands on is asked for where it is."""
+    modules = sources(ROOT)
+    graph = {}
+    for module, file in modules.items():
+        if file.stem != "__init__":
+            named = [target for _, target in imports(module, file)]
+            graph[module] = {name for x in named for name in (x, x.rpartition(".")[0]) if name in modules} - {module}
+    TopologicalSorter(graph).prepare()
+
+
 def test_the_walk_sees_every_part_of_the_tree() -> None:
     modules = sources(ROOT)
     assert {"spectral_fast", "spectral_fast.backends", "spectral_fast.kernels.lowrank_svd.op"} <= set(modules)

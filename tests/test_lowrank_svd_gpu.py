@@ -60,7 +60,7 @@ def test_gram_matrices_of_a_gpu_are_as_good_as_float64(
 
     monkeypatch.setattr(gpu, "architecture", lambda _: arch)
     b, a = (x.to(dtype) for x in factors(length, r, length + 1, 1e3))
-    [(gram_b, gram_a)] = gpu.grams([b], [a], gpu.padded(r))
+    [(gram_b, gram_a)] = gpu.grams([b], [a], gpu.filled_rank(r))
     # A sum of 64 in order, one over the chunks and one over the pieces, each of at most so many roundoffs.
     bound = (64 + 32 + 3) * torch.finfo(torch.float64).eps / 2
     assert gram_error(gram_b, b.double().mT @ b.double()) <= 2 * bound

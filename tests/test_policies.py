@@ -12,7 +12,15 @@ import pytest
 import torch
 from policy_oracle import apply, oracle, spectra
 
-from spectral_fast.policies import POLICIES, AbsSelect, GradientDescent, RandomIndex, SmoothAbs, SpectralGate
+from spectral_fast.policies import (
+    POLICIES,
+    AbsSelect,
+    GradientDescent,
+    RandomIndex,
+    SmoothAbs,
+    SpectralGate,
+    matched_control,
+)
 
 GATE_MODES = ("abs_select", "random_index", "smooth_abs", "double_smooth", "z_score", "robust_z")
 
@@ -295,16 +303,16 @@ def test_random_index_draws_every_direction_alike() -> None:
 def test_the_control_shares_all_that_random_index_has() -> None:
     factors = {"amp_factor": 2.0, "sup_factor": 0.1, "mid_factor": 0.9}
     policy = AbsSelect(core_frac=0.3, noise_frac=0.1, min_core_k=3, preserve_energy="l2", **factors)
-    control = policy.control(seed=4)
+    control = matched_control(policy, 4)
     assert type(control) is RandomIndex
     assert asdict(control) == asdict(policy) | {"seed": 4}
     s, g = spectra()["random 64"]
     edit, random = apply(policy, s, g), apply(control, s, g)
     assert (edit.stats["k_core"], edit.stats["k_noise"]) == (random.stats["k_core"], random.stats["k_noise"])
     assert not torch.equal(edit.core, random.core)
-    assert POLICIES["gd"](preserve_energy="none").control(1) == RandomIndex(preserve_energy="none", seed=1)
-    assert POLICIES["z_score"](amp_factor=1.5).control(1) == RandomIndex(amp_factor=1.5, seed=1)
-    assert RandomIndex(seed=1, core_frac=0.5).control(2) == RandomIndex(seed=2, core_frac=0.5)
+    assert matched_control(POLICIES["gd"](preserve_energy="none"), 1) == RandomIndex(preserve_energy="none", seed=1)
+    assert matched_control(POLICIES["z_score"](amp_factor=1.5), 1) == RandomIndex(amp_factor=1.5, seed=1)
+    assert matched_control(RandomIndex(seed=1, core_frac=0.5), 2) == RandomIndex(seed=2, core_frac=0.5)
 
 
 # --- statistics ---------------------------------------------------------------------------------------------

@@ -102,9 +102,9 @@ def recomposed(dtype: torch.dtype, r: int, lengths: tuple[int, ...], wide: bool)
 
 def grams(r: int, length: int) -> Callable[[], None]:
     def run() -> None:
-        from spectral_fast.kernels.lowrank_svd.gpu import grams, padded
+        from spectral_fast.kernels.lowrank_svd.gpu import filled_rank, grams
 
-        grams([randn(length, r), randn(72, r)], [randn(r, 72), randn(r, length)], padded(r))
+        grams([randn(length, r), randn(72, r)], [randn(r, 72), randn(r, length)], filled_rank(r))
 
     return run
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from spectral_fast.policies import POLICIES, AbsSelect
+from spectral_fast.policies import POLICIES, AbsSelect, hard_choice
 from spectral_fast.statistics import Stability, agreement, as_text, bootstrap, doubling, signal, standard_error
 
 ONE_EACH = AbsSelect(core_frac=0.25, noise_frac=0.25)  # of r = 4: one core and one noise direction
@@ -240,7 +240,7 @@ def test_the_summary_and_its_line_have_the_numbers() -> None:
 def test_every_policy_has_a_choice_with_its_own_fractions(mode: str) -> None:
     policy = POLICIES[mode]()
     own = {"core_frac": 0.5} if hasattr(policy, "core_frac") else {}
-    assert POLICIES[mode](**own).choice() == AbsSelect(**own)
+    assert hard_choice(POLICIES[mode](**own)) == AbsSelect(**own)
 
 
 def test_560_modules_take_a_few_seconds_of_one_core() -> None:

@@ -252,10 +252,10 @@ def svd_launch(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     up = torch.ldexp(torch.ones_like(largest), -torch.frexp(torch.where(finite, largest, 0)).exponent // 2)
     x = (torch.where(finite[:, None, None], x, 0) * up[:, None, None] * up[:, None, None]).contiguous()
     order = torch.linalg.vector_norm(x, dim=1).argsort(dim=1, descending=True, stable=True)
-    g, v, busy = (_whole if padded(r) in _WHOLE[x.dtype] else _by_blocks)(x, order, finite)
+    g, v, busy = (_whole if program_rank(r) in _WHOLE[x.dtype] else _by_blocks)(x, order, finite)
     # Rounding of the rotations made G V's and V's columns longer alike.
     length, drift = torch.linalg.vector_norm(g, dim=2), torch.linalg.vector_norm(v, dim=2)  # (batch, R)
-    s = torch.where(length > _limits(x.dtype, padded(r))["ZERO"], length / drift, 0)
+    s = torch.where(length > _limits(x.dtype, program_rank(r))["ZERO"], length / drift, 0)
     padding = (g[:, :, r:] != 0).any(2)
     rows = torch.where(padding, -1, s).argsort(dim=1, descending=True, stable=True)[:, :r]  # (batch, r)
     s = s.gather(1, rows) / up[:, None] / up[:, None]
@@ -268,7 +268,7 @@ def svd_launch(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return u.mT, torch.where(finite[:, None], s, torch.nan), vh, status.to(torch.int32)
 
 
-def padded(r: int) -> int:
+def program_rank(r: int) -> int:
     """The rank that a kernel computes with."""
     return max(16, triton.next_power_of_2(r))
 
@@ -316,7 +316,7 @@ def _block_variant(dtype: torch.dtype, rank: int) -> Variant:
 def _whole(x: Tensor, order: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """G V and V (batch, R, R), columns as rows, and whether a matrix has not converged (batch,)."""
     count, r = x.shape[:2]
-    rank = padded(r)
+    rank = program_rank(r)
     g, v, busy = x.new_empty(count, rank, rank), x.new_empty(count, rank, rank), finite.to(torch.int32)
     triangular, rotations = _whole_variants(architecture(x.device), x.dtype, rank)
     triangular.launch((count,), x, order, g, v, r)
@@ -327,7 +327,7 @@ def _whole(x: Tensor, order: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Te
 def _by_blocks(x: Tensor, order: Tensor, finite: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `_whole`, for any rank; the QR is torch's."""
     count, r = x.shape[:2]
-    rank = padded(r)
+    rank = program_rank(r)
     columns = order[:, None, :].expand_as(x)
     q, triangle = torch.linalg.qr(x.gather(2, columns))
     v = torch.eye(rank, dtype=x.dtype, device=x.device).repeat(count, 1, 1)

@@ -149,7 +149,7 @@ def gram_variant(arch: str, flat: bool, width: int) -> Variant:
 REDUCE = Variant(reduce_kernel)
 
 
-def padded(r: int) -> int:
+def filled_rank(r: int) -> int:
     """The rank up to which a module's r × r matrices are filled: 16, 32, 64, and multiples of 64 above."""
     return next((width for width in (16, 32) if r <= width), -(-r // 64) * 64)
 
@@ -167,7 +167,7 @@ def solve(bs: Sequence[Tensor], as_: Sequence[Tensor]) -> Solved:
     """See `Solved`; one group of modules after the other is launched, and only then is anything read."""
     members = defaultdict(list)
     for i, b in enumerate(bs):
-        members[b.device, padded(b.shape[1])].append(i)
+        members[b.device, filled_rank(b.shape[1])].append(i)
     groups = []
     for (device, width), chosen in members.items():
         with current(device):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_fast.kernels.gpu import ARCHITECTURES, FEWER_RANKS, RANKS, Shipped, Variant, architecture, padded
+from spectral_fast.kernels.gpu import ARCHITECTURES, FEWER_RANKS, RANKS, Shipped, Variant, architecture, compiled_rank
 from spectral_fast.kernels.native import CODES
 from spectral_fast.kernels.pointers import (
     _INTERPRETED,
@@ -34,7 +34,7 @@ from spectral_fast.kernels.pointers import (
 )
 
 if TYPE_CHECKING:
-    from spectral_fast.kernels.recompose.op import Product
+    from spectral_fast.kernels.recompose.product import Product
 
 # Dtypes whose sums may be taken in float32; all else is summed in float64.
 NARROW = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -207,7 +207,7 @@ def _on_device(products: Sequence[Product], device: torch.device) -> Tensor:
     for i, (basis, transform, _, out, flat, wide) in enumerate(products):
         narrow = not wide and basis.dtype == out.dtype and basis.dtype in NARROW
         dtype = basis.dtype if narrow else None
-        groups[dtype, flat, padded(max(transform.shape), _ranks(dtype))].append(i)
+        groups[dtype, flat, compiled_rank(max(transform.shape), _ranks(dtype))].append(i)
     finite = torch.ones(len(products), dtype=torch.int32, device=device)
     with current(device):
         for (dtype, flat, width), chosen in groups.items():

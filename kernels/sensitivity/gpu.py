@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from spectral_fast.kernels import pointers
-from spectral_fast.kernels.gpu import FEWER_RANKS, INTERPRETED, Shipped, Variant, architecture, padded
-from spectral_fast.kernels.sensitivity.grouped import Module
+from spectral_fast.kernels.gpu import FEWER_RANKS, INTERPRETED, Shipped, Variant, architecture, compiled_rank
+from spectral_fast.kernels.sensitivity.module import Module
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 TOKENS = 512  # a block of `products_kernel`
@@ -205,7 +205,7 @@ def grouped_products(modules: Sequence[Module], starts: Tensor) -> list[Tensor]:
     launches = defaultdict(list)
     for i, (x, _, u, vh) in enumerate(modules):
         basis = u.dtype != x.dtype or (x.dtype == torch.float32 and not vh.is_contiguous())
-        launches[x.dtype, padded(u.shape[1], ranks(x.dtype, basis)), basis].append(i)
+        launches[x.dtype, compiled_rank(u.shape[1], ranks(x.dtype, basis)), basis].append(i)
     out: dict[int, Tensor] = {}
     for (dtype, rank, basis), group in launches.items():
         device = modules[group[0]].x.device

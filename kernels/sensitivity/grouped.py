@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectral_fast.backends import Backend, pick, register
 from spectral_fast.kernels import gpu, native
+from spectral_fast.kernels.sensitivity.module import Module
 from spectral_fast.kernels.sensitivity.op import check_starts, reference
-
-
-class Module(NamedTuple):
-    """What a module saw, and its singular vectors.
-
-    In the basis of its LoRA factors B and A the same sums come from far smaller tensors: with U = B T_B and V = Aᵀ T_A,
-    x V = (A x) T_A, so A x, Bᵀ dy, T_B and T_Aᵀ take the places of x, dy, u and vh, and r that of n and m.
-
-    Attributes:
-        x: inputs, (tokens, n): bfloat16, float16, float32 or float64.
-        dy: gradients of the outputs, (tokens, m), the dtype of x.
-        u: left singular vectors, (m, r), the dtype of x or wider (T_B is best kept in float32).
-        vh: right singular vectors as rows, (r, n), the dtype of u.
-    """
-
-    x: Tensor
-    dy: Tensor
-    u: Tensor
-    vh: Tensor
 
 
 def grouped_products(modules: Sequence[Module], starts: Tensor | None = None) -> list[Tensor]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spectral_fast.kernels.gpu import Shipped, Variant, architecture, padded
+from spectral_fast.kernels.gpu import Shipped, Variant, architecture, compiled_rank
 from spectral_fast.kernels.sensitivity.gpu import TYPES, blocks, on_matrix_units, project, ranks, sum_blocks, upcast
 
 PROGRAMS = 256  # that fill a machine: about two per multiprocessor
@@ -156,7 +156,7 @@ def _launch(
     """Both kernels of a direction; returns the sums of each block and the first block of each segment."""
     x, first, second, s = x.contiguous(), first.contiguous(), second.contiguous(), s.float().contiguous()
     (tokens, inner), outer, r = x.shape, out.shape[1], p.shape[1]
-    arch, rank = architecture(x.device), padded(r, ranks(x.dtype))
+    arch, rank = architecture(x.device), compiled_rank(r, ranks(x.dtype))
 
     variant = project_variant(arch, x.dtype, rank, backward)
     size, length = variant.constants["TOKENS"], variant.constants["LENGTH"]

@@ -16,6 +16,7 @@ from spectral_fast.bench.cards import Card, card
 from spectral_fast.bench.least import Work
 from spectral_fast.bench.timing import milliseconds
 from spectral_fast.bench.workloads import FULL, OURS, TINY, Case, groups
+from spectral_fast.environment import describe
 from spectral_fast.kernels.gpu import INTERPRETED
 
 DEVICES = ("cuda", "interpreter")
@@ -33,7 +34,7 @@ def run(device: str = "cuda", only: str = "", report: Callable[[str], object] = 
 
     Returns:
         what to send back: "device", its public peaks as "card" or None, "rows" (one per workload and implementation,
-        times in ms) and "failures": what of ours failed, in words.
+        times in ms), "failures": what of ours failed, in words, and "environment": see `describe`.
 
     Raises:
         ValueError: `device` is neither, or nothing has `only` in its name.
@@ -45,15 +46,18 @@ def run(device: str = "cuda", only: str = "", report: Callable[[str], object] = 
     rows = []
     torch.manual_seed(0)
     with _forced("gpu"):
-        for title, make in groups(TINY if INTERPRETED else FULL, where):
+        environment = describe()  # with the backends as they are forced here
+        for titles, make in groups(TINY if INTERPRETED else FULL, where):
+            wanted = [title for title in titles if only in ": ".join(title)]
+            if not wanted:  # making its tensors alone may take minutes
+                continue
             try:
                 for case in make():
-                    if only in f"{case.kernel}: {case.name}":
+                    if (case.kernel, case.name) in wanted:
                         report(f"{case.kernel}: {case.name}")
                         rows += [_row(case, who, where, known) for who in case.runs]
             except Exception as error:  # such as too little memory: the others are run all the same
-                kernel, _, workload = title.partition(": ")
-                rows.append(_entry(kernel, workload, OURS, _state(error), [], Work(0, {}), None))
+                rows.append(_entry(*wanted[0], OURS, _state(error), [], Work(0, {}), None))
     if not rows:
         raise ValueError(f"no workload has {only!r} in its name")
     failures = [
@@ -67,6 +71,7 @@ def run(device: str = "cuda", only: str = "", report: Callable[[str], object] = 
         "card": known._asdict() if known else None,
         "rows": rows,
         "failures": failures,
+        "environment": environment,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from spectral_fast.spectrum import Spectrum, lowrank_svd, rebuild
 
 OURS = "spectral_fast"
 SCALING = 2.0
+Title = tuple[str, str]  # the kernel that is measured, and the workload, in words
+Titles = tuple[Title, ...]
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,41 @@ class Case:
     least: Work
 
 
-def groups(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Callable[[], Iterator[Case]]]]:
-    """Workloads that share tensors, in words, and what makes these and then the workloads in turn."""
+class Group(NamedTuple):
+    """Workloads that share tensors.
+
+    Attributes:
+        titles: (kernel, name) of each workload.
+        make: makes the tensors and then the workloads in turn.
+    """
+
+    titles: Titles
+    make: Callable[[], Iterator[Case]]
+
+
+def groups(sizes: Sizes, device: torch.device) -> Iterator[Group]:
+    """All workloads, none of them made yet."""
+    tokens = sizes.samples * sizes.tokens
+
+    def group(make: Callable[..., Iterator[Case]], titles: Titles, *args: Any) -> Group:
+        return Group(titles, partial(make, titles, *args, device))
+
     for model, (shapes, blocks) in sizes.models.items():
         for rank in sizes.ranks:
-            name = f"{model} down, r = {rank}"
-            yield f"spectral_linear: {name}", partial(_branch, sizes, name, shapes[-1], rank, device)
-            name = f"{model}, r = {rank}"
-            yield f"sensitivity: {name}", partial(_sensitivity, sizes, name, shapes, rank, device)
+            name = f"{model} down, r = {rank}, {tokens} tokens"
+            kernels = "spectral_linear, forward", "spectral_linear, forward and backward with g"
+            yield group(_branch, tuple((kernel, name) for kernel in kernels), tokens, shapes[-1], rank)
+            titles = (
+                ("sensitivity", f"r = {rank}, {tokens} tokens"),
+                ("sensitivity, grouped", f"{model}, r = {rank}, {len(shapes)} modules, {tokens} tokens"),
+            )
+            yield group(_sensitivity, titles, sizes, shapes, rank)
             name = f"{model}, {len(shapes) * blocks} modules, r = {rank}"
-            yield f"lowrank_svd: {name}", partial(_adapter, name, shapes * blocks, rank, device)
-        yield f"spline: {model} up", partial(_spline, sizes, f"{model} up", shapes[-2][0], device)
+            yield group(_adapter, (("lowrank_svd", name), ("recompose", name)), shapes * blocks, rank)
+        name = f"{model} up, {tokens} tokens, 5 knots"
+        yield group(_spline, (("spline, forward and backward", name),), tokens, shapes[-2][0])
     for count, rank in sizes.cores:
-        yield f"batched_svd: {count} matrices, r = {rank}", partial(_cores, count, rank, device)
+        yield group(_cores, (("batched_svd", f"{count} matrices {rank} × {rank}, float32"),), count, rank)
 
 
 def _spectral(shape: Shape, rank: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,8 +127,9 @@ def _spectral(shape: Shape, rank: int, device: torch.device) -> tuple[Tensor, Te
     return u.bfloat16(), torch.logspace(0, -2, rank, device=device), v.mT.contiguous().bfloat16()
 
 
-def _branch(sizes: Sizes, name: str, shape: Shape, rank: int, device: torch.device) -> Iterator[Case]:
-    (m, n), tokens = shape, sizes.samples * sizes.tokens
+def _branch(titles: Titles, tokens: int, shape: Shape, rank: int, device: torch.device) -> Iterator[Case]:
+    forward, both = titles
+    m, n = shape
     x, y, dy = (torch.randn(tokens, width, device=device).bfloat16() for width in (n, m, m))
     u, s, vh = _spectral(shape, rank, device)
     with torch.no_grad():
@@ -113,8 +138,7 @@ def _branch(sizes: Sizes, name: str, shape: Shape, rank: int, device: torch.devi
     there = least.forward(shape, tokens, rank, x.element_size())
     back = least.backward(shape, tokens, rank, x.element_size())
     yield Case(
-        "spectral_linear, forward",
-        f"{name}, {tokens} tokens",
+        *forward,
         ("spectral_linear_forward",),
         {
             OURS: partial(peers.forward_only, spectral_linear, *branch),
@@ -124,8 +148,7 @@ def _branch(sizes: Sizes, name: str, shape: Shape, rank: int, device: torch.devi
         there,
     )
     yield Case(
-        "spectral_linear, forward and backward with g",
-        f"{name}, {tokens} tokens",
+        *both,
         ("spectral_linear_forward", "spectral_linear_backward"),
         {
             OURS: partial(peers.forward_and_backward, spectral_linear, *branch, dy),
@@ -137,13 +160,11 @@ def _branch(sizes: Sizes, name: str, shape: Shape, rank: int, device: torch.devi
     )
 
 
-def _spline(sizes: Sizes, name: str, width: int, device: torch.device) -> Iterator[Case]:
-    tokens = sizes.samples * sizes.tokens
+def _spline(titles: Titles, tokens: int, width: int, device: torch.device) -> Iterator[Case]:
     x, dy, *parameters = splines(tokens, width, 5, torch.bfloat16, device)
     there, back = least.spline(x.numel(), x.element_size(), False), least.spline_backward(x.numel(), x.element_size())
     yield Case(
-        "spline, forward and backward",
-        f"{name}, {tokens} tokens, 5 knots",
+        *titles[0],
         ("spline_forward", "spline_backward"),
         {
             OURS: partial(peers.splined, spline, x, dy, *parameters),
@@ -154,13 +175,15 @@ def _spline(sizes: Sizes, name: str, width: int, device: torch.device) -> Iterat
     )
 
 
-def _sensitivity(sizes: Sizes, name: str, shapes: tuple[Shape, ...], rank: int, device: torch.device) -> Iterator[Case]:
+def _sensitivity(
+    titles: Titles, sizes: Sizes, shapes: tuple[Shape, ...], rank: int, device: torch.device
+) -> Iterator[Case]:
+    one, grouped = titles
     tokens = sizes.samples * sizes.tokens
     starts = torch.arange(0, tokens + 1, sizes.tokens)
     p, q = torch.randn(2, tokens, rank, device=device).bfloat16()
     yield Case(
-        "sensitivity",
-        f"r = {rank}, {tokens} tokens",
+        *one,
         ("sensitivity",),
         {OURS: partial(segment_products, p, q, starts), "torch": partial(peers.products_per_sample, p, q, starts)},
         lambda who, g: gate.check_sensitivity(who, [(p, q)], starts, [g]),
@@ -172,8 +195,7 @@ def _sensitivity(sizes: Sizes, name: str, shapes: tuple[Shape, ...], rank: int, 
         x, dy = (torch.randn(tokens, width, device=device).bfloat16() for width in (n, m))
         modules.append(Module(x, dy, u, vh))
     yield Case(
-        "sensitivity, grouped",
-        f"{name}, {len(modules)} modules, {tokens} tokens",
+        *grouped,
         ("grouped_products",),
         {OURS: partial(grouped_products, modules, starts), "torch hooks": partial(peers.hooked, modules, starts)},
         partial(gate.check_grouped, modules, starts),
@@ -181,7 +203,8 @@ def _sensitivity(sizes: Sizes, name: str, shapes: tuple[Shape, ...], rank: int, 
     )
 
 
-def _adapter(name: str, shapes: tuple[Shape, ...], rank: int, device: torch.device) -> Iterator[Case]:
+def _adapter(titles: Titles, shapes: tuple[Shape, ...], rank: int, device: torch.device) -> Iterator[Case]:
+    svd, recompose = titles
     kappas = [10 ** (1 + 3 * i / max(1, len(shapes) - 1)) for i in range(len(shapes))]
     bs, as_ = ([x.to(device) for x in side] for side in adapter_factors(shapes, rank, torch.bfloat16, kappas))
     factors = with_outputs(bs, as_)
@@ -200,8 +223,7 @@ def _adapter(name: str, shapes: tuple[Shape, ...], rank: int, device: torch.devi
         gate.check_rebuilt(who, factors, true_s, [x.s if who == OURS else x[1] for x in found])
 
     yield Case(
-        "lowrank_svd",
-        name,
+        *svd,
         ("lowrank_svd",),
         {OURS: partial(lowrank_svd, bs, as_)}
         | {
@@ -214,8 +236,7 @@ def _adapter(name: str, shapes: tuple[Shape, ...], rank: int, device: torch.devi
     # Not by our SVD: if that is broken here, this must be measured all the same.
     spectra = [_spectrum(b, a) for b, a in zip(bs, as_, strict=True)]
     yield Case(
-        "recompose",
-        name,
+        *recompose,
         ("recompose",),
         {
             OURS: partial(_rebuild, spectra, factors),
@@ -240,13 +261,12 @@ def _rebuild(spectra: Any, factors: Factors) -> None:
     rebuild(spectra, factors.s_new, factors.outs)
 
 
-def _cores(count: int, rank: int, device: torch.device) -> Iterator[Case]:
+def _cores(titles: Titles, count: int, rank: int, device: torch.device) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     kappas = [10 ** (1 + 3 * i / max(1, count - 1)) for i in range(count)]
     x = torch.cat([conditioned(1, rank, kappa, generator) for kappa in kappas]).float().to(device)
     yield Case(
-        "batched_svd",
-        f"{count} matrices {rank} × {rank}, float32",
+        *titles[0],
         ("batched_svd",),
         {OURS: partial(batched_svd, x)}
         | {

@@ -52,13 +52,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.bench.run import as_text, run
-    from spectral_fast.environment import describe
 
     if args.out_json.exists():
         raise UsageError(f"--out_json {args.out_json} exists; choose another name")
     if not args.out_json.resolve().parent.is_dir():
         raise UsageError(f"--out_json {args.out_json} is in no folder; make {args.out_json.parent} first")
     result = run(args.device, args.only, report=lambda name: print(name, file=sys.stderr, flush=True))
-    result["environment"] = describe()
     args.out_json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result, f"{as_text(result)}\n\nwrote {args.out_json}"

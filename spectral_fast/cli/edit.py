@@ -22,7 +22,7 @@ from spectral_fast.cli.common import (
 )
 from spectral_fast.cli.outputs import COPY, GSM8K, UNFINISHED
 from spectral_fast.options import add_flags, flag_name
-from spectral_fast.policies import POLICIES, Policy
+from spectral_fast.policies import POLICIES, Policy, hard_choice
 from spectral_fast.progress import bar, counter
 from spectral_fast.usage import UsageError, check_inputs_kept, check_report, check_stream, take, unused
 
@@ -150,7 +150,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
         facts = {"adapter": args.lora_path, "mode": args.mode, **asdict(policy)}
         samples = {} if sensitivity is None or sensitivity.samples is None else sensitivity.samples
-        stability = Stability.of({name: samples[name] for name in edited}, policy.choice()) if samples else None
+        stability = Stability.of({name: samples[name] for name in edited}, hard_choice(policy)) if samples else None
         title = f"{Path(args.lora_path).name}, {args.mode}"
         write_report(args.report, title, edited, facts=facts, stability=stability)
         result["report"] = str(args.report)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from .base import Edit, Policy
 from .descent import GradientDescent
 from .gates import DoubleSmooth, RobustZ, SmoothAbs, SpectralGate, ZScore
-from .selection import AbsSelect, RandomIndex
+from .selection import AbsSelect, RandomIndex, hard_choice, matched_control
 
 POLICIES: dict[str, type[Policy]] = {
     policy.mode: policy
@@ -34,4 +34,6 @@ __all__ = [
     "SmoothAbs",
     "SpectralGate",
     "ZScore",
+    "hard_choice",
+    "matched_control",
 ]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spectral_fast.options import check, option
-
-if TYPE_CHECKING:
-    from .selection import AbsSelect, RandomIndex
 
 TINY = 1e-8  # floor of every denominator
 LARGEST = 1e150  # squares and sums of anything up to this stay finite in float64
@@ -139,27 +136,8 @@ class Policy(ABC):
         }
         return Edit(s_new, stats | outcome.stats, outcome.core, outcome.noise)
 
-    def control(self, seed: int) -> RandomIndex:
-        """The matched control: `random_index` with every hyperparameter that the two modes share.
-
-        For `abs_select` it has the same counts and factors, so that only the choice of directions differs.
-        A mode without counts (z_score, robust_z, gd) or without factors (gd) leaves `random_index` its
-        defaults for them.
-        """
-        from .selection import RandomIndex
-
-        return RandomIndex(**self._shared(RandomIndex) | {"seed": seed})
-
-    def choice(self) -> AbsSelect:
-        """The hard choice of core and noise by |g| with the fractions of this policy, or the defaults if it has none.
-
-        For `abs_select` it is what the policy itself selects.
-        """
-        from .selection import AbsSelect
-
-        return AbsSelect(**self._shared(AbsSelect))
-
-    def _shared(self, other: type[Policy]) -> dict[str, Any]:
+    def shared(self, other: type[Policy]) -> dict[str, Any]:
+        """The hyperparameters that this policy has in common with another mode, as that mode's arguments."""
         return {f.name: getattr(self, f.name) for f in fields(other) if hasattr(self, f.name)}
 
     @abstractmethod

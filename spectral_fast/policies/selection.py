@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectral_fast.options import option
 
-from .base import Fractions, Module, Outcome
+from .base import Fractions, Module, Outcome, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +82,21 @@ class RandomIndex(Selection):
 def _mask(indices: Tensor, r: int) -> Tensor:
     """(..., k) indices below r to a mask (..., r)."""
     return torch.zeros(*indices.shape[:-1], r, dtype=torch.bool, device=indices.device).scatter_(-1, indices, True)
+
+
+def matched_control(policy: Policy, seed: int) -> RandomIndex:
+    """The matched control: `random_index` with every hyperparameter that the two modes share.
+
+    For `abs_select` it has the same counts and factors, so that only the choice of directions differs.
+    A mode without counts (z_score, robust_z, gd) or without factors (gd) leaves `random_index` its
+    defaults for them.
+    """
+    return RandomIndex(**policy.shared(RandomIndex) | {"seed": seed})
+
+
+def hard_choice(policy: Policy) -> AbsSelect:
+    """The hard choice of core and noise by |g| with the fractions of a policy, or the defaults if it has none.
+
+    For `abs_select` it is what the policy itself selects.
+    """
+    return AbsSelect(**policy.shared(AbsSelect))

@@ -16,7 +16,7 @@ from spectral_fast.calibration.rows import GSM8K, data_file, read_rows
 from spectral_fast.evaluation.adapters import make_task
 from spectral_fast.evaluation.engines import EngineOptions
 from spectral_fast.evaluation.evaluate import Task
-from spectral_fast.policies import RandomIndex
+from spectral_fast.policies import RandomIndex, matched_control
 from spectral_fast.provenance import sha256_file
 from spectral_fast.sweep.config import Config
 
@@ -194,7 +194,7 @@ class Planner:
     def _control(self, variant: Run, seed: int) -> Run:
         policy = variant.config.policy
         assert policy is not None
-        like = policy.control(seed)
+        like = matched_control(policy, seed)
         return self._run(replace(variant.config, policy=like, calibration=None, keep_adapter=False, notes=""))
 
     def _run(self, config: Config) -> Run:

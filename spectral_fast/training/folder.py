@@ -24,6 +24,14 @@ _LAST_WRITTEN = "trainer_state.json"  # without it a checkpoint is what a killed
 _RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 _SPLINE = tuple(f.name for f in fields(SplineOptions))
 _SAME = ("peft_type", *_RANKS, "use_dora", "use_rslora", "target_modules", "modules_to_save", *_SPLINE)
+# Likewise of the settings: which rows come when, and the schedule, which the trainer takes from the checkpoint.
+_SAME_TRAINING = (
+    *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim"),
+)
+_SAME_DATA = (
+    *("train_dataset_path", "dataset_config", "train_split", "train_samples", "question_column", "answer_column"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class RunFolder:
             FileExistsError: it holds an earlier run, which is neither resumed nor to be replaced, or something else.
             FileNotFoundError: the checkpoint to resume from is not there.
             NotADirectoryError: it is a file.
-            ValueError: no step is left to go on with.
+            ValueError: no step is left to go on with, or the settings of the run that made the checkpoint are others.
         """
         path, wanted = Path(settings.training.output_dir), settings.training.resume_from_checkpoint
         if path.exists() and not path.is_dir():
@@ -65,6 +73,7 @@ class RunFolder:
                 raise ValueError(
                     f"{checkpoint} holds the state of {held} gate, and slora_enable is {now}; give the same"
                 )
+            _check_settings(checkpoint, settings)
             return cls(path, checkpoint)
         occupied = [*_checkpoints(path), *(path / name for name in (FINAL, PARAMETERS))]
         existing = next((file for file in occupied if file.exists()), None)
@@ -143,6 +152,20 @@ class RunFolder:
 
     def _log_file(self, settings: Settings) -> Path:
         return self.path / f"{settings.run_name}.log"
+
+
+def _check_settings(checkpoint: Path, settings: Settings) -> None:
+    """Refuse other rows or another schedule than those of the run that made the checkpoint, if its record is there."""
+    record = checkpoint.parent / PARAMETERS
+    if not record.is_file():
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))
+    now = {"training_args": settings.training.to_dict(), "data_args": asdict(settings.data)}
+    for group, names in (("training_args", _SAME_TRAINING), ("data_args", _SAME_DATA)):
+        for name in names:
+            old, new = before.get(group, {}).get(name), now[group].get(name)
+            if old != new:
+                raise ValueError(f"{checkpoint} was made with {name} = {old}, this run has {new}; give the same")
 
 
 def _told(value: Any) -> str:

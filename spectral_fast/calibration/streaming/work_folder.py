@@ -68,7 +68,7 @@ class Stage:
         if nbytes > free:
             raise OSError(
                 errno.ENOSPC,
-                f"--stream keeps the inputs of all layers on disk, {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+                f"--stream keeps the inputs of all layers on disk, {_size(nbytes)}, and {_size(free)} are "
                 "free; choose an --out_dir on another disk, or fewer samples",
                 str(self.path),
             )
@@ -127,6 +127,12 @@ def work_folder(path: Path | None, run: Mapping[str, Any], *, resume: bool) -> I
             if all(file.name.endswith(_PARTIAL) for file in path.glob("*/*")):  # there is nothing to go on with
                 discard(path)
             raise
+
+
+def _size(nbytes: int) -> str:
+    """Bytes in the largest unit that they fill."""
+    unit, name = next(((u, name) for u, name in ((1e9, "GB"), (1e6, "MB")) if nbytes >= u), (1e3, "kB"))
+    return f"{nbytes / unit:.1f} {name}"
 
 
 def _read(record: Path) -> dict[str, Any]:

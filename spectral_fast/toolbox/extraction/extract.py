@@ -26,7 +26,7 @@ from spectral_fast.spectrum import Spectrum, lowrank_svd, rebuild
 from spectral_fast.toolbox.extraction.checkpoints import Pair, differences, open_checkpoints
 from spectral_fast.toolbox.extraction.parts import Extracted, Parts
 from spectral_fast.toolbox.extraction.range_finder import Projection, project
-from spectral_fast.toolbox.extraction.result import Extraction, collect, write
+from spectral_fast.toolbox.extraction.result import Extraction, NothingDiffersError, collect, write
 from spectral_fast.toolbox.streaming import batches
 
 META = "extract_meta.json"
@@ -156,7 +156,11 @@ def extract_adapter(
             for pair, one in zip(batch, _extract(batch, options), strict=True):
                 parts.add(pair.name, one)
         parts.flush()
-        result = collect(found, parts, changed, modules_to_save=modules_to_save)
+        try:
+            result = collect(found, parts, changed, modules_to_save=modules_to_save)
+        except NothingDiffersError:
+            discard(folder)  # going on would find the same
+            raise
 
         def record() -> bytes:
             content = {

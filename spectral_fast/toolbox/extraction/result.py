@@ -13,6 +13,10 @@ from spectral_fast.toolbox.extraction.checkpoints import Checkpoints, Pair
 from spectral_fast.toolbox.extraction.parts import Extracted, Parts
 
 
+class NothingDiffersError(ValueError):
+    """No linear layer differs, so there is no adapter."""
+
+
 @dataclass(frozen=True)
 class Extraction:
     """What an extraction found.
@@ -55,7 +59,9 @@ def collect(found: Checkpoints, parts: Parts, changed: Sequence[Pair], *, module
     saved = [pair.name for pair in changed if modules_to_save and _can_be_saved(pair, found, adapted)]
     if not adapted:
         more = f"; {changed[0].name} does, and {len(changed) - 1} others, but {changed[0].reason}" if changed else ""
-        raise ValueError(f"none of {len(ranks)} linear layers differs between the two models: nothing to extract{more}")
+        raise NothingDiffersError(
+            f"none of {len(ranks)} linear layers differs between the two models: nothing to extract{more}"
+        )
     return Extraction(
         {pair.module: parts.facts(pair.name) for pair in found.matrices if pair.module in adapted},
         {name: ranks[name] for name in ranks if name in adapted},
