@@ -7,11 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.adapter.patterns import MANY
 from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command, warn
 from spectral_fast.options import add_flags, take
 from spectral_fast.progress import bar
-
-MANY = 2000  # modules, for which PEFT's search takes some ten minutes
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
