@@ -53,6 +53,7 @@ def test_the_command_checks_every_kernel_and_writes_a_record_and_a_table(
         assert row["median_ms"] is row["bytes_per_second"] is None  # a time of the interpreter is never published
         assert row["kernel"] in table
     assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert record["environment"]["ops"]["recompose"]["takes"] == "gpu"  # as it was forced
     assert os.environ.get("SPECTRAL_FAST_BACKEND") is None
 
 
@@ -177,6 +178,7 @@ def test_a_workload_that_cannot_be_made_leaves_the_others(monkeypatch: pytest.Mo
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(workloads, "adapter_factors", too_much)
+    assert run.run("interpreter", "batched_svd")["failures"] == []  # its tensors are not made for others' sake
     result = run.run("interpreter")
     assert [failure for failure in result["failures"] if "out of memory" in failure]
     assert {row["state"] for row in result["rows"] if row["kernel"] == "batched_svd"} == {"ok"}

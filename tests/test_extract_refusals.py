@@ -33,7 +33,8 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     base, tuned = two_models(tmp_path, low_rank)
     options, out = ExtractOptions(rank=3), tmp_path / "lora"
     with pytest.raises(ValueError, match="none of 21 linear layers differs"):
-        extract_adapter(base, base, options, out)
+        extract_adapter(base, base, options, out, work_dir=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
     with pytest.raises(ValueError, match="nope is no linear layer of LlamaForCausalLM, which has q_proj"):
         extract_adapter(base, tuned, options, out, target_modules=["nope"])
     tiny_llama(intermediate_size=64).save_pretrained(tmp_path / "other")

@@ -276,6 +276,18 @@ def test_an_adapter_that_shares_no_module_with_the_others_is_warned_of(tmp_path:
     assert f"has any module of {other}, such as base_model.model.transformer.q: are they of one" in warning
 
 
+def test_that_peft_loads_thousands_of_ranks_slowly_is_warned_of(
+    tmp_path: Path, three: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectral_fast.toolbox.merging.merge.MANY", 0)
+    told: list[str] = []
+    merge(three, [1.0, 1.0, 1.0], tmp_path / "one", method="svd", rank=2, warn=told.extend)
+    assert not told
+    merge(three, [1.0, 1.0, 1.0], tmp_path / "many", method="svd", error=0.3, warn=told.extend)
+    count = len(json.loads((tmp_path / "many" / "adapter_config.json").read_text())["rank_pattern"])
+    assert told == [f"PEFT tries each of {count} patterns on every module, for minutes to hours; --rank needs none"]
+
+
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, float("nan")], [1.0, 1e30], [1e-31, 1.0]])
 def test_weights_that_cannot_be_meant_are_refused(tmp_path: Path, weights: list[float]) -> None:
     folder = handmade(tmp_path / "a")

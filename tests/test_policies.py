@@ -12,15 +12,8 @@ import pytest
 import torch
 from policy_oracle import apply, oracle, spectra
 
-from spectral_fast.policies import (
-    POLICIES,
-    AbsSelect,
-    GradientDescent,
-    RandomIndex,
-    SmoothAbs,
-    SpectralGate,
-    matched_control,
-)
+from spectral_fast.policies import POLICIES, AbsSelect, GradientDescent, RandomIndex, SmoothAbs, SpectralGate
+from spectral_fast.policies.selection import matched_control
 
 GATE_MODES = ("abs_select", "random_index", "smooth_abs", "double_smooth", "z_score", "robust_z")
 

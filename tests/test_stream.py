@@ -222,5 +222,5 @@ def test_a_disk_without_room_is_said_before_anything_is_computed(
 ) -> None:
     save(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match=r"keeps the inputs of all layers on disk, .* choose an --out_dir"):
+    with pytest.raises(OSError, match=r"on disk, \d+\.\d kB, and 1\.0 kB are free; choose an --out_dir"):
         stream(tmp_path)

@@ -101,10 +101,11 @@ def test_a_resumed_run_ends_with_the_same_weights(trained: Path, tmp_path: Path)
     for name, flags in (("r", {"lora_r": 8}), ("lora_alpha", {"lora_alpha": 3}), ("use_rslora", {"use_rslora": True})):
         with pytest.raises(ValueError, match=rf"checkpoint-2 has {name} = .*give the same"):
             run(begun, "--resume_from_checkpoint", "latest", **flags)
-    for flags in ({"learning_rate": 7e-4}, {"seed": 5}, {"train_samples": 3}):
-        [(name, value)] = flags.items()
-        with pytest.raises(ValueError, match=rf"checkpoint-2 was made with {name} = .*, this run has {value}; give"):
-            run(begun, "--resume_from_checkpoint", "latest", **flags)
+    for name, before, now in (("learning_rate", 0.001, 0.5), ("seed", 42, 5)):
+        with pytest.raises(ValueError, match=f"checkpoint-2 was made with {name} = {before}, this run has {now}; give"):
+            run(begun, "--resume_from_checkpoint", "latest", f"--{name}", str(now))
+    with pytest.raises(ValueError, match="was made with train_samples = 16, this run has 3; give the same"):
+        run(begun, "--resume_from_checkpoint", "latest", train_samples=3)
     shutil.copytree(begun / "checkpoint-2", begun / "checkpoint-3")
     (begun / "checkpoint-3" / "trainer_state.json").unlink()  # as if the run had been killed while it wrote
     words = ["--save_steps", "2", "--resume_from_checkpoint"]

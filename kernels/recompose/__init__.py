@@ -7,6 +7,7 @@ and may be overwritten in place; values that are not finite are found as they ar
 Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, the reconstruction step.
 """
 
-from spectral_fast.kernels.recompose.op import Product, recompose
+from spectral_fast.kernels.recompose.op import recompose
+from spectral_fast.kernels.recompose.product import Product
 
 __all__ = ["Product", "recompose"]

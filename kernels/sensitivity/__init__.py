@@ -7,7 +7,8 @@ anything but the segments.
 Source: Tian et al., "Spectral Surgery", arXiv:2603.03995, equation of the sensitivity.
 """
 
-from spectral_fast.kernels.sensitivity.grouped import Module, grouped_products, grouped_reference
+from spectral_fast.kernels.sensitivity.grouped import grouped_products, grouped_reference
+from spectral_fast.kernels.sensitivity.module import Module
 from spectral_fast.kernels.sensitivity.op import check_starts, segment_products
 
 __all__ = ["Module", "check_starts", "grouped_products", "grouped_reference", "segment_products"]

@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.adapter.patterns import MANY
 from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command, warn
 from spectral_fast.cli.outputs import COPY
 from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
 from spectral_fast.usage import take
-
-MANY = 2000  # modules, for which PEFT's search takes some ten minutes
 
 _WRITES = {
     **COPY,

@@ -17,6 +17,7 @@ from torch import Tensor
 from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.adapter.creation import check_out_dir, creating
 from spectral_fast.adapter.folder import is_finite
+from spectral_fast.adapter.patterns import MANY
 from spectral_fast.backends import chosen_backends
 from spectral_fast.provenance import versions
 from spectral_fast.toolbox.merging.maker import Maker
@@ -107,6 +108,8 @@ def merge_adapters(
             ranks = dict(zip(stream.names, (rank for batch in results for rank in batch), strict=True))
     made = plan.modules(ranks, scaling, options.dtype)
     config = plan.config(sources, made)
+    if len(patterns := config.get("rank_pattern") or {}) > MANY:
+        warn([f"PEFT tries each of {len(patterns)} patterns on every module, for minutes to hours; --rank needs none"])
     merged: dict[str, MergedModule] = {}
 
     def write(maker: Maker, names: Names, modules: Sequence[Tasks]) -> list[tuple[str, MergedModule]]:
