@@ -111,6 +111,8 @@ def test_only_the_package_vllm_is_one_for_the_harness(
 def test_an_option_that_the_harness_would_not_hear_of_is_refused(
     adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert main([*BASE, "--lora_dir", str(adapter), "--engine", "hf", "--max_lora_rank", "64", "--dry_run"]) == 0
+    assert "--max_lora_rank has no effect: the engine is hf" in capsys.readouterr().err
     for flag in (["--load_in_4bit"], ["--device_map", "auto"]):
         assert main([*BASE, "--lora_dir", str(adapter), "--engine", "hf", "--dry_run", *flag]) == 1
         assert f"{flag[0]} is not handed on" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
-from spectral_fast.cli.common import add_command, add_model_flags
+from spectral_fast.cli.common import add_command, add_model_flags, warn
 from spectral_fast.usage import take
 
 
@@ -52,6 +52,8 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.evaluation.lm_eval import harness_command, has_vllm, run_lm_eval
 
     vllm = args.engine == "vllm" or (args.engine == "auto" and has_vllm())
+    if not vllm and args.max_lora_rank is not None:
+        warn(["--max_lora_rank has no effect: the engine is hf"])
     options = take(ModelOptions, vars(args))
     command = (harness_command if args.dry_run else run_lm_eval)(
         args.base_model,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from spectral_fast.atomic import replace_file
+from spectral_fast.atomic import check_parents, replace_file
 from spectral_fast.splines import SplineOptions
 from spectral_fast.training.settings import Settings
 
@@ -57,6 +57,7 @@ class RunFolder:
             ValueError: no step is left to go on with, or the settings of the run that made the checkpoint are others.
         """
         path, wanted = Path(settings.training.output_dir), settings.training.resume_from_checkpoint
+        check_parents(path)
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"output_dir must be a folder, or nothing yet; {path} is a file")
         if wanted is not None and wanted.lower() != "false":
