@@ -44,7 +44,7 @@ def _make(words: list[str]) -> str | None:
     for target in (word for word in words[1:] if "=" not in word):
         if not re.search(rf"^{target}( |:)|^[\w ]+ {target}( [\w ]+)?:", makefile, re.MULTILINE):
             return f"the Makefile has no {target}"
-        if target not in LONG and not re.search(rf"^\s*step make {target}$", steps, re.MULTILINE):
+        if target not in LONG and not re.search(rf"^\s*step make {target}\b", steps, re.MULTILINE):
             return f".ci/run does not call make {target}, and LONG does not say why"
     return None
 
