@@ -138,7 +138,8 @@ wheel: $(VENV)/installed-package
 	$(BIN)/twine check --strict dist/*
 
 # The wheel, installed, by the tests of the kernels, under every instruction set that the processor has. Its environment is fresh, but
-# for the other one's packages, which it sees behind its own. From another folder: not the checkout shall be found.
+# for the other one's packages, which it sees behind its own. From another folder: not the checkout shall be found. Where qemu-x86_64 is
+# installed, also on a processor without AVX.
 test-wheel: $(VENV)/installed-test
 	rm -rf build/wheel-environment
 	$(PYTHON) -m venv build/wheel-environment
@@ -146,6 +147,8 @@ test-wheel: $(VENV)/installed-test
 	build/wheel-environment/bin/pip install --quiet --no-index --no-deps --ignore-installed dist/*.whl
 	cd build/wheel-environment && bin/python -c 'import sys, spectral_fast as s; sys.exit(not s.__file__.startswith(sys.prefix))'
 	cd build/wheel-environment && bin/python -m pytest -q --config-file "$(CURDIR)/pyproject.toml" $(addprefix "$(CURDIR)"/tests/test_,$(WHEEL_TESTS:=.py))
+	cd build/wheel-environment && if command -v qemu-x86_64 > /dev/null; then qemu-x86_64 -cpu Nehalem bin/python -c $(WITHOUT_AVX); fi
+WITHOUT_AVX := 'import torch; from spectral_fast.spectrum import Spectrum; assert Spectrum.of(torch.ones(3, 1), torch.ones(1, 3)).s[0].sub(3).abs() < 1e-6'
 WHEEL_TESTS := native lowrank_svd recompose spline_kernel isa cli embedded
 
 clean:
