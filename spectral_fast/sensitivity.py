@@ -127,7 +127,7 @@ class Sensitivity:
         for file in (TENSORS, RECORD):
             if not (directory / file).is_file():
                 raise FileNotFoundError(
-                    f"{directory} has no {file}; `spectral-fast probe --out_dir {directory}` makes it"
+                    f"{directory} has no {file}: give a folder that `spectral-fast probe --out_dir` wrote"
                 )
         try:
             record = json.loads((directory / RECORD).read_text(encoding="utf-8"))

@@ -144,9 +144,10 @@ class Adapter:
         if not chosen:
             has = ", ".join(f"{name} ({count})" for name, count in components.items()) or "no editable module"
             where = f"from layer {layer_min} on" if layer_max == ALL_LAYERS else f"in layers {layer_min} to {layer_max}"
+            remedy = "; name some of these, or all-linear" if components and not wanted & set(components) else ""
             raise ValueError(
                 f"no module of {self.path} is among target_modules {' '.join(target_modules)} {where}; the adapter "
-                f"has {has}{self._carried_in_short()}"
+                f"has {has}{self._carried_in_short()}{remedy}"
             )
         for name in target_modules:
             if name in wanted - set(components):

@@ -27,16 +27,16 @@ def resolve(lora_path: Path | str, cache_dir: Path | str | None = None) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     absent = f"{str(lora_path)!r} is no local folder ({folder.absolute()} does not exist)"
-    meant = _like(folder)
+    meant = like(folder)
     try:
         return Path(snapshot_download(str(lora_path), cache_dir=cache_dir))
     except HFValidationError as error:
         raise FileNotFoundError(f"{absent}, nor a name that a Hugging Face repository can have{meant}") from error
     except Exception as error:  # its kinds differ between versions and HTTP libraries; all mean: no adapter
-        raise FileNotFoundError(f"{absent}{meant}, and {_why(error)}") from error
+        raise FileNotFoundError(f"{absent}, and {_why(error)}{meant}") from error
 
 
-def _like(folder: Path) -> str:
+def like(folder: Path) -> str:
     """The folder that may have been meant."""
     there = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()] if folder.parent.is_dir() else []
     close = get_close_matches(folder.name, there, n=1)

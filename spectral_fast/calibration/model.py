@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spectral_fast.adapter import Adapter, LoraModule
+from spectral_fast.adapter.hub import like
 from spectral_fast.adapter.naming import changes_base
 from spectral_fast.calibration.checkpoint import check_checkpoint, check_nothing_missing, checkpoint_files
 from spectral_fast.options import check, option
@@ -224,7 +225,7 @@ def from_pretrained(factory: Any, base_model: str, options: ModelOptions, **kwar
     except OSError as error:
         raise FileNotFoundError(
             f"cannot load base model {base_model!r}: not a complete local folder, and not to be had from the hub "
-            f"({str(error).splitlines()[0]})"
+            f"({str(error).splitlines()[0]}){like(Path(base_model))}"
         ) from error
 
 

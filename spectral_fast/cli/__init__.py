@@ -85,9 +85,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("SPECTRAL_FAST_DEBUG"):
             raise
-        message, status = f"error: {error}", 1
+        message, status = f"error: {_words(error)}", 1
     print(f"spectral-fast {args.command}: {message}", file=sys.stderr)
     return status
+
+
+def _words(error: Exception) -> str:
+    """What went wrong; of the system's errors the file and the reason, as its tools say it, without "[Errno 17]"."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        files = [str(file) for file in (error.filename, error.filename2) if file is not None]
+        return f"{' -> '.join(files)}: {error.strerror}"
+    return str(error)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -31,7 +31,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "Keeps in every module the channels b_k a_k (a column of B and a row of A) with the highest scores and "
         "writes a copy in which the others are zero or, with --compact, left out. Works on the factors alone, "
         "without a base model. To prune by what the loss says: `edit --mode abs_select --sup_factor 0 --noise_frac "
-        "0.5 --amp_factor 1 --preserve_energy none`, and then `prune --compact`.",
+        "0.5 --amp_factor 1 --preserve_energy none`, and then `prune --compact` with the modules of that edit "
+        "(--target_modules down_proj o_proj by default): here all modules are pruned unless some are named.",
         examples=[
             "spectral-fast prune --lora_path ORG/ADAPTER --out_dir ./pruned --keep_ratio 0.5 --compact",
             "spectral-fast prune --lora_path ORG/ADAPTER --out_dir ./pruned-at-random --method random --seed 1",
