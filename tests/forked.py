@@ -37,7 +37,7 @@ def ranks(size: int, script: str, *argv: str) -> list[subprocess.CompletedProces
 
 
 def together(
-    script: str, argv: Sequence[str], environments: Sequence[Mapping[str, str]], seconds: float = 100
+    script: str, argv: Sequence[str], environments: Sequence[Mapping[str, str]], seconds: float = 250
 ) -> list[subprocess.CompletedProcess[str]]:
     """The script in one process per environment, all at the same time."""
     with TemporaryDirectory() as folder:

@@ -149,7 +149,9 @@ def test_a_rank_that_fails_ends_all_at_once_and_nothing_is_written(tmp_path: Pat
     assert all(result.returncode != 0 for result in results)
     assert [result.stdout for result in results] == [""] * 3
     failed = "spectral-fast probe: error: rank 1 failed: ValueError: the disk is on fire"
-    assert [failed in result.stderr for result in results] == [True, False, True]
+    assert failed in results[0].stderr
+    # Rank 0 has the store here, which torchrun has otherwise: it may be gone before the last rank could read there.
+    assert failed in results[2].stderr or "another rank died" in results[2].stderr
     assert "spectral-fast probe: error: the disk is on fire" in results[1].stderr
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ from spectral_fast.training import Settings, load
 from spectral_fast.training.gate import KINDS
 from spectral_fast.training.options import GateArguments
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "train.md"
 OUT = ["--output_dir", "run"]
 
 
@@ -68,8 +68,8 @@ def test_null_and_structures_reach_the_trainer_as_they_are(tmp_path: Path) -> No
     assert settings.training.lr_scheduler_kwargs == {"min_lr": 1e-5}
 
 
-def test_the_file_in_the_readme_is_understood(tmp_path: Path) -> None:
-    [text] = re.findall(r"```yaml\n(# train\.yaml.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_file_in_the_documentation_is_understood(tmp_path: Path) -> None:
+    [text] = re.findall(r"```yaml\n(# train\.yaml.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     settings = load(write(tmp_path, text), {})
     assert settings.ranks.budget_uniform_rank == settings.model.lora_r == 16
     assert settings.training.packing
