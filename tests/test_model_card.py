@@ -443,6 +443,7 @@ def test_names_of_the_hub_are_told_from_paths(value: str, tmp_path: Path, monkey
     assert hub_name(value) == value
     (tmp_path / value).mkdir(parents=True)
     assert hub_name(value) is None  # transformers, too, would take what is here
+    assert without_paths(value) == (f"{Path(value).name} (local)" if "/" in value else value)
 
 
 @pytest.mark.parametrize("value", [None, 3, "", "/x", "./x", "a/b/c", "x (local)", "data.jsonl", "org/data.parquet"])
