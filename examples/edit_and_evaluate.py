@@ -8,7 +8,7 @@ Numbers of samples and problems are small, so that this takes seconds; they are 
 # An adapter is a folder as PEFT writes it. Its weights are read when they are asked for.
 from spectral_fast import Adapter, CalibrationOptions, edit_adapter, embedded, evaluate_adapters, probe
 from spectral_fast.evaluation import EngineOptions, EvaluationOptions, compare, read_correct
-from spectral_fast.policies import AbsSelect
+from spectral_fast.policies import AbsSelect, matched_control
 from spectral_fast.report import write_report
 
 adapter = Adapter.open(embedded.adapter_dir())
@@ -29,7 +29,7 @@ print(f"{modules[0].name}: the largest |g| is {first.g.abs().max():.3f}, of dire
 # control has the same counts and factors at random directions: what it reaches, an edit reaches without knowing g.
 policy = AbsSelect()
 edited = edit_adapter(adapter, policy, "edited", sensitivity=sensitivity)
-edit_adapter(adapter, policy.control(seed=1), "control", modules=modules)
+edit_adapter(adapter, matched_control(policy, seed=1), "control", modules=modules)
 for name, module in edited.items():
     print(f"{name}: {module.edit.stats['k_core']} directions amplified, {module.edit.stats['k_noise']} suppressed")
 

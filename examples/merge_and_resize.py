@@ -44,6 +44,6 @@ print(f"cat: rank {max(module.r for module in exact.values())}, error {max(m.err
 print(f"svd: rank 16, error up to {max(module.error for module in small.values()):.1%}")
 
 # %% For loaders that know one rank and one scaling
-export_adapter(Adapter.open("merged"), "plain")
-plain = Adapter.open("plain")
+export_adapter(Adapter.open("merged"), "exported")
+plain = Adapter.open("exported")
 print(f"r {plain.config['r']}, lora_alpha {plain.config['lora_alpha']}, patterns {plain.config.get('rank_pattern')}")

@@ -111,7 +111,8 @@ def test_what_is_public_is_what_is_promised() -> None:
 
 
 def test_the_package_is_imported_without_what_only_some_paths_need() -> None:
-    late = {"transformers", "peft", "datasets", "pandas", "matplotlib", "vllm"}
+    late = {"transformers", "peft", "datasets", "pandas", "matplotlib", "vllm", "huggingface_hub"}
+    late |= {f"spectral_fast.{name}" for name in ("allocation", "evaluation", "publish", "training", "toolbox")}
     code = f"import sys, spectral_fast; print(*{late!r} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.split() == []

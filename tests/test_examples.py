@@ -59,7 +59,7 @@ EXPECTED: dict[str, tuple[list[str], list[str]]] = {
             r"svd: rank 16, error up to \d+\.\d%",
             "r 16, lora_alpha 16, patterns {}",
         ],
-        ["r8", "energy", "clipped", "cat", "merged", "plain/adapter_model.safetensors"],
+        ["r8", "energy", "clipped", "cat", "merged", "exported/adapter_model.safetensors"],
     ),
     "adaptive_ranks": (
         ["alpha_hill", r"[\d,]+ parameters, ranks 4 to \d+", r"q_proj: rank \d+", "ranks.png"],

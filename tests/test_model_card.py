@@ -181,6 +181,7 @@ def test_an_adapter_of_somebody_else_is_described_without_a_history(tmp_path: Pa
     card = card_of(adapter)
     assert card.data.to_dict() == {
         "base_model": "gpt2",
+        "base_model_relation": "adapter",
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "spectral_fast", "rslora"],
@@ -363,24 +364,37 @@ def test_a_folder_that_is_published_again_does_not_quote_its_own_card(edited: Pa
 @pytest.mark.parametrize(
     ("readme", "kept"),
     [
-        (b"---\nlicense: [mit\n---\nText.\n", "```yaml\nlicense: [mit\n```\n\nText."),
-        (b"---\n- a\n- b\n---\nText.\n", "```yaml\n- a\n- b\n```\n\nText."),
-        (b"---\na: `\n```\n---\nText.\n", "````yaml\na: `\n```\n````\n\nText."),
         (b"---\n---\nText.\n", "\nText."),
         (b"\xef\xbb\xbf---\nlicense: mit\n---\n\xff Text.\n", "\n\ufffd Text."),
         (b"---\nno end of it\n", "no end of it"),
-        (
-            b"---\ndate: 2024-01-01\n1: 2\ntags: one\nmodel-index: 3\n---\nText.\n",
-            "\nText.",
-        ),
-        (b"---\nself: 1\nignore_metadata_errors: 1\neval_results: 2\n---\nText.\n", "\nText."),
+        (b"---\ndate: 2024-01-01\ntags: one\nmodel-index: 3\neval_results: 2\n---\nText.\n", "\nText."),
     ],
 )
-def test_a_readme_with_odd_front_matter_is_quoted_whole(edited: Path, readme: bytes, kept: str) -> None:
+def test_a_readme_that_is_not_quite_a_card_is_quoted(edited: Path, readme: bytes, kept: str) -> None:
     (edited / "README.md").write_bytes(readme)
     card = card_of(edited)
     assert kept in card.text
     assert {"lora", "spectral_fast"} <= set(card.data.tags)
+
+
+@pytest.mark.parametrize("front", ["license: [mit", "- a\n- b", "1: 2", "self: 1"])
+def test_front_matter_that_is_no_metadata_is_refused(edited: Path, front: str) -> None:
+    (edited / "README.md").write_text(f"---\n{front}\n---\nText.\n")
+    with pytest.raises(ValueError, match=r"README\.md: what is between its two lines --- is no metadata \("):
+        model_card(edited)
+
+
+def test_what_has_no_license_or_another_task_is_not_passed_off_as_a_language_model(tmp_path: Path) -> None:
+    adapter = handmade(tmp_path / "adapter", {"task_type": "SEQ_CLS", "base_model_name_or_path": "org/base"})
+    card = card_of(adapter)
+    assert card.data.pipeline_tag == "text-classification"
+    assert "AutoModelForSequenceClassification.from_pretrained('org/base')" in card.text
+    assert "CausalLM" not in card.text
+    assert "vllm" not in card.text
+    assert any("has no license" in warning for warning in Publication.of(adapter, "someone/it").warnings)
+    (adapter / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert card_of(adapter).data.license == "mit"
+    assert not any("has no license" in warning for warning in Publication.of(adapter, "someone/it").warnings)
 
 
 def test_of_pefts_own_form_only_what_somebody_filled_in_is_left(tmp_path: Path) -> None:
@@ -429,6 +443,7 @@ def test_names_of_the_hub_are_told_from_paths(value: str, tmp_path: Path, monkey
     assert hub_name(value) == value
     (tmp_path / value).mkdir(parents=True)
     assert hub_name(value) is None  # transformers, too, would take what is here
+    assert without_paths(value) == (f"{Path(value).name} (local)" if "/" in value else value)
 
 
 @pytest.mark.parametrize("value", [None, 3, "", "/x", "./x", "a/b/c", "x (local)", "data.jsonl", "org/data.parquet"])

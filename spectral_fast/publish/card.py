@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 EXAMPLE = "ORG/NAME"
+_NO_LICENSE = "the card has no license: begin README.md in the folder with lines `---`, `license: NAME`, `---`"
+# Task of an adapter -> transformers' class of the base model, and the hub's name of the task.
+_TASKS = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "question-answering"),
+    "SEQ_2_SEQ_LM": ("AutoModelForSeq2SeqLM", None),
+    "FEATURE_EXTRACTION": ("AutoModel", "feature-extraction"),
+}
 
 
 def model_card(
@@ -81,7 +91,8 @@ def write_card(
     ]
     own = text_without_paths("\n\n".join(parts))
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{own}\n{source.below(adapter.hashes)}")
-    return card, [*_remarks(stated, base, steps, found), *source.warnings]
+    license = [] if data.get("license") else [_NO_LICENSE]
+    return card, [*_remarks(stated, base, steps, found), *license, *source.warnings]
 
 
 def _metadata(adapter: Adapter, steps: Sequence[Made], base: str | None) -> dict[str, Any]:
@@ -89,10 +100,11 @@ def _metadata(adapter: Adapter, steps: Sequence[Made], base: str | None) -> dict
     kinds = [name for name, on in (("dora", config.get("use_dora")), ("rslora", config.get("use_rslora"))) if on]
     kinds += ["ls-lora"] * (config["peft_type"] == PEFT_TYPE)
     tags = ["lora", "spectral_fast", *kinds, *(tag for step in steps for tag in step.tags)]
+    _, pipeline = _TASKS.get(str(config.get("task_type")), ("", None))
     return {
-        **({"base_model": base} if base else {}),
+        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
         "library_name": "peft",
-        **({"pipeline_tag": "text-generation"} if config.get("task_type") == "CAUSAL_LM" else {}),
+        **({"pipeline_tag": pipeline} if pipeline else {}),
         "tags": tags,
         "datasets": [name for step in steps for name in step.datasets],
     }
@@ -159,14 +171,18 @@ def _loading(adapter: Adapter, repo_id: str, base: str) -> Iterable[str]:
     yield "## Load it"
     splines = adapter.config["peft_type"] == PEFT_TYPE
     register = "import spectral_fast.lslora  # pip install spectral-fast: PEFT alone does not know LS-LoRA\n"
+    task = adapter.config.get("task_type") or "CAUSAL_LM"
+    model, _ = _TASKS.get(task, ("AutoModel", None))
     yield (
         "```python\n"
         f"{register if splines else ''}"
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        f"from peft import PeftModel\nfrom transformers import {model}, AutoTokenizer\n\n"
+        f"base = {model}.from_pretrained({base!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({base!r})\n"
         f"model = PeftModel.from_pretrained(base, {repo_id!r})\n```"
     )
+    if task != "CAUSAL_LM":
+        return
     try:
         rank = served_rank([adapter.path])
     except ValueError:

@@ -9,6 +9,7 @@ from typing import Any
 LOCAL = " (local)"  # after the last part of a path, so that it is not taken for a name of the hub
 
 _WHOLE = re.compile(r"(/|~/|\.{1,2}/|file:/)|[^/\s]+(/[^/\s]+){2,}/?$")  # names of the hub have one slash at most
+_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _WITHIN = re.compile(r"(?<![\w.~/<-])(?:file:/{0,2}(?=/))?~?(?:/[^/\s\"'`<>|(),;]+){2,}/?")
 _DOWNLOAD = re.compile(r"/models--([^/]+)/snapshots/[0-9a-f]{40}/?$")  # in the hub's cache
 _NOBODYS = {"bin", "dev", "etc", "lib", "lib64", "opt", "proc", "run", "sbin", "sys", "usr", "var"}
@@ -29,7 +30,9 @@ def without_paths(value: Any) -> Any:
         return [without_paths(item) for item in value]
     if not isinstance(value, str):
         return value
-    return _last_part(value) if _WHOLE.match(value) and "\n" not in value else text_without_paths(value)
+    # ORG/NAME may be a folder, which is what would be taken for it here.
+    whole = "\n" not in value and (_WHOLE.match(value) or (_NAME.fullmatch(value) and Path(value).exists()))
+    return _last_part(value) if whole else text_without_paths(value)
 
 
 def text_without_paths(text: str) -> str:
@@ -54,10 +57,10 @@ def quoted_without_paths(text: str) -> str:
 
 def hub_name(text: Any) -> str | None:
     """The text, if it is a name that the Hugging Face hub may have; None for paths, and for what is here under it."""
-    if not isinstance(text, str) or text.lower().endswith(_FILE) or Path(text).exists():
+    if not isinstance(text, str) or text.lower().endswith(_FILE):
         return None
     try:
-        return check_repo_id(text)
+        return None if Path(check_repo_id(text)).exists() else text
     except ValueError:
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from spectral_fast.adapter import Adapter
@@ -15,8 +16,8 @@ README = "README.md"
 _MARK = "<!-- spectral_fast: the card above is of weights {} -->"
 _MARKED = re.compile(_MARK.format("([0-9a-f]{64})") + r"\n*")
 _FRONT = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_NOT_OURS = ("model-index", "metrics")  # of the source: an edited copy has other figures
-_NO_METADATA = {"self", "ignore_metadata_errors", "eval_results", "model_name"}  # names of ModelCardData's own
+_FIGURES = ("model-index", "metrics")  # of the source: an edited copy has others
+_THEIR_NAMES = {"eval_results", "model_name"}  # of the same in ModelCardData
 _INTRODUCTION = "*The card that came with the adapter's folder:*"
 _UNFILLED = "[More Information Needed]"
 
@@ -37,20 +38,23 @@ class SourceCard:
 
     @classmethod
     def of(cls, adapter: Adapter) -> SourceCard:
-        """The card in an adapter's folder; an empty one if there is none."""
+        """The card in an adapter's folder; an empty one if there is none.
+
+        Raises:
+            ValueError: its front matter is no metadata of a card.
+        """
         file = adapter.path / README
         if not file.is_file():
             return cls()
-        content = file.read_bytes().decode("utf-8", "replace").lstrip("\ufeff")
-        metadata, text, warnings = _parted(content)
+        metadata, text = _parted(file)
+        warnings = []
         if (mark := _MARKED.search(text)) and mark[1] == adapter.hashes[adapter.weights.path.name]:
             text = text[mark.end() :].removeprefix("---\n\n").removeprefix(f"{_INTRODUCTION}\n\n")
-        if figures := [name for name in _NOT_OURS if name in metadata]:
+        if figures := [name for name in _FIGURES if name in metadata]:
             warnings.append(
                 f"{README}: {' and '.join(figures)} of its metadata are left out, as they are of the source"
             )
-        dropped = {*_NOT_OURS, *_NO_METADATA}
-        kept = {key: value for key, value in metadata.items() if isinstance(key, str) and key not in dropped}
+        kept = {key: value for key, value in metadata.items() if key not in {*_FIGURES, *_THEIR_NAMES}}
         if isinstance(kept.get("tags"), list):
             kept["tags"] = [tag for tag in kept["tags"] if not _is_derived(tag)]
         if _UNFILLED in text:
@@ -74,7 +78,8 @@ class SourceCard:
             if value:
                 merged[key] = value
         if not own.get("base_model"):
-            merged.pop("base_model", None)
+            for name in ("base_model", "base_model_relation"):
+                merged.pop(name, None)
         return merged
 
     def below(self, hashes: Mapping[str, str]) -> str:
@@ -84,25 +89,26 @@ class SourceCard:
         return f"{mark}\n---\n\n{_INTRODUCTION}\n\n{self.text}\n" if self.text else mark
 
 
-def _parted(content: str) -> tuple[dict[str, Any], str, list[str]]:
-    import yaml
+def _parted(file: Path) -> tuple[dict[str, Any], str]:
+    """Front matter and text.
 
+    Raises:
+        ValueError: the front matter is no metadata of a card.
+    """
+    import yaml
+    from huggingface_hub import ModelCardData
+
+    content = file.read_bytes().decode("utf-8", "replace").lstrip("\ufeff")
     front = _FRONT.match(content)
     if front is None:
-        return {}, content, []
+        return {}, content
     try:
-        metadata = yaml.safe_load(front[1])
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        metadata = yaml.safe_load(front[1]) or {}
+        ModelCardData(**metadata, ignore_metadata_errors=True)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        metadata, why = None, f"its front matter is no YAML ({reason}), and is quoted as it stands"
-    else:
-        why = "its front matter is no mapping, and is quoted as it stands"
-    if isinstance(metadata, dict):
-        return metadata, content[front.end() :], []
-    if metadata is None and not front[1].strip():
-        return {}, content[front.end() :], []
-    fence = "`" * (1 + max((2, *(len(run) for run in re.findall("`+", front[1])))))
-    return {}, f"{fence}yaml\n{front[1]}\n{fence}\n\n{content[front.end() :]}", [f"{README}: {why}"]
+        raise ValueError(f"{file}: what is between its two lines --- is no metadata ({reason}): mend it") from error
+    return metadata, content[front.end() :]
 
 
 def _is_derived(tag: Any) -> bool:
