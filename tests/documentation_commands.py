@@ -92,6 +92,7 @@ def _nothing(_: list[str]) -> str | None:
 NOT_HERE: list[tuple[str, str, Callable[[list[str]], str | None]]] = [
     (r"^make ", "its targets are run by .ci/run, or take too long", _make),
     (r"^(\S*python3? -m )?pip (install|uninstall) ", "there is no network; CI installs by the Makefile", _pip),
+    (r"^OMP_NUM_THREADS=1 pytest benchmarks\b", "measurements of single kernels", _nothing),
     (r"^python -m benchmarks", "measurements; make bench-smoke runs them on tiny sizes", _nothing),
     (r"--device cuda\b", "there is no GPU", flags_exist),
     (r"--load_in_4bit", "bitsandbytes is not installed", flags_exist),

@@ -56,6 +56,9 @@ def perform(block: Block, page: str, folder: Path, environment: dict[str, str], 
     elif block.language in ("text", "json"):
         absent = missing_lines(block.text, before)
         assert not absent, f"{where} shows what is not printed:\n" + "\n".join(absent) + f"\n--- but\n{before}"
+    else:  # a formula, a tree of files; not a command of which the program or the language is misspelt
+        assert not block.language, f"{where}: what is {block.language}?"
+        assert not re.search(r"(?<=\s)--\w", block.text), f"{where}: is this a command? {block.text}"
     return before
 
 
@@ -113,6 +116,8 @@ def test_every_exception_is_for_a_command_that_some_page_has() -> None:
         ("    spectral-fast inspect --lora_path ORG/NOWHERE\n", "ended with 1"),
         ("    spectral-fast inspect --no_such_flag\n", "ended with 2"),
         ("```bash\nspectral-fast info\nrm -rf build\n```\n", "is this a command?"),
+        ("    spectralfast inspect --lora_path ORG/ADAPTER\n", "is this a command?"),
+        ("```pyhton\nraise ValueError('unseen')\n```\n", "what is pyhton?"),
         ("    make no-such-target\n", "the Makefile has no no-such-target"),
         ("    pip install 'spectral-fast[magic]'\n", "no extra magic"),
         ("```bash\nspectral-fast info\n```\n\n```text\nno such line\n```\n", "shows what is not printed"),
