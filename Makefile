@@ -59,9 +59,10 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy && $(BIN)/mypy examples/*.py
 	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cuda/* tests/*.cpp
 
-# The site, build/site/index.html; without a network. Material's authors would tell us of their next product.
+# The site, build/site/index.html; without a network. With --quiet, --strict would count no warnings. Material's authors would tell us
+# of their next product.
 docs: $(VENV)/installed-test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format . && $(BIN)/clang-format -i csrc/*.* csrc/cuda/* tests/*.cpp

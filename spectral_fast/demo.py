@@ -49,7 +49,7 @@ def run_demo(
         {"report", "seconds", "rows"}: one row per adapter with accuracy, standard error and, against the original,
         difference, 95 % interval and p-value.
     """
-    from spectral_fast.report import EvaluationRow, save_pictures, write_report
+    from spectral_fast.report import EvaluationRow, write_report
 
     began, out_dir = time.perf_counter(), Path(out_dir)
     check_out_dir(out_dir, overwrite=overwrite, marker=PROBED)  # the first that a demo leaves
@@ -97,9 +97,10 @@ def run_demo(
     }
     stability = None if sensitivity.samples is None else Stability.of(sensitivity.samples, hard_choice(policy))
     title = "The embedded adapter, edited"
-    write_report(out_dir / REPORT, title, edited, evaluation=rows, facts=facts, stability=stability)
+    pictures = write_report(out_dir / REPORT, title, edited, evaluation=rows, facts=facts, stability=stability)
     (out_dir / "pictures").mkdir(exist_ok=True)
-    save_pictures(out_dir / "pictures", edited, stability)
+    for picture in pictures:
+        (out_dir / "pictures" / f"{picture.name}.png").write_bytes(picture.png)
     return {
         "report": str(out_dir / REPORT),
         "seconds": round(time.perf_counter() - began, 1),

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import shlex
-from collections.abc import Callable
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from unittest.mock import patch
 
 from documentation_tools import ROOT
+from documentation_world import path_first
+
+PLAIN = re.compile(r"^spectral-fast [^|<>;&$`]*$")
 
 # (what is found in the command, what stands there instead): the same work on fewer problems, steps or programs. A flag
 # right after the command's name gives way to the page's own.
 SMALLER: list[tuple[str, str]] = [
-    (r"^spectral-fast eval(?= )", r"\g<0> --max_samples 4"),
-    (r"^spectral-fast sweep\b", r"\g<0> --max_samples 2 --controls 2"),
+    (r"--max_samples (16|200)\b", "--max_samples 2"),
+    (r"^spectral-fast eval(?= )", r"\g<0> --max_samples 2"),
+    (r"^spectral-fast probe\b", r"\g<0> --calib_samples 16"),
+    (r"(?<=^spectral-fast sweep )(.*) --eval_profile (paper_math|greedy_code)\b", r"\1"),  # 512 tokens
+    (r"^spectral-fast sweep\b", r"\g<0> --max_samples 2 --controls 2 --calib_samples 4 --fewshot 0 --max_tokens 8"),
     (r"^spectral-fast eval-humaneval\b", r"\g<0> --max_samples 2"),
     (r"--eval_profile paper_code_main\b", "--eval_profile greedy_code"),  # 50 programs of 512 tokens for each problem
     (r"^spectral-fast edit(?=.* --eval_gsm8k)", r"\g<0> --eval_max_samples 4"),
     (r"^spectral-fast train\b", r"\g<0> --max_steps 3 --per_device_train_batch_size 1 --max_length 256"),
     (r"--slora_burn_in \d+", "--slora_burn_in 1"),
-    (r"^spectral-fast demo\b", r"\g<0> --max_samples 4"),
+    (r"^spectral-fast demo\b", r"\g<0> --max_samples 2"),
     (r"^spectral-fast toy\b", r"\g<0> --trials 4"),
+    (r"--n_generations 10\b(.*)--pass_k 10\b", r"--n_generations 2\1--pass_k 2 --max_tokens 16"),
     (r"^spectral-fast prune-finetune\b", r"\g<0> --train_samples 32 --eval_samples 16"),
     (r"^spectral-fast lm-eval\b", r"\g<0> --dry_run"),  # lm-evaluation-harness is not installed
-    (r"--nproc-per-node \d+", "--nproc-per-node 2"),
+    (r"^torchrun --nproc-per-node \d+ -m spectral_fast\b", "spectral-fast"),  # by two processes: test_ranks.py
     (r"--device_map auto\b", "--device cpu"),
     (r"\bbench --device interpreter\b", r"\g<0> --only spectral_linear"),  # all of it: test_bench.py
 ]
@@ -78,6 +92,7 @@ def _nothing(_: list[str]) -> str | None:
 NOT_HERE: list[tuple[str, str, Callable[[list[str]], str | None]]] = [
     (r"^make ", "its targets are run by .ci/run, or take too long", _make),
     (r"^(\S*python3? -m )?pip (install|uninstall) ", "there is no network; CI installs by the Makefile", _pip),
+    (r"^OMP_NUM_THREADS=1 pytest benchmarks\b", "measurements of single kernels", _nothing),
     (r"^python -m benchmarks", "measurements; make bench-smoke runs them on tiny sizes", _nothing),
     (r"--device cuda\b", "there is no GPU", flags_exist),
     (r"--load_in_4bit", "bitsandbytes is not installed", flags_exist),
@@ -98,3 +113,48 @@ def made_small(command: str) -> str:
     for pattern, instead in SMALLER:
         command = re.sub(pattern, instead, command)
     return command
+
+
+def perform_command(command: str, environment: Mapping[str, str]) -> str:
+    """Run a command, or check what is checked of one that is not run; returns what it prints."""
+    if (elsewhere := not_here(command)) is None:
+        return run(made_small(command), environment)
+    assert elsewhere[1] is None, f"{command}: {elsewhere[1]}"
+    return ""
+
+
+def run_plain(command: str) -> tuple[int, str, str]:
+    """A command of spectral-fast in this process: an import of torch less."""
+    from spectral_fast.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        stack.enter_context(patch.dict(os.environ))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # PEFT's, that a model's config is not on the hub
+        try:
+            status = main(shlex.split(command)[1:])
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+    return status, out.getvalue(), err.getvalue()
+
+
+def run(command: str, environment: Mapping[str, str]) -> str:
+    """What a command prints; fails with the end of what it said where it fails."""
+    began = time.perf_counter()
+    if PLAIN.match(command):
+        status, out, err = run_plain(command)
+    else:
+        done = subprocess.run(
+            ["bash", "-c", command],
+            env={**os.environ, **environment, **path_first()},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        status, out, err = done.returncode, done.stdout, done.stderr
+    print(f"{time.perf_counter() - began:6.1f} s  {command}")  # pytest -rP shows the report of a page
+    assert status == 0, f"{command}\nended with {status}: {(out + err)[-1500:]}"
+    return out

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = ("spectral-fast", "make", "pip", "python", "python3", "torchrun", "git", "cd", "mergekit-yaml", "eval", "ls")
+PROGRAMS = ("spectral-fast", "make", "pip", "python", "python3", "torchrun", "git", "cd", "mergekit-yaml", "pytest")
 SHELL = ("bash", "console", "sh", "shell")
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^`]*)$")
 _FIRST_COMMENT = re.compile(r"^# (?P<file>[\w.-]+\.\w+)\b")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import hub_tools
+import pytest
 
 from spectral_fast import embedded
 
@@ -21,8 +25,9 @@ def make_world(home: Path) -> dict[str, str]:
     hub = home / "hub"
     for name in BASES:
         _repository(hub, name, _files(embedded.base_model_dir()))
+    (home / "notes.txt").write_text("What lies beside an adapter goes with it.\n")
     for name in ADAPTERS:
-        _repository(hub, name, _files(embedded.adapter_dir()))
+        _repository(hub, name, [*_files(embedded.adapter_dir()), home / "notes.txt"])
     _repository(hub, "ORG/TUNED", _files(_tuned(home / "tuned")))
     _repository(hub, "distilbert-base-uncased", _files(_encoder(home / "encoder")))
     train, test = _problems()
@@ -126,17 +131,32 @@ def own_files(home: Path) -> dict[str, Path]:
     }
 
 
-def apply(environment: Mapping[str, str], patch: Any) -> None:
-    """Make the environment hold in this process, where the libraries have read theirs at their import."""
+@contextmanager
+def entered(home: Path) -> Iterator[dict[str, str]]:
+    """The world, in force in this process, where the libraries have read their environment at their import."""
     import datasets.config
-    import huggingface_hub.constants
+    import huggingface_hub.constants as hub_constants
 
-    for name, value in environment.items():
-        patch.setenv(name, value)
-    patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
-    patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(environment["HF_DATASETS_CACHE"]))
+    from spectral_fast.publish import Publication
+
+    environment = make_world(home)
+    with pytest.MonkeyPatch.context() as patch, hub_tools.hub(patch) as server:
+        for name, value in {**environment, "HF_TOKEN": hub_tools.TOKEN}.items():
+            patch.setenv(name, value)
+        patch.setattr(hub_constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
+        patch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(hub_constants, "ENDPOINT", server.endpoint)
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(environment["HF_DATASETS_CACHE"]))
+        send = Publication.send
+
+        def online(publication: Publication, **options: Any) -> str:
+            with patch.context() as inside:
+                inside.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+                return send(publication, **options)
+
+        patch.setattr(Publication, "send", online)
+        yield environment
 
 
 def path_first() -> dict[str, str]:

@@ -8,20 +8,17 @@ import importlib.util
 import json
 import re
 import shlex
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-from extract_tools import low_rank, two_models
-from sweep_tools import problems_file, programs_file
+from documentation_world import entered
+from example_runs import Run, run_examples
 
-from spectral_fast import embedded
 from spectral_fast.calibration.ranks import ENVIRONMENT
-from spectral_fast.cli import command_line, main
+from spectral_fast.cli import command_line
 from spectral_fast.cli.common import broken
 from spectral_fast.cli.parser import STATUSES, Parser
 from spectral_fast.environment import VARIABLES, describe
@@ -89,115 +86,31 @@ def test_info_tells_the_variables_that_are_set(monkeypatch: pytest.MonkeyPatch) 
     assert set(told) <= set(VARIABLES)
 
 
-class World:
-    """A folder in which every command has been run. What one wrote is in NAME/out*, files that flags name beside it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        shutil.copytree(embedded.adapter_dir(), folder / "adapter")
-        (folder / "adapter" / "notes.txt").write_text("of the source")
-        problems, programs = problems_file(folder, 2), programs_file(folder, 2)
-        rows = [{"sentence": f"{word} film", "label": i % 2} for i, word in enumerate(("good", "bad") * 4)]
-        for name in ("train", "validation"):
-            (folder / "sentences").mkdir(exist_ok=True)
-            (folder / "sentences" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        edit = {"lora_local_path": str(folder / "adapter"), "keep_adapter": True, "eval_max_tokens": 4}
-        configs = [{**edit, "eval_data": str(problems), "eval_fewshot": 0}]
-        configs += [{**edit, "eval_data": str(programs), "task": "humaneval", "edit_mode": "random_index"}]
-        (folder / "configs.jsonl").write_text("".join(json.dumps(config) + "\n" for config in configs))
-        self.base, self.tuned = two_models(folder, low_rank)
-        self.problems, self.programs = str(problems), str(programs)
-
-    def run(self) -> None:
-        """Every command, in the order in which they need each other."""
-        base = ["--base_model", str(embedded.base_model_dir())]
-        lora, evaluated = ["--lora_path", "adapter"], ["--lora_dir", "adapter"]
-        samples = ["--calib_data", str(embedded.calibration_file()), "--calib_samples", "2"]
-        few = ["--max_tokens", "4", "--engine", "transformers"]
-        asked = ["--eval_data", self.problems, "--eval_fewshot", "0", "--eval_max_tokens", "4"]
-        written = ["--eval_data", self.programs, "--allow_code_execution", *few]
-        trained = ["--model_name_or_path", base[1], "--train_dataset_path", samples[1], "--train_samples", "4"]
-        trained += ["--lora_r", "2", "--lora_target_modules", "q_proj", "--no_gradient_checkpointing"]
-        trained += [
-            "--max_steps",
-            "2",
-            "--per_device_train_batch_size",
-            "1",
-            "--save_steps",
-            "1",
-            "--logging_steps",
-            "1",
-        ]
-        gated = ["--slora_enable", "--slora_burn_in", "1", "--system_monitor", "--use_spline"]
-        self.command("probe", *base, *lora, *samples)
-        report = ["--report", "edit/--report FILE", "--eval_gsm8k", *asked, "--eval_engine", "transformers"]
-        self.command("edit", *base, *lora, "--sensitivity", "probe/out", *report)
-        self.command("prune", *lora)
-        self.command("resize", *lora, "--rank", "4")
-        self.command("clip", *lora)
-        self.command("export", *lora, "--bake_scaling")
-        self.command("merge", "--lora_path", "adapter", "prune/out", "--weights", "1", "-1")
-        self.command("extract", "--base_model", self.base, "--tuned_model", self.tuned, "--rank", "2")
-        self.command("inspect", *lora)
-        self.command("eval", *base, *evaluated, "--eval_data", self.problems, "--fewshot", "0", *few,
-                     "--out_json", "eval/--out_json FILE")  # fmt: skip
-        self.command("eval", *base, *evaluated, "--eval_profile", "greedy_code", *written, out="out2")
-        self.command("eval-humaneval", *base, *evaluated, *written, "--out_json", "eval-humaneval/--out_json FILE")
-        sweep = ["--allow_code_execution", "--controls", "1", "--engine", "transformers"]
-        self.command("sweep", "configs.jsonl", *base, *samples, *sweep)
-        self.command("ranks", *base)
-        self.command("ranks", *base, "--sensitivity", "probe/out", out="out2")
-        self.command("train", *trained, flag="--output_dir")
-        self.command("train", *trained, *gated, flag="--output_dir", out="out2")
-        pair = ["--baseline", "train/out", "--slora", "train/out2"]
-        self.command("analyze", *pair, flag="--output", out="out/--output FILE")
-        self.command("toy", "--n", "6", "--m", "6", "--ranks", "2", "--trials", "2")
-        small = ["--max_layers", "2", "--max_elems", "30000", "--run_experiment"]
-        self.command("predictors", "--model", base[1], *small)
-        self.command(
-            "prune-finetune", "--model", base[1], "--dataset", "sentences", "--target_modules", "q_proj,v_proj"
-        )
-        self.command("active-channels", *base, *samples, "--sparsity", "0.9")
-        self.command("demo", "--max_samples", "1")
-
-    def command(self, name: str, *words: str, flag: str = "--out_dir", out: str = "out") -> None:
-        (self.folder / name).mkdir(exist_ok=True)
-        assert main([name, *words, flag, str(Path(name, out))]) == 0, name
-
-    def files(self, name: str) -> dict[str, list[Path]]:
-        """Name as the reference has it -> files of that name that a command wrote."""
-        found: dict[str, list[Path]] = {}
-        for file in sorted(x for x in (self.folder / name).rglob("*") if x.is_file()):
-            place = file.relative_to(self.folder / name)
-            inside = place.parts[0] in ("out", "out2")
-            found.setdefault("/".join(place.parts[1:] if inside else place.parts), []).append(file)
-        return found
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    made = World(tmp_path_factory.mktemp("world"))
-    given = {path.name for path in made.folder.iterdir()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(made.folder)
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        made.run()
-    assert {path.name for path in made.folder.iterdir()} <= given | set(COMMANDS)
-    return made
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Run]]:
+    with entered(tmp_path_factory.mktemp("hub")) as environment, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("examples"))
+        done = run_examples(COMMANDS, environment)
+        yield [Run(run.command, run.example, run.wrong, {k: v.resolve() for k, v in run.files.items()}) for run in done]
+
+
+@pytest.mark.timeout(600)  # all examples, at the first
+@pytest.mark.parametrize("example", [example for _, example in EXAMPLES])
+def test_an_example_runs(example: str, runs: list[Run]) -> None:
+    [wrong] = [run.wrong for run in runs if run.example == example]
+    assert not wrong, wrong
 
 
 # Texts that do not name all keys: they point elsewhere, or sum up.
-NOT_ALL = re.compile(r"`|settings|\.\.\.|by problem|summary\.csv")
-WRITERS = [name for name, parser in COMMANDS.items() if parser.writes and name != "bench"]
+NOT_ALL = re.compile(r"`|settings|--json|\.\.\.|by problem|summary\.csv")
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_command_writes_what_it_says_and_nothing_else(name: str, world: World) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_writes_what_it_says_and_nothing_else(name: str, runs: list[Run]) -> None:
     kinds = [kind for kind in COMMANDS[name].writes if ".unfinished" not in kind]
-    copied = [path.name for path in (world.folder / "adapter").iterdir()]
     unseen = set(kinds)
-    for file in world.files(name):
-        kind = kind_of(file, kinds) or ("*" if "*" in kinds and file in copied else None)
+    for file in (file for run in runs if run.command == name for file in run.files):
+        kind = kind_of(file, kinds) or ("*" if "*" in kinds and file == "notes.txt" else None)
         assert kind is not None, f"{name} writes {file}, and does not say so"
         unseen.discard(kind)
     assert not unseen, f"{name} says that it writes {unseen}"
@@ -213,11 +126,12 @@ def kind_of(file: str, kinds: Iterable[str]) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_the_columns_and_keys_of_a_file_are_those_that_are_told(name: str, world: World) -> None:
-    for kind in COMMANDS[name].writes:
-        mine = [found for file, found in world.files(name).items() if kind_of(file, COMMANDS[name].writes) == kind]
-        tables = [file for found in mine for file in found if file.suffix in (".csv", ".json", ".jsonl")]
+@pytest.mark.parametrize("name", [name for name, parser in COMMANDS.items() if parser.writes])
+def test_the_columns_and_keys_of_a_file_are_those_that_are_told(name: str, runs: list[Run]) -> None:
+    kinds = COMMANDS[name].writes
+    found = [(kind_of(file, kinds), path) for run in runs if run.command == name for file, path in run.files.items()]
+    for kind in kinds:
+        tables = [path for of, path in found if of == kind and path.suffix in (".csv", ".json", ".jsonl")]
         if kind not in ("*", "adapter_config.json") and not kind.endswith("/") and tables:
             check_names(name, kind, tables)
 
@@ -232,16 +146,6 @@ def check_names(name: str, kind: str, files: Iterable[Path]) -> None:
         assert top <= words or NOT_ALL.search(text), f"{name}, {file.name}: {top - words}"
     flags = {flag.lstrip("-") for flag in COMMANDS[name]._option_string_actions}
     assert {word for word in words if "_" in word} <= inside | flags, f"{name}, {kind}"
-
-
-def test_bench_writes_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here: the interpreter is off")
-    monkeypatch.chdir(tmp_path)
-    assert main(["bench", "--device", "interpreter", "--only", "batched_svd", "--out_json", "bench.json"]) == 0
-    [file] = tmp_path.iterdir()
-    check_names("bench", "--out_json FILE", [file])
 
 
 def keys(file: Path) -> tuple[set[str], set[str]]:
@@ -260,24 +164,3 @@ def _within(content: Any) -> Iterator[str]:
     yield from content if isinstance(content, dict) else ()
     for value in values:
         yield from _within(value)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["diff", "adapter", "adapter"],
-        ["info"],
-        ["lm-eval", "--base_model", "base", "--lora_dir", "adapter", "--dry_run"],
-        ["completion", "bash"],
-        ["push", "--lora_dir", "adapter", "--repo_id", "ORG/NAME", "--dry_run"],
-    ],
-    ids=lambda words: words[0],
-)
-def test_other_commands_write_nothing(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not COMMANDS[words[0]].writes
-    shutil.copytree(embedded.adapter_dir(), tmp_path / "adapter")
-    before = sorted(tmp_path.rglob("*"))
-    monkeypatch.chdir(tmp_path)
-    assert main(words) == 0
-    assert sorted(tmp_path.rglob("*")) == before
-    assert set(COMMANDS) == {*WRITERS, "bench", "diff", "info", "lm-eval", "completion", "push"}

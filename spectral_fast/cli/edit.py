@@ -62,6 +62,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
             "spectral-fast edit --sensitivity ./probed --lora_path ORG/ADAPTER --out_dir ./smooth --mode smooth_abs "
             "--amp_factor 1.3",
             "spectral-fast edit --mode random_index --seed 1 --lora_path ORG/ADAPTER --out_dir ./control",
+            "spectral-fast edit --sensitivity ./probed --lora_path ORG/ADAPTER --out_dir ./judged --report judged.html "
+            "--base_model meta-llama/Llama-3.1-8B --eval_gsm8k",
         ],
         writes=_WRITES,
     )

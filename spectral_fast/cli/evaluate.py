@@ -50,6 +50,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
             "spectral-fast eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --eval_profile paper_math",
             "spectral-fast eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --out_dir ./evaluated "
             "--eval_data problems.jsonl --fewshot 0 --answer_parser harness",
+            "spectral-fast eval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --out_dir ./programs "
+            "--eval_profile greedy_code --allow_code_execution --out_json programs.json",
         ],
         writes=_WRITES,
     )

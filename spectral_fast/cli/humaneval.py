@@ -45,7 +45,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
             "spectral-fast eval-humaneval --base_model meta-llama/Llama-3.1-8B --lora_dir ./edited --eval_profile "
             "paper_code_main --allow_code_execution",
             "spectral-fast eval-humaneval --base_model meta-llama/Llama-3.1-8B --base_only --out_dir ./base-programs"
-            " --n_generations 10 --temperature 0.8 --pass_k 10 --allow_code_execution",
+            " --n_generations 10 --temperature 0.8 --pass_k 10 --allow_code_execution --out_json base.json",
         ],
         writes=_WRITES,
     )

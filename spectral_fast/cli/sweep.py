@@ -60,6 +60,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
             "paper_math",
             "spectral-fast sweep grid.yaml --out_dir ./quick-sweep --base_model meta-llama/Llama-3.1-8B "
             "--max_samples 200 --controls 2 --engine transformers",
+            "spectral-fast sweep configs.jsonl --out_dir ./programs-sweep --base_model meta-llama/Llama-3.1-8B "
+            "--eval_profile greedy_code --allow_code_execution",
         ],
         writes=_WRITES,
     )

@@ -32,7 +32,7 @@ def write_report(
     evaluation: Sequence[EvaluationRow] | None = None,
     facts: Mapping[str, Any] | None = None,
     stability: Stability | None = None,
-) -> None:
+) -> list[Picture]:
     """Write a report of an edit as one HTML file that needs no other: pictures, evaluation, facts, modules.
 
     The file appears when it is complete; one that was there is then replaced.
@@ -45,13 +45,18 @@ def write_report(
         facts: what else a reader wants to know (mode, hyperparameters, calibration), in this order.
         stability: what the calibration samples say about the choice of directions, where g per sample was kept.
 
+    Returns:
+        The pictures in it, as `pictures` draws them.
+
     Raises:
         ValueError: if `edited` is empty.
     """
-    text = page(title, edited, pictures(edited, stability), evaluation or (), facts or {})
+    drawn = pictures(edited, stability)
+    text = page(title, edited, drawn, evaluation or (), facts or {})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)
+    return drawn
 
 
 def save_pictures(
