@@ -6,8 +6,9 @@ import argparse
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -151,6 +152,15 @@ def take(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
     flags = {f.name: _prefixed(f.name, prefix) for f in fields(cls)}  # type: ignore[arg-type]
     values = {name: given[flag] for name, flag in flags.items() if flag in given}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that may be meant; nothing if none is near."""
+    words = {word.lstrip("-"): word for word in known}
+    bare = name.lstrip("-")
+    begun = [word for word in words if bare and word.startswith(bare)]
+    close = begun if len(begun) == 1 else get_close_matches(bare, list(words), n=1)
+    return f"; is {words[close[0]]} meant?" if close else ""
 
 
 def _as_typed(value: Any) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,15 +24,6 @@ def take(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
         return options.take(cls, given, prefix)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name that may be meant; nothing if none is near."""
-    words = {word.lstrip("-"): word for word in known}
-    bare = name.lstrip("-")
-    begun = [word for word in words if bare and word.startswith(bare)]
-    close = begun if len(begun) == 1 else get_close_matches(bare, list(words), n=1)
-    return f"; is {words[close[0]]} meant?" if close else ""
 
 
 def check_inputs_kept(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ def read_yaml(path: Path, *, words: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder.
         ValueError: it is not UTF-8 or not YAML, naming the place.
     """
-    if not path.is_file():
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file")
+    if not path.exists():
         raise FileNotFoundError(f"no file {path}")
     try:
         return parse_yaml(path, path.read_text(encoding="utf-8"), words=words)
@@ -40,9 +44,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Safe YAML in which a key may stand only once, and 1e-4 is a number."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for key in keys:
-            if keys.count(key) > 1 and not getattr(node, "merged", False):
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        times = Counter(key.value for key in keys if key.tag != "tag:yaml.org,2002:merge")
+        for key, count in times.items():
+            if count > 1 and not getattr(node, "merged", False):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands there twice", node.start_mark)
         node.merged = True  # the keys of << are put before a node's own now, and may be the same
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)

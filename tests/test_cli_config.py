@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +142,8 @@ def test_a_file_may_hold_nothing(tmp_path: Path) -> None:
     ("text", "complaint"),
     [
         ("core_fraction: 0.3", "unknown key 'core_fraction'; is core_frac meant?"),
+        ("edit_mode: gd", "unknown key 'edit_mode'; is mode meant?"),
+        ("no-stream: true", "unknown key 'no-stream'; is stream meant?"),
         ("lora-path: x", "unknown key 'lora-path'; is lora_path meant?"),
         ("no_smooth_align_mid: true", "unknown key 'no_smooth_align_mid'; is smooth_align_mid meant?"),
         ("config: other.yaml", "unknown key 'config'"),
@@ -171,6 +176,16 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Capt
         capsys, "edit", "--config", tmp_path / "absent.yaml"
     )
     assert "--config: expected one argument" in refused(capsys, "info", "--config")
+    assert f"--config: {tmp_path} is a folder; name a file" in refused(capsys, "info", "--config", tmp_path)
+
+
+def test_the_file_may_be_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text("seed: 4"))
+    writer.start()
+    assert parsed("edit", "--lora_path=x", "--out_dir=y", "--config", str(pipe))["seed"] == 4
+    writer.join()
 
 
 def test_help_is_given_whatever_the_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +211,16 @@ def test_a_training_prints_the_file_that_it_reads(tmp_path: Path, capsys: pytest
         *("lora_r", "slora_enable", "slora_seed", "max_length", "bf16", "lora_target_modules"),
         *("use_peft", "learning_rate", "output_dir"),
     }
+
+
+def test_a_training_of_which_nothing_is_given_prints_a_file_that_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl")
+    text = printed(capsys, "train")
+    assert [line for line in text.splitlines() if line and line[0] != "#"] == []
+    assert printed(capsys, "train", "--config", write(tmp_path, text)) == text
+    assert not re.search("^#(json|overwrite):", text, re.MULTILINE)  # which its file cannot hold
 
 
 def test_a_wrong_training_is_a_wrong_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,7 @@ def test_usage_tells_what_is_needed_and_no_more() -> None:
     [
         (["edti"], "spectral-fast: error: argument COMMAND: invalid choice: 'edti'; is edit meant?"),
         ([], "spectral-fast: error: the following arguments are required: COMMAND"),
+        (["--json", "info"], "spectral-fast: error: the command comes first, then its flags; got --json"),
         (["info", "--jsn"], "spectral-fast info: error: unrecognized arguments: --jsn; is --json meant?"),
         (["info", "--xyz=3"], "spectral-fast info: error: unrecognized arguments: --xyz=3"),
         (["info", "more"], "spectral-fast info: error: unrecognized arguments: more"),

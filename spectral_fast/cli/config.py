@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -32,9 +32,9 @@ def head(parser: Parser) -> str:
     return _HEAD.format(prog=parser.prog)
 
 
-def flags(parser: Parser, given: Mapping[str, Any]) -> str:
-    """A parser's flags, group by group."""
-    keys, text = parser.keys(), ""
+def flags(parser: Parser, given: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """A parser's flags, group by group, but those that its file cannot hold."""
+    keys, text = {name: action for name, action in parser.keys().items() if name not in without}, ""
     for group in parser._action_groups:
         mine = [action for action in group._group_actions if keys.get(action.dest) is action]
         text += title(group.title or "") if mine else ""

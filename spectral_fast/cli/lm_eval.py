@@ -33,7 +33,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry_run", action="store_true", help="print the harness's command line and do not run it")
     parser.add_argument(
-        "extra", nargs="*", metavar="-- ARGUMENT", help="what stands after -- goes to the harness as it is"
+        "extra", nargs="*", default=[], metavar="-- ARGUMENT", help="what stands after -- goes to the harness as it is"
     )
     parser.add_argument(
         "--engine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import reprlib
 import signal
 import sys
 import textwrap
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spectral_fast.calibration.ranks import launched
-from spectral_fast.usage import nearest
+from spectral_fast.options import nearest
 
 RANK_0_SPEAKS = 10.0  # seconds after which it surely has
-STATUSES = "0 done, 1 the task failed, 2 the command line is wrong, 130 interrupted"
+STATUSES = "0 done, 1 failed, 2 wrong command line, 130 interrupted, 143 terminated"
 WIDTH = 80
 FOLDERS, FILES = ("ADAPTER", "MODEL", "DIR"), ("DATA", "FILE")
 # What the value of a flag is: by its name, or by the end of it.
@@ -107,6 +108,8 @@ class Parser(argparse.ArgumentParser):
         own = words[: words.index("--")] if "--" in words else words
         if self.summary and not {"-h", "--help"} & set(own):
             self._prepare(own)
+        if not self.summary and own and own[0].startswith("-") and own[0] not in self._option_string_actions:
+            self.error(f"the command comes first, then its flags; got {own[0]}")
         return super().parse_known_args(words, namespace)
 
     def _prepare(self, words: Sequence[str]) -> None:
@@ -139,7 +142,7 @@ class Parser(argparse.ArgumentParser):
         keys = self.keys()
         for name, value in (content or {}).items():
             if name not in keys:
-                self.error(f"{file}: unknown key {name!r}{nearest(str(name), keys)}")
+                self.error(f"{file}: unknown key {name!r}{self._key_meant(str(name))}")
             if value is None:
                 continue
             try:
@@ -151,6 +154,12 @@ class Parser(argparse.ArgumentParser):
                     action.default, action.required = default, False
                     if not action.option_strings and action.nargs is None:
                         action.nargs = "?"
+
+    def _key_meant(self, name: str) -> str:
+        """A hint: a flag by another name, or its opposite, is known; else the nearest key."""
+        flag = self._option_string_actions.get(f"--{name.lstrip('-').replace('-', '_')}")
+        keys = self.keys()
+        return f"; is {flag.dest} meant?" if flag is not None and flag.dest in keys else nearest(name, keys)
 
     def _value(self, action: argparse.Action, value: Any) -> Any:
         """A value of a file as the flag's own; checked as that is."""
@@ -166,7 +175,9 @@ class Parser(argparse.ArgumentParser):
         for item in items:
             if not isinstance(item, str):
                 wanted = "words and numbers" if many else "one word or number"
-                raise argparse.ArgumentError(action, f"must be {wanted}, in quotes if YAML reads more; got {item!r}")
+                raise argparse.ArgumentError(
+                    action, f"must be {wanted}, in quotes if YAML reads more; got {reprlib.repr(item)}"
+                )
             values.append(self._get_value(action, item))
             self._check_value(action, values[-1])
         return values if many else values[0]

@@ -72,7 +72,11 @@ def _config_text(args: argparse.Namespace) -> str:
     from spectral_fast.training.settings import given_keys, training_defaults
 
     given = _understood(given_keys, args)
-    text = head(args.parser) + flags(args.parser, given) + title("training: TRL's SFTConfig")
+    text = (
+        head(args.parser)
+        + flags(args.parser, given, without=("overwrite", "json"))
+        + title("training: TRL's SFTConfig")
+    )
     for name, (default, about) in training_defaults().items():
         shown = "DIR" if name == "output_dir" else default
         text += entry(name, given.get(name, shown), about, name in given)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from spectral_fast.adapter.selection import SelectionOptions
 from spectral_fast.calibration.probe import CalibrationOptions
 from spectral_fast.evaluation.humaneval import HumanEvalOptions
 from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
-from spectral_fast.options import check, option, take
+from spectral_fast.options import check, nearest, option, take
 from spectral_fast.policies import POLICIES, Policy
 from spectral_fast.sweep.files import LISTS, read_configs
 
@@ -134,9 +133,7 @@ def parse(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     """
     unknown = [key for key in given if key not in known_keys()]
     if unknown:
-        close = get_close_matches(unknown[0], known_keys(), n=1)
-        hint = f"; is {close[0]} meant?" if close else ""
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}{hint}")
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}{nearest(str(unknown[0]), known_keys())}")
     values = {**defaults, **{key: value for key, value in given.items() if value is not None}}
     for key in LISTS:
         if key in values:

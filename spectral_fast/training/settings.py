@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from spectral_fast.options import take
+from spectral_fast.options import nearest, take
 from spectral_fast.splines import PRESETS
 from spectral_fast.training.options import DataArguments, GateArguments, LoggingArguments, LoraModelConfig
 from spectral_fast.training.original import LORA, in_our_words
@@ -167,6 +166,7 @@ def _read(path: Path) -> dict[str, Any]:
     from spectral_fast.yamlfile import read_yaml
 
     content = read_yaml(path)
+    content = {} if content is None else content  # of comments alone, as --print_config prints where nothing is given
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold keys and values; got {type(content).__name__}")
     keys: dict[str, Any] = {}
@@ -243,7 +243,5 @@ def _refuse(unknown: Sequence[str]) -> None:
 def _meant(name: str, known: Collection[str]) -> str:
     """A hint at the name that is known now, or the nearest one."""
     dashes = "--" if name.startswith("--") else ""
-    close = get_close_matches(name, known, n=1)
-    meant = _RENAMED.get(name.removeprefix("--"))
-    meant = f"{dashes}{meant}" if meant else close[0] if close else None
-    return f"; is {meant} meant?" if meant else ""
+    renamed = _RENAMED.get(name.removeprefix("--"))
+    return f"; is {dashes}{renamed} meant?" if renamed else nearest(name, known)
