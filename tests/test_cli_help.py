@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 from dataclasses import fields
@@ -82,6 +83,20 @@ def test_dataclasses_that_share_a_flag_agree_on_its_values() -> None:
         for f in (f for cls in classes for f in fields(cls)):
             allowed = {key: f.metadata[key] for key in ("choices", "low", "high", "positive")}
             assert seen.setdefault(f.name, allowed) == allowed, f.name
+
+
+def test_characters_that_the_terminal_lacks_are_told_in_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", terminal)
+    with pytest.raises(SystemExit) as ended:
+        main(["diff", "--help"])
+    terminal.seek(0)
+    assert (ended.value.code, "|\\u0394W1" in terminal.read()) == (0, True)
+
+
+def test_the_help_of_edit_tells_which_flags_are_for_which_mode() -> None:
+    text = " ".join(commands()["edit"].format_help().split())
+    assert "random_index: amp_factor, sup_factor, mid_factor, core_frac, noise_frac, min_core_k, seed gd:" in text
 
 
 def test_a_tilde_after_an_equals_sign_is_the_home(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,20 @@ def test_a_sweep_and_a_training_have_their_own_ways_to_go_on(
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
 
 
+def test_an_edit_that_is_evaluated_is_there_already(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectral_fast.cli.edit._evaluate_edit", interrupted)
+    out, data = tmp_path / "out", str(embedded.heldout_file())
+    words = ["--base_model", str(embedded.base_model_dir()), "--eval_gsm8k", "--eval_data", data, "--eval_fewshot=0"]
+    assert main([*EDIT, *words, "--out_dir", str(out)]) == 130
+    assert f"{out} is there already: run it again with --overwrite" in capsys.readouterr().err
+    assert main([*EDIT, "--overwrite", "--out_dir", str(out)]) == 0
+
+
 def test_under_torchrun_the_signal_is_left_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     from spectral_fast.calibration.ranks import ENVIRONMENT
     from spectral_fast.cli.interrupts import stoppable

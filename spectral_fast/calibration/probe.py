@@ -60,6 +60,7 @@ class CalibrationOptions:
         "take samples until doubling them has left this share of the core and noise directions as they were, e.g. 0.9",
         low=0.0,
         high=1.0,
+        shown="0, off",
     )
     calib_batch_size: int = option(2, "samples per nominal batch, whose mean loss is differentiated", low=1)
     question_column: str = option("question", "column with the question")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import sys
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # What torch's import has left: looking through it again and again takes a third of a second in a large edit.
     gc.freeze()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the locale lacks Δ or ±
     words = list(sys.argv[1:] if argv is None else argv)
     args, rest = command_line().parse_known_args(_with_underscores(words))
     if rest and not args.parser.takes_more:

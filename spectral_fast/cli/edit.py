@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     add_adapter_flags(parser, "folder to write; must be new, or empty")
     parser.add_argument("--sensitivity", type=Path, help="folder that `probe` wrote; then no base model is needed")
     parser.add_argument("--report", type=Path, help="write an HTML report with pictures to this file")
-    group = parser.add_argument_group("policy (each mode takes only its own flags)")
+    group = parser.add_argument_group("policy", _own_flags())
     group.add_argument(
         "--mode",
         "--edit_mode",
@@ -87,6 +88,19 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     add_flags(group, EvaluationOptions, EngineOptions, prefix="eval_")
     return parser
+
+
+def _own_flags() -> str:
+    """Which flags are for which modes."""
+    modes = {mode: {f.name: flag_name(f).removeprefix("--") for f in fields(cls)} for mode, cls in POLICIES.items()}
+    shared = set.intersection(*map(set, modes.values()))
+    lines = (
+        textwrap.fill(
+            f"{mode}: {', '.join(flags[name] for name in flags if name not in shared)}", 76, subsequent_indent="  "
+        )
+        for mode, flags in modes.items()
+    )
+    return "\n".join([f"Each mode takes {', '.join(sorted(shared))} and its own flags:", *lines])
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

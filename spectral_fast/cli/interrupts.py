@@ -47,6 +47,14 @@ def told(stopped: KeyboardInterrupt, args: argparse.Namespace) -> tuple[str, int
     """What the user is told, and the exit status as a shell has it: 128 and the signal's number."""
     word, number = ("terminated", signal.SIGTERM) if isinstance(stopped, Terminated) else ("interrupted", signal.SIGINT)
     again = args.parser.again
-    if getattr(args, "out_dir", None) is not None and unfinished(args.out_dir).exists():
+    out_dir = getattr(args, "out_dir", None)
+    if out_dir is not None and unfinished(out_dir).exists():
         again = "The same command with --resume goes on from here."
+    elif (
+        getattr(args, "overwrite", None) is False
+        and out_dir is not None
+        and out_dir.is_dir()
+        and any(out_dir.iterdir())
+    ):
+        again = f"{out_dir} is there already: run it again with --overwrite, or name another --out_dir."
     return f"{word}; no file or folder is left half-written. {again}", 128 + number

@@ -61,7 +61,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         add_flags(parser.add_argument_group(name), cls, prefix=PREFIXES.get(name, ""))
     parser.takes_more, parser.config_text = True, _config_text
     parser.again = (
-        "Add --resume_from_checkpoint latest to go on from the last checkpoint, or --overwrite to begin anew."
+        "Run it again; where it has left a checkpoint, with --resume_from_checkpoint latest to go on from there, or "
+        "with --overwrite to begin anew."
     )
     return parser
 
