@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,15 @@ def test_a_misspelt_base_model_is_told_the_folder_that_is_there(tmp_path: Path) 
     (tmp_path / "model").mkdir()
     with pytest.raises(FileNotFoundError, match=rf"\(no such model\); did you mean {tmp_path / 'model'}\?$"):
         from_pretrained(Nowhere, str(tmp_path / "modell"), ModelOptions())
+
+
+def test_the_command_that_a_probe_proposes_next_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["probe", "--base_model", embedded.base_model_dir(), "--lora_path", embedded.adapter_dir()]
+    words += ["--calib_data", embedded.calibration_file(), "--calib_samples", 2, "--out_dir", "a probe"]
+    assert main([*map(str, words), "--target_modules", "q_proj", "v_proj", "--layer_max", "1"]) == 0
+    [proposed] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+    assert main(shlex.split(proposed)[2:]) == 0
+    assert "edited 4 modules" in capsys.readouterr().out

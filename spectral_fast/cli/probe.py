@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 from contextlib import nullcontext
 from typing import Any
@@ -98,6 +99,16 @@ def _probe(args: argparse.Namespace, options: Any, ranks: Any) -> tuple[dict[str
     lines = [
         f"probed {len(modules)} modules on {samples} -> {args.out_dir}",
         *certainty(record),
-        f"next: spectral-fast edit --sensitivity {args.out_dir} --lora_path {args.lora_path} --out_dir ./edited",
+        f"next: spectral-fast {shlex.join(_edit(args))}",
     ]
     return {"out_dir": str(args.out_dir), "modules": len(modules), **record}, "\n".join(lines)
+
+
+def _edit(args: argparse.Namespace) -> list[str]:
+    """The command that edits what was probed: the modules must be told again."""
+    words = ["edit", "--sensitivity", str(args.out_dir), "--lora_path", str(args.lora_path), "--out_dir", "./edited"]
+    for name in ("target_modules", "layer_min", "layer_max", "adapter_name"):
+        value = vars(args).get(name)
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
