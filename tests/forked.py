@@ -64,6 +64,9 @@ def _child(script: str, argv: list[str], env: dict[str, str], out: str, err: str
     import torch
 
     torch.set_num_threads(1)  # as torchrun has it; OMP_NUM_THREADS is read no more
+    # A fork's torch makes its thread pool anew when it is first asked for it, and two threads that ask at once, such as
+    # transformers' loaders, may get none ("Invalid thread pool!"). So a fork asks while it has one thread.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdin = Path(os.devnull).open()  # noqa: SIM115
