@@ -28,6 +28,11 @@ $(VENV)/installed-package: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[package]'
 	touch $@
 
+# All of these at once: each builds the extension again.
+$(VENV)/installed-all: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev,docs,cross,package]'
+	touch $(VENV)/installed-test $(VENV)/installed-cross $(VENV)/installed-package $@
+
 demo: $(VENV)/installed
 	$(BIN)/spectral-fast demo --out_dir demo-output --overwrite
 
