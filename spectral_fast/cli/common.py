@@ -17,7 +17,7 @@ from spectral_fast.adapter.selection import SelectionOptions
 from spectral_fast.atomic import replace_file
 from spectral_fast.cli.parser import STATUSES, Parser
 from spectral_fast.options import add_flags, option
-from spectral_fast.progress import bar
+from spectral_fast.progress import bar, counter
 from spectral_fast.usage import UsageError, take
 
 if TYPE_CHECKING:
@@ -137,6 +137,31 @@ def subject(args: argparse.Namespace) -> Path | None:
     if args.base_only != (args.lora_dir is None):
         raise UsageError("give --lora_dir for an adapter, or --base_only for the base model, and not both")
     return None if args.base_only else resolve(args.lora_dir, getattr(args, "cache_dir", None))
+
+
+def evaluated(args: argparse.Namespace, folder: Path | None, options: Any, **more: Any) -> dict[str, Any]:
+    """The result of one adapter, or of the base model alone, as the flags of model, engine and result say."""
+    from spectral_fast.calibration.model import ModelOptions
+    from spectral_fast.evaluation.adapters import evaluate_adapters
+    from spectral_fast.evaluation.engines import EngineOptions
+
+    engine_options = take(EngineOptions, vars(args))
+    warn_of_engine(args, engine_options)
+    [result] = evaluate_adapters(
+        args.base_model,
+        {None: folder},
+        args.out_dir or folder or Path(),
+        take(ModelOptions, vars(args)),
+        options,
+        engine_options,
+        profile=args.eval_profile,
+        seed=args.seed,
+        meta=config_source(args),
+        progress=counter,
+        **more,
+    ).values()
+    write_result(args, result)
+    return result
 
 
 def warn_of_engine(args: argparse.Namespace, options: EngineOptions, prefix: str = "") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli import humaneval
@@ -13,15 +12,12 @@ from spectral_fast.cli.common import (
     add_result_flags,
     add_subject_flags,
     check_outputs,
-    config_source,
+    evaluated,
     subject,
     warn,
-    warn_of_engine,
-    write_result,
 )
 from spectral_fast.cli.outputs import GSM8K, HUMANEVAL, OUT_JSON
 from spectral_fast.options import add_flags
-from spectral_fast.progress import counter
 from spectral_fast.usage import take
 
 _WRITES = {
@@ -65,9 +61,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.evaluation.adapters import evaluate_adapters
-    from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
 
     check_outputs(args)
@@ -77,21 +70,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         ignored = [name for name in ("fewshot", "temperature", "max_tokens") if name in vars(args)]
         warn(f"--{name} is ignored: profile {args.eval_profile} sets it" for name in ignored)
     folder = subject(args)
-    engine_options = take(EngineOptions, vars(args))
-    warn_of_engine(args, engine_options)
-    [result] = evaluate_adapters(
-        args.base_model,
-        {None: folder},
-        args.out_dir or folder or Path(),
-        take(ModelOptions, vars(args)),
-        take(EvaluationOptions, vars(args)),
-        engine_options,
-        profile=args.eval_profile,
-        seed=args.seed,
-        meta=config_source(args),
-        progress=counter,
-    ).values()
-    write_result(args, result)
+    result = evaluated(args, folder, take(EvaluationOptions, vars(args)))
     right = f"{result['correct']} of {result['total']}, by {result['engine']}"
     text = f"accuracy {result['acc']:.4f} ± {result['standard_error']:.4f} ({right})"
     return result, f"{text}\npredictions: {result['predictions_path']}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from spectral_fast.cli.common import (
@@ -12,15 +11,12 @@ from spectral_fast.cli.common import (
     add_result_flags,
     add_subject_flags,
     check_outputs,
-    config_source,
+    evaluated,
     subject,
     warn,
-    warn_of_engine,
-    write_result,
 )
 from spectral_fast.cli.outputs import HUMANEVAL, OUT_JSON
 from spectral_fast.options import add_flags
-from spectral_fast.progress import counter
 from spectral_fast.usage import UsageError, take
 
 _WRITES = {**HUMANEVAL, **OUT_JSON}
@@ -61,9 +57,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Generate, run the tests, and write what came out; also for `eval` with a profile of HumanEval."""
-    from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.evaluation.adapters import evaluate_adapters
-    from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.humaneval import HumanEvalOptions
 
     check_outputs(args)
@@ -78,22 +71,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         of_questions = ("fewshot", "fewshot_data", "answer_parser", "stop")  # which `eval` has
         ignored = [name for name in decoding + of_questions if name in vars(args)]
         warn(f"--{name} is ignored: profile {args.eval_profile} sets it" for name in ignored)
-    options, engine_options = take(HumanEvalOptions, vars(args)), take(EngineOptions, vars(args))
-    warn_of_engine(args, engine_options)
-    [result] = evaluate_adapters(
-        args.base_model,
-        {None: folder},
-        args.out_dir or folder or Path(),
-        take(ModelOptions, vars(args)),
-        options,
-        engine_options,
-        profile=args.eval_profile,
-        seed=args.seed,
-        allow_code_execution=True,
-        meta=config_source(args),
-        progress=counter,
-    ).values()
-    write_result(args, result)
+    options = take(HumanEvalOptions, vars(args))
+    result = evaluated(args, folder, options, allow_code_execution=True)
     metric = f"pass@{options.pass_k}"
     any_pass = f"{result['tasks_with_any_pass']} of {result['num_tasks']} problems solved at least once"
     score = f"{metric} {result[metric]:.4f} ± {result['standard_error']:.4f}"

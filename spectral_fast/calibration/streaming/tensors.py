@@ -124,13 +124,8 @@ def _recipes(model: Any, names: Mapping[str, Tensor], keys: Iterable[str]) -> It
 
     Keys that the model has no use for (old buffers, heads of other tasks) are left out, as there.
     """
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-    except ImportError as error:
-        raise RuntimeError(
-            f"reading a checkpoint tensor by tensor needs transformers 5 or later ({error}): upgrade it"
-        ) from error
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
