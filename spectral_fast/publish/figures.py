@@ -75,8 +75,8 @@ def _result(record: Record) -> EvalResult:
     data = HUB_NAMES.get(given, given)
     arguments = {
         "num_few_shot": record["num_fewshot"],
-        "problems": metric.get("total") or record["total_tasks"],
-        "standard_error": metric["standard_error"],
+        "problems": int(metric.get("total") or record["total_tasks"]),
+        "standard_error": float(metric["standard_error"]),
         "engine": record["engine"],
         "dtype": record["engine_settings"].get("dtype"),
         "profile": meta.get("profile"),
@@ -92,19 +92,19 @@ def _result(record: Record) -> EvalResult:
         dataset_name=_NAMES.get(data, data),
         dataset_split=record["split"],
         metric_type=metric["name"].replace("strict_match_accuracy", "accuracy"),
-        metric_value=metric["score"],
+        metric_value=float(metric["score"]),
         metric_args={name: value for name, value in arguments.items() if value is not None},
     )
 
 
 def _compared(file: Path, data: str) -> Iterator[str]:
     """What `edit --eval_gsm8k` or a sweep says of the same problems before and after."""
-    metrics, sweep = file.with_name(METRICS), file.parents[2] / SWEEP
+    metrics, sweep = file.with_name(METRICS), file.parent.parent.parent / SWEEP
     control, place = None, ""
     if file.stem == "eval_config_edited" and metrics.is_file():
         comparison = without_paths(read_json(metrics))["comparison"]
         verdict = comparison["verdict"]
-    elif file.parents[1].name == RUNS and sweep.is_file():
+    elif file.parent.parent.name == RUNS and sweep.is_file():
         runs = without_paths(read_json(sweep))["runs"]
         run = next((run for run in runs if run["run"] == file.parent.name), None)
         if run is None or run["comparison"] is None:
