@@ -137,25 +137,24 @@ def entered(home: Path) -> Iterator[dict[str, str]]:
     import datasets.config
     import huggingface_hub.constants as hub_constants
 
-    from spectral_fast.publish import Publication
+    from spectral_fast import publish
 
     environment = make_world(home)
-    with pytest.MonkeyPatch.context() as patch, hub_tools.hub(patch) as server:
+    with pytest.MonkeyPatch.context() as patch, hub_tools.hub(patch):
         for name, value in {**environment, "HF_TOKEN": hub_tools.TOKEN}.items():
             patch.setenv(name, value)
         patch.setattr(hub_constants, "HF_HUB_CACHE", environment["HF_HUB_CACHE"])
         patch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-        patch.setattr(hub_constants, "ENDPOINT", server.endpoint)
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(environment["HF_DATASETS_CACHE"]))
-        send = Publication.send
+        push_to_hub = publish.push_to_hub
 
-        def online(publication: Publication, **options: Any) -> str:
+        def online(*args: Any, **options: Any) -> publish.Upload:
             with patch.context() as inside:
                 inside.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-                return send(publication, **options)
+                return push_to_hub(*args, **options)
 
-        patch.setattr(Publication, "send", online)
+        patch.setattr(publish, "push_to_hub", online)
         yield environment
 
 

@@ -52,7 +52,7 @@ class Hub:
             return {"files": [{"path": name, "uploadMode": _mode(name), "shouldIgnore": False} for name in names]}
         if "/commit/" in path:
             return self._commit(path, body)
-        assert path == "/api/validate-yaml" or "/branch/" in path, path
+        assert path == "/api/validate-yaml", path
         return {}
 
     def _commit(self, path: str, body: bytes) -> Any:
@@ -122,6 +122,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread.start()
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # whose server is another one
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", here.endpoint)
     try:
         yield here
     finally:

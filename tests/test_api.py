@@ -47,7 +47,7 @@ FUNCTIONS = {
     "push": ("spectral_fast", "push_to_hub"),
 }
 # Where a command tells more than the function returns, it calls what that is made of.
-PARTS = {"ranks": "allocate", "push": "Publication"}
+PARTS = {"ranks": "allocate"}
 OF_THE_SHELL = {"completion"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,42 +42,35 @@ def add(commands: Any) -> argparse.ArgumentParser:
     group.add_argument("--card", type=Path, metavar="FILE", help="publish this as README.md, and make no card")
     group = parser.add_argument_group("repository")
     group.add_argument("--private", action="store_true", help="make a new repository private")
-    group.add_argument(
-        "--revision", metavar="BRANCH", help="branch to commit to; made if there is none (default: main)"
-    )
     group.add_argument("--create_pr", action="store_true", help="propose the upload as a pull request")
     group.add_argument("--commit_message", help="message of the commit")
     return parser
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.publish.files import listing, size_text
-    from spectral_fast.publish.upload import Publication
+    from spectral_fast.publish import push_to_hub
 
     if args.card is not None and args.results:
         raise UsageError("--results are for the card that is made; leave them out, or --card")
-    found = Publication.of(
-        args.lora_dir, args.repo_id, base_model=args.base_model, results=args.results, card=args.card
+    done = push_to_hub(
+        args.lora_dir,
+        args.repo_id,
+        base_model=args.base_model,
+        results=args.results,
+        card=args.card,
+        private=args.private or None,
+        commit_message=args.commit_message,
+        create_pr=args.create_pr,
+        dry_run=args.dry_run,
     )
-    warn(found.warnings)
-    url = None
-    if not args.dry_run:
-        url = found.send(
-            private=args.private or None,
-            revision=args.revision,
-            commit_message=args.commit_message,
-            create_pr=args.create_pr,
-        )
-    result = {
-        "url": url,
-        "repo_id": args.repo_id,
-        "files": {content.name: content.size for content in found.contents},
-        "left_out": found.left_out,
-        "card": found.card,
-        "warnings": found.warnings,
-    }
-    total = size_text(sum(content.size for content in found.contents))
-    files = f"{len(found.contents)} files, {total}:\n{listing(found.contents, found.left_out)}"
-    if url is None:
-        return result, f"{found.card.rstrip()}\n\n--dry_run, nothing was published to {args.repo_id}: {files}"
-    return result, f"published {files}\n-> {url}"
+    warn(done.warnings)
+    width = max(map(len, done.files))
+    lines = [f"{len(done.files)} files, {sum(done.files.values()):,} bytes:"]
+    lines += [f"  {name:<{width}}  {size:>11,}" for name, size in done.files.items()]
+    lines += [f"  not published: {', '.join(done.left_out)}"] if done.left_out else []
+    files = "\n".join(lines)
+    if done.url is None:
+        text = f"{done.card.rstrip()}\n\n--dry_run, nothing was published to {args.repo_id}: {files}"
+    else:
+        text = f"published {files}\n-> {done.url}"
+    return {"repo_id": args.repo_id, **asdict(done)}, text

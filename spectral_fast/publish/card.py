@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectral_fast._version import __version__
 from spectral_fast.adapter import Adapter
 from spectral_fast.evaluation.engines.vllm import served_rank
-from spectral_fast.publish.figures import Figure, Figures, find
-from spectral_fast.publish.paths import hub_name, in_command, text_without_paths, without_paths
-from spectral_fast.publish.records import Made, made_by
-from spectral_fast.publish.source_card import SourceCard
-from spectral_fast.publish.training import trained
+from spectral_fast.publish.figures import Figures, find
+from spectral_fast.publish.making import Step, counted, steps
+from spectral_fast.publish.paths import hub_name, text_without_paths, without_paths
 from spectral_fast.splines import PEFT_TYPE
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import EvalResult, ModelCard
 
-EXAMPLE = "ORG/NAME"
-_NO_LICENSE = "the card has no license: begin README.md in the folder with lines `---`, `license: NAME`, `---`"
+README = "README.md"
+_OURS = "*What is above was written by spectral_fast, from the files beside it.*"
+_UNFILLED = "[More Information Needed]"  # in PEFT's and TRL's form of a card
+_NO_LICENSE = f"the card has no license: begin {README} in the folder with lines `---`, `license: NAME`, `---`"
+# What of the source's metadata would be wrong here: its figures, and what the hub derives by itself.
+_NOT_OURS = ("model-index", "metrics", "eval_results", "model_name", "base_model", "base_model_relation")
 # Task of an adapter -> transformers' class of the base model, and the hub's name of the task.
 _TASKS = {
     "CAUSAL_LM": ("AutoModelForCausalLM", "text-generation"),
@@ -33,192 +33,165 @@ _TASKS = {
 }
 
 
-def model_card(
-    folder: Path | str,
-    repo_id: str = EXAMPLE,
-    *,
-    base_model: str | None = None,
-    results: Sequence[Path | str] = (),
-) -> ModelCard:
-    """The model card of an adapter: what it is, how it was made, with which figures, how to load and repeat it.
+def write_card(
+    adapter: Adapter, repo_id: str, base_model: str | None, results: Sequence[Path | str]
+) -> tuple[ModelCard, list[str]]:
+    """What an adapter is, how it was made, with which figures, and how to load it; and what its publisher should know.
 
     All of it comes from files: the adapter's config and weights, the records that spectral_fast's commands leave,
-    results of evaluations of these very files (by their hashes), and the source's card, which is kept below. Of paths
-    of this machine only the last part is in it.
-
-    Args:
-        folder: the adapter's.
-        repo_id: where it will be, for the lines that load it.
-        base_model: the base model's name on the hub, where adapter_config.json has another.
-        results: more folders with results of `eval`, `eval-humaneval` or `sweep`.
-
-    Raises:
-        FileNotFoundError, ValueError: it is no adapter, or a record is broken.
+    results of evaluations of these very files (by their hashes), and the card in the folder, which is kept below. Of
+    paths of this machine only the last part is in it.
     """
-    return write_card(opened(folder), repo_id, base_model, [Path(path) for path in results])[0]
-
-
-def opened(folder: Path | str) -> Adapter:
-    """The adapter in a folder, with every kind of module that there may be."""
-    return Adapter.open(folder, include_conv=True, include_embedding=True, splines=True)
-
-
-def write_card(
-    adapter: Adapter, repo_id: str, base_model: str | None, results: Sequence[Path]
-) -> tuple[ModelCard, list[str]]:
-    """The card, and what whoever publishes it should know."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    steps = [*trained(adapter.path.resolve()), *made_by(adapter.path)]
-    found = find(adapter.path, results, adapter.hashes, [sha for step in steps for sha in step.sources])
-    source = SourceCard.of(adapter)
-    stated = base_model or adapter.config.get("base_model_name_or_path")
-    base = hub_name(stated) or hub_name(source.base_model)
-    data = ModelCardData(**source.merged(_metadata(adapter, steps, base)), ignore_metadata_errors=True)
+    name, config, made = repo_id.rpartition("/")[2], adapter.config, steps(adapter.path)
+    found = find(adapter.path, [Path(path) for path in results], adapter.hashes, made)
+    source = _source(adapter.path / README)
+    theirs = {key: value for key, value in vars(source.data).items() if value is not None}
+    text = source.text.partition(_OURS)[2] or source.text
+    named = [x for x in (base_model, config.get("base_model_name_or_path"), *_united(theirs.get("base_model"))) if x]
+    base = next(filter(None, map(hub_name, named)), None)
+    shown = base or next((str(without_paths(name)) for name in named), None)
+    metadata = {key: value for key, value in theirs.items() if key not in _NOT_OURS}
+    metadata |= {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    task = _TASKS.get(str(config.get("task_type")), ("", None))[1]
+    metadata |= {"library_name": "peft", "pipeline_tag": task or metadata.get("pipeline_tag")}
+    kinds = {"dora": config.get("use_dora"), "rslora": config.get("use_rslora"), "ls-lora": _splines(adapter)}
+    tags = ["lora", "spectral_fast", *(tag for tag, on in kinds.items() if on)]
+    metadata["tags"] = _united(metadata.get("tags"), [*tags, *(tag for step in made for tag in step.tags)])
+    metadata["datasets"] = _united(metadata.get("datasets"), [data for step in made for data in step.datasets]) or None
     if found.own:
-        data.model_name = repo_id.rpartition("/")[2]
-        data.eval_results = [figure.eval_result() for figure in found.own]
-    shown_base = base or (without_paths(stated) if stated else None)
+        metadata |= {"model_name": name, "eval_results": found.own}
     parts = [
-        f"# {repo_id.rpartition('/')[2]}",
-        _opening(adapter, shown_base, base, steps),
-        _table(_facts(adapter, shown_base)),
-        *_making(steps),
+        f"# {name}",
+        *_opening(adapter, shown, base),
+        *_making(made),
         *_evaluation(found),
-        *_loading(adapter, repo_id, base or in_command(shown_base or "BASE_MODEL")),
-        *_repeating(steps),
-        f"Written by spectral_fast {__version__} from the files beside it.",
+        *_loading(adapter, repo_id, shown or "BASE_MODEL"),
     ]
-    own = text_without_paths("\n\n".join(parts))
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{own}\n{source.below(adapter.hashes)}")
-    license = [] if data.get("license") else [_NO_LICENSE]
-    return card, [*_remarks(stated, base, steps, found), *license, *source.warnings]
+    if any("`./" in part or "'./" in part for part in parts):
+        parts.append("Names that begin with `./` stand for files and folders that are not on the hub.")
+    below = "" if _UNFILLED in text else text_without_paths(text).strip()
+    parts += [_OURS, *([below] if below else [])]
+    data = ModelCardData(**without_paths(metadata), ignore_metadata_errors=True)
+    card = ModelCard("\n".join(["---", data.to_yaml(), "---\n", "\n\n".join(parts), ""]))
+    return card, [*_remarks(named, base, found, text), *([] if data.license else [_NO_LICENSE])]
 
 
-def _metadata(adapter: Adapter, steps: Sequence[Made], base: str | None) -> dict[str, Any]:
-    config = adapter.config
-    kinds = [name for name, on in (("dora", config.get("use_dora")), ("rslora", config.get("use_rslora"))) if on]
-    kinds += ["ls-lora"] * (config["peft_type"] == PEFT_TYPE)
-    tags = ["lora", "spectral_fast", *kinds, *(tag for step in steps for tag in step.tags)]
-    _, pipeline = _TASKS.get(str(config.get("task_type")), ("", None))
-    return {
-        **({"base_model": base, "base_model_relation": "adapter"} if base else {}),
-        "library_name": "peft",
-        **({"pipeline_tag": pipeline} if pipeline else {}),
-        "tags": tags,
-        "datasets": [name for step in steps for name in step.datasets],
-    }
+def _source(file: Path) -> ModelCard:
+    """The card in the folder; an empty one if there is none.
+
+    Raises:
+        ValueError: its front matter is no metadata of a card.
+    """
+    import yaml
+    from huggingface_hub import ModelCard
+
+    content = file.read_text(encoding="utf-8-sig", errors="replace") if file.is_file() else ""
+    empty = "" if content.lstrip().startswith("---") else "---\n\n---\n"
+    try:
+        return ModelCard(empty + content, ignore_metadata_errors=True)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: what is between its two lines --- is no metadata ({reason}): mend it") from error
 
 
-def _opening(adapter: Adapter, shown: str | None, base: str | None, steps: Sequence[Made]) -> str:
-    kind = "LS-LoRA" if adapter.config["peft_type"] == PEFT_TYPE else "LoRA"
+def _united(theirs: Any, own: Iterable[str] = ()) -> list[str]:
+    """Theirs and ours, without the tags that the hub makes of the base model, which may name a folder."""
+    theirs = theirs if isinstance(theirs, list) else [theirs] if theirs else []
+    return list(dict.fromkeys(x for x in [*map(str, theirs), *own] if not x.startswith("base_model:")))
+
+
+def _splines(adapter: Adapter) -> bool:
+    return bool(adapter.config["peft_type"] == PEFT_TYPE)
+
+
+def _opening(adapter: Adapter, shown: str | None, base: str | None) -> Iterator[str]:
+    config, modules = adapter.config, adapter.modules
     name = f"[{base}](https://huggingface.co/{base})" if base else f"`{shown}`" if shown else "a base model not named"
-    how = " → ".join(step.title.lower() for step in steps)
-    return f"A {kind} adapter for {name}" + (f", made by spectral_fast: {how}." if steps else ".")
-
-
-def _facts(adapter: Adapter, shown: str | None) -> dict[str, str]:
-    config, modules = adapter.config, list(adapter.modules.values())
-    kinds = Counter(module.name.rpartition(".")[2] for module in modules)
-    dtypes = sorted({str(module.dtype).removeprefix("torch.") for module in modules})
+    yield f"A {'LS-LoRA' if _splines(adapter) else 'LoRA'} adapter for {name}."
+    dtypes = sorted({str(module.dtype).removeprefix("torch.") for module in modules.values()})
     parameters = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in adapter.weights.tensors.values())
-    options = [name for name in ("use_dora", "use_rslora") if config.get(name)]
-    facts = {
-        "base model": f"`{shown}`" if shown else "not named",
-        "PEFT type": ", ".join([str(config["peft_type"]), *options]),
-        "rank": _span(module.r for module in modules),
-        "scaling": _span(module.scaling for module in modules) + f" (lora_alpha = {config.get('lora_alpha', 8)})",
-        "modules": f"{len(modules):,}: {', '.join(f'{kind} ({count})' for kind, count in kinds.items())}",
-        "parameters": f"{parameters:,}, {' and '.join(dtypes)}",
-        "weights": f"`{adapter.weights.path.name}`, sha256 `{adapter.hashes[adapter.weights.path.name]}`",
-    }
-    if adapter.carried:
-        facts["not of LoRA's factors"] = f"{len(adapter.carried):,} other tensors or modules"
-    return facts
+    options = [option for option in ("use_dora", "use_rslora") if config.get(option)]
+    file = adapter.weights.path.name
+    yield _table(
+        {
+            "PEFT type": ", ".join([str(config["peft_type"]), *options]),
+            "rank": _span(module.r for module in modules.values()),
+            "scaling": _span(module.scaling for module in modules.values()),
+            "modules": counted(modules),
+            "parameters": f"{parameters:,}, {' and '.join(dtypes)}",
+            "weights": f"`{file}`, sha256 `{adapter.hashes[file]}`",
+        }
+    )
 
 
-def _making(steps: Sequence[Made]) -> Iterable[str]:
+def _making(made: Sequence[Step]) -> Iterator[str]:
     yield "## How it was made"
-    if not steps:
+    if not made:
         yield "The folder has no record of spectral_fast that tells how."
-    for step in steps:
-        if len(steps) > 1:
-            yield f"### {step.title}"
-        yield from (step.text, _table(step.facts))
+    for step in made:
+        yield from (f"### {step.title}", step.text, _table(step.facts))
 
 
-def _evaluation(found: Figures) -> Iterable[str]:
+def _evaluation(found: Figures) -> Iterator[str]:
     yield "## Evaluation"
     if not found.own:
-        yield "**These weights were not evaluated**, or no result of theirs was at hand: there are no figures."
-    if found.own or found.source:
-        rows = [("this adapter", x) for x in found.own] + [("what it was made from", x) for x in found.source]
-        yield "\n".join(
-            ["| | data | score | problems | how |", "|---|---|---|---|---|", *(_row(name, x) for name, x in rows)]
-        )
+        yield "**These weights were not evaluated**, or no result of theirs was at hand."
+    if rows := [("this adapter", x) for x in found.own] + [("what it was made from", x) for x in found.source]:
+        head = ["| | data | metric | score | problems | how |", "|---|---|---|---|---|---|"]
+        yield "\n".join([*head, *(_row(name, result) for name, result in rows)])
         yield "Scores are in percent, ± one standard error."
     yield from found.compared
     if found.own and not found.compared:
         yield "It was not compared with another adapter on the same problems."
 
 
-def _row(name: str, x: Figure) -> str:
-    score = f"{x.metric} {100 * x.value:.2f} ± {100 * x.error:.2f}"
-    return f"| {name} | {_cell(x.dataset)} ({x.split}) | {score} | {x.problems:,} | {_cell(x.settings)} |"
+def _row(name: str, result: EvalResult) -> str:
+    told = dict(result.metric_args or {})
+    error, problems = told.pop("standard_error"), told.pop("problems")
+    data, how = f"`{result.dataset_name}` ({result.dataset_split})", ", ".join(f"{k} = {v}" for k, v in told.items())
+    score = f"{100 * result.metric_value:.2f} ± {100 * error:.2f}"
+    return f"| {name} | {_cell(data)} | {result.metric_type} | {score} | {problems:,} | {_cell(how)} |"
 
 
-def _loading(adapter: Adapter, repo_id: str, base: str) -> Iterable[str]:
+def _loading(adapter: Adapter, repo_id: str, base: str) -> Iterator[str]:
     yield "## Load it"
-    splines = adapter.config["peft_type"] == PEFT_TYPE
     register = "import spectral_fast.lslora  # pip install spectral-fast: PEFT alone does not know LS-LoRA\n"
     task = adapter.config.get("task_type") or "CAUSAL_LM"
-    model, _ = _TASKS.get(task, ("AutoModel", None))
+    model = _TASKS.get(task, ("AutoModel", None))[0]
     yield (
-        "```python\n"
-        f"{register if splines else ''}"
+        f"```python\n{register if _splines(adapter) else ''}"
         f"from peft import PeftModel\nfrom transformers import {model}, AutoTokenizer\n\n"
         f"base = {model}.from_pretrained({base!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({base!r})\n"
         f"model = PeftModel.from_pretrained(base, {repo_id!r})\n```"
     )
-    if task != "CAUSAL_LM":
-        return
     try:
-        rank = served_rank([adapter.path])
-    except ValueError:
-        yield "vLLM would refuse it, or serve something else."
-    else:
-        yield (
-            f"```sh\nvllm serve {base} --enable-lora --max-lora-rank {rank} "
-            f"--lora-modules {repo_id.rpartition('/')[2]}={repo_id}\n```"
-        )
+        rank = served_rank([adapter.path]) if task == "CAUSAL_LM" else None
+    except ValueError:  # vLLM would refuse it, or serve something else
+        return
+    if rank is not None:
+        serve = f"vllm serve {base} --enable-lora --max-lora-rank {rank}"
+        yield f"```sh\n{serve} --lora-modules {repo_id.rpartition('/')[2]}={repo_id}\n```"
 
 
-def _repeating(steps: Sequence[Made]) -> Iterable[str]:
-    commands = [line for step in steps for line in step.commands]
-    if commands:
-        yield "## Repeat it"
-        yield "\n".join(["```sh", *commands, "```"])
-        yield "Names that begin with `./` stand for local files and folders."
-
-
-def _remarks(stated: Any, base: str | None, steps: Sequence[Made], found: Figures) -> Iterable[str]:
+def _remarks(named: Sequence[Any], base: str | None, found: Figures, text: str) -> Iterator[str]:
     if base is None:
-        yield (
-            f"the base model is {stated!r}, by which nobody else finds it: give base_model, its name on the hub"
-            if stated
-            else "the adapter does not name its base model: give base_model, its name on the hub"
-        )
-    if not steps:
-        yield "there is no record of how the adapter was made; the card does not tell"
+        name = f"is {named[0]!r}, by which nobody else finds it" if named else "is not named"
+        yield f"the base model {name}: give base_model, its name on the hub"
     for file in found.others:
         yield f"{file} is left out: it is of other weights, or of another adapter_config.json"
     if not found.own:
         yield "no results of these weights were found, and the card says so: name their folder in results"
+    if _UNFILLED in text:
+        yield f"the text of {README} is left out, as it is a form with blanks: fill in or delete each {_UNFILLED}"
 
 
 def _table(facts: Mapping[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items())])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items() if value)]
+    )
 
 
 def _cell(text: str) -> str:

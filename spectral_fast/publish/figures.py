@@ -2,214 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spectral_fast.evaluation.evaluate import METRICS
-from spectral_fast.publish.paths import LOCAL, hub_name
-from spectral_fast.publish.records import HUB_NAMES, Record, read_record
+from spectral_fast.publish.making import HUB_NAMES, Record, Step, read_json
+from spectral_fast.publish.paths import without_paths
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 CONFIGS = "eval_config*.json"  # of one evaluation
 SWEEP, RUNS = "results.json", "runs"  # of a sweep, beside the folder with its runs
-_METRICS = {"strict_match_accuracy": "accuracy"}
-_NO_CONTROL = "What random edits of this size would have done was not measured"
 _NAMES = {"openai/gsm8k": "GSM8K", "openai/openai_humaneval": "HumanEval"}
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One result of one adapter.
-
-    Attributes:
-        task: gsm8k or humaneval.
-        data: the data set as the record names it.
-        metric: accuracy or pass@k.
-        value: a fraction.
-        error: its standard error.
-        problems: how many.
-        settings: how it was decoded and read, for people.
-        arguments: the same for machines.
-    """
-
-    task: str
-    data: str
-    split: str
-    metric: str
-    value: float
-    error: float
-    problems: int
-    settings: str
-    arguments: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, record: Record) -> Figure:
-        """From a file eval_config.json."""
-        meta, metric, decoding = record["meta"], record["metric"], record["decoding"]
-        data = str(meta.get("eval_data") or f"problems like {record['task']}")
-        arguments = {
-            "num_few_shot": record["num_fewshot"],
-            "problems": metric.get("total") or record["total_tasks"],
-            "standard_error": metric["standard_error"],
-            "engine": record["engine"],
-            "dtype": record["engine_settings"].get("dtype"),
-            "profile": meta.get("profile"),
-            "answer_parser": record.get("answer_parser"),
-            "generations": decoding["n_generations"],
-            "temperature": decoding["temperature"],
-            "max_tokens": decoding["max_tokens"],
-            "seed": meta.get("seed"),
-        }
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        how = "greedy" if decoding["strategy"] == "greedy" else f"temperature {decoding['temperature']:g}"
-        parts = [
-            *([f"profile `{arguments['profile']}`"] if "profile" in arguments else []),
-            f"{record['num_fewshot']}-shot, {how}, at most {decoding['max_tokens']} tokens",
-            *([f"{decoding['n_generations']} programs per problem"] if decoding["n_generations"] > 1 else []),
-            *([f"answers by `{record['answer_parser']}`"] if "answer_parser" in record else []),
-            f"{record['engine']} {record['engine_settings'].get('dtype', '')}".strip(),
-        ]
-        return cls(
-            record["task"],
-            HUB_NAMES.get(data, data),
-            record["split"],
-            _METRICS.get(metric["name"], metric["name"]),
-            metric["score"],
-            metric["standard_error"],
-            arguments["problems"],
-            "; ".join(parts),
-            arguments,
-        )
-
-    @property
-    def dataset(self) -> str:
-        """The data set for people."""
-        return _NAMES.get(self.data, self.data.removesuffix(LOCAL) + " (a local file)" * self.data.endswith(LOCAL))
-
-    def eval_result(self) -> EvalResult:
-        """The entry of a model-index."""
-        from huggingface_hub import EvalResult
-
-        return EvalResult(
-            task_type="text-generation",
-            dataset_type=hub_name(self.data) or self.data.removesuffix(LOCAL),
-            dataset_name=self.dataset,
-            dataset_split=self.split,
-            metric_type=self.metric,
-            metric_value=self.value,
-            metric_name=f"{self.metric} ({self.settings})",
-            metric_args=dict(self.arguments),
-        )
 
 
 @dataclass
 class Figures:
-    """All results that were found.
+    """All results that were found: of the adapter, of what it was made from, comparisons, files with other weights'."""
 
-    Attributes:
-        own: of the adapter.
-        source: of one that it was made from.
-        compared: what comparisons on the same problems say.
-        others: files with results of other weights.
-    """
-
-    own: list[Figure] = field(default_factory=list)
-    source: list[Figure] = field(default_factory=list)
+    own: list[EvalResult] = field(default_factory=list)
+    source: list[EvalResult] = field(default_factory=list)
     compared: list[str] = field(default_factory=list)
     others: list[Path] = field(default_factory=list)
 
 
-def find(folder: Path, results: Iterable[Path], hashes: Mapping[str, str], sources: Sequence[str]) -> Figures:
+def find(folder: Path, results: Sequence[Path], hashes: Mapping[str, str], steps: Sequence[Step]) -> Figures:
     """The results that are of an adapter, or of what it was made from.
 
-    Args:
-        folder: the adapter's; a sweep leaves its results in the one above.
-        results: more folders with results; of a sweep, its own will do.
-        hashes: name -> SHA-256 of the adapter's config and of its weights.
-        sources: fingerprints of the adapters that it was made from.
+    Those of a sweep are around its adapter; `hashes` are of the adapter's config and weights, by name.
 
     Raises:
         FileNotFoundError: one of `results` is no folder.
         ValueError: a file is broken, or is no result of spectral_fast.
     """
-    found = Figures()
-    named = [folder.resolve(), *(path.resolve() for path in results)]
-    for path in named:
+    for path in results:
         if not path.is_dir():
             raise FileNotFoundError(f"results are a folder that eval, eval-humaneval or sweep wrote; {path} is none")
-    above = folder.resolve().parent
-    sweeps = [*named, *([above.parent.parent] if above.parent.name == RUNS else [])]
+    found, sources = Figures(), {sha for step in steps for sha in step.sources}
+    named = [folder.resolve(), *(path.resolve() for path in results)]
+    above = named[0].parent
+    sweep = [above.parent.parent] if above.parent.name == RUNS else []
     files = [file for path in [*named, above] for file in sorted(path.glob(CONFIGS))]
-    files += [file for path in sweeps for file in sorted(path.glob(f"{RUNS}/*/{CONFIGS}"))]
+    files += [file for path in [*named, *sweep] for file in sorted(path.glob(f"{RUNS}/*/{CONFIGS}"))]
     for file in dict.fromkeys(files):
-        record = read_record(file)
+        record = without_paths(read_json(file))
         try:
-            known = _add(found, file, record, hashes, sources)
+            of, result = record["meta"].get("adapter_files_sha256") or {}, _result(record)
+            own = of == dict(hashes)
+            if own or sha256("".join(of.values()).encode()).hexdigest() in sources:
+                known = found.own if own else found.source
+                known += [result] * (result not in known)
+                found.compared += _compared(file, str(result.dataset_name)) if own else []
+            elif file.parent in named:
+                found.others.append(file)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{file} is no result of spectral_fast ({type(error).__name__}: {error}): remove it"
             ) from error
-        if not known and file.parent in named:
-            found.others.append(file)
     return found
 
 
-def _add(found: Figures, file: Path, record: Record, hashes: Mapping[str, str], sources: Sequence[str]) -> bool:
-    of = record["meta"].get("adapter_files_sha256") or {}
-    own = of == dict(hashes)
-    if not own and sha256("".join(of.values()).encode()).hexdigest() not in sources:
-        return False
-    figure, figures = Figure.of(record), found.own if own else found.source
-    if figure not in figures:
-        figures.append(figure)
-    if own:
-        found.compared += [*_edits(file, figure), *_sweeps(file)]
-    return True
+def _result(record: Record) -> EvalResult:
+    """An entry of a model-index, from a file eval_config.json."""
+    from huggingface_hub import EvalResult
+
+    meta, metric, decoding = record["meta"], record["metric"], record["decoding"]
+    given = str(meta.get("eval_data") or f"problems like {record['task']}")
+    data = HUB_NAMES.get(given, given)
+    arguments = {
+        "num_few_shot": record["num_fewshot"],
+        "problems": int(metric.get("total") or record["total_tasks"]),
+        "standard_error": float(metric["standard_error"]),
+        "engine": record["engine"],
+        "dtype": record["engine_settings"].get("dtype"),
+        "profile": meta.get("profile"),
+        "answer_parser": record.get("answer_parser"),
+        "generations": decoding["n_generations"],
+        "temperature": decoding["temperature"],
+        "max_tokens": decoding["max_tokens"],
+        "seed": meta.get("seed"),
+    }
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=data.removeprefix("./"),
+        dataset_name=_NAMES.get(data, data),
+        dataset_split=record["split"],
+        metric_type=metric["name"].replace("strict_match_accuracy", "accuracy"),
+        metric_value=float(metric["score"]),
+        metric_args={name: value for name, value in arguments.items() if value is not None},
+    )
 
 
-def _edits(file: Path, figure: Figure) -> list[str]:
-    """What `edit --eval_gsm8k` compared."""
-    metrics = file.with_name(METRICS)
-    if not metrics.is_file() or figure.task != "gsm8k" or file.stem != "eval_config_edited":
-        return []
-    comparison = read_record(metrics)["comparison"]
-    return [f"{figure.dataset}: {_difference(comparison)}; {comparison['verdict']}. {_NO_CONTROL}."]
-
-
-def _sweeps(file: Path) -> list[str]:
-    """What a sweep compared: with the original, and with random edits."""
-    results = file.parent.parent.with_name(SWEEP)
-    if file.parent.parent.name != RUNS or not results.is_file():
-        return []
-    content = read_record(results)
-    run = next((run for run in content["runs"] if run["run"] == file.parent.name), None)
-    if run is None or run["comparison"] is None:
-        return []
-    difference, control = _difference(run["comparison"]), run["random_controls"]
-    if run["role"] != "variant":
-        return [f"In a sweep, as a random control: {difference}."]
-    text = f"In a sweep of {sum(one['role'] == 'variant' for one in content['runs'])} variants: {difference}"
-    if run["p_holm"] is not None:
-        text += f"; p = {run['p_holm']:.3g} after Holm's correction over them"
-    if control is not None:
-        span = " to ".join(f"{100 * control[name]:+.2f}" for name in ("lowest", "highest"))
-        text += (
-            f". {control['controls']} random edits of the same size came to {span} points, "
-            f"{100 * control['mean']:+.2f} on average"
-        )
+def _compared(file: Path, data: str) -> Iterator[str]:
+    """What `edit --eval_gsm8k` or a sweep says of the same problems before and after."""
+    metrics, sweep = file.with_name(METRICS), file.parent.parent.parent / SWEEP
+    control, place = None, ""
+    if file.stem == "eval_config_edited" and metrics.is_file():
+        comparison = without_paths(read_json(metrics))["comparison"]
+        verdict = comparison["verdict"]
+    elif file.parent.parent.name == RUNS and sweep.is_file():
+        runs = without_paths(read_json(sweep))["runs"]
+        run = next((run for run in runs if run["run"] == file.parent.name), None)
+        if run is None or run["comparison"] is None:
+            return
+        comparison, control = run["comparison"], run["random_controls"]
+        verdict = run["verdict"] or "a random control"
+        place = f", one of {sum(one['role'] == 'variant' for one in runs)} variants of a sweep"
+        if run["p_holm"] is not None:
+            verdict += f" (p = {run['p_holm']:.3g} after Holm's correction over all variants)"
     else:
-        text += f". {_NO_CONTROL}"
-    return [f"{text}. {run['verdict'][:1].upper()}{run['verdict'][1:]}."]
-
-
-def _difference(comparison: Record) -> str:
-    low, high = comparison["interval"]
-    return (
-        f"{100 * comparison['difference']:+.2f} points against the original on the same {comparison['n']:,} problems "
-        f"(95 % interval {100 * low:+.2f} to {100 * high:+.2f}, {comparison['test']} p = {comparison['p_value']:.3g})"
+        return
+    low, high = (f"{100 * x:+.2f}" for x in comparison["interval"])
+    yield (
+        f"{data}{place}: {100 * comparison['difference']:+.2f} points against the original on the same "
+        f"{comparison['n']:,} problems (95 % interval {low} to {high}, {comparison['test']} "
+        f"p = {comparison['p_value']:.3g}): {verdict}. "
+    ) + (
+        f"{control['controls']} random edits of the same size came to {100 * control['lowest']:+.2f} to "
+        f"{100 * control['highest']:+.2f} points."
+        if control
+        else "What random edits of this size would have done was not measured."
     )

@@ -1,4 +1,4 @@
-"""What may be published of the paths and names in records: names of the hub as they are, of a path its last part."""
+"""What may be published of the paths and names in records: names of the hub as they are, of a path `./` and its end."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-LOCAL = " (local)"  # after the last part of a path, so that it is not taken for a name of the hub
-
 _WHOLE = re.compile(r"(/|~/|\.{1,2}/|file:/)|[^/\s]+(/[^/\s]+){2,}/?$")  # names of the hub have one slash at most
-_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _WITHIN = re.compile(r"(?<![\w.~/<-])(?:file:/{0,2}(?=/))?~?(?:/[^/\s\"'`<>|(),;]+){2,}/?")
 _DOWNLOAD = re.compile(r"/models--([^/]+)/snapshots/[0-9a-f]{40}/?$")  # in the hub's cache
-_NOBODYS = {"bin", "dev", "etc", "lib", "lib64", "opt", "proc", "run", "sbin", "sys", "usr", "var"}
-_FILE = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", ".yaml", ".yml", ".txt")
+_HOMES, _NOBODYS = {"~", "home", "root", "Users"}, {"bin", "dev", "etc", "usr"}
+_FILES = (".jsonl", ".json", ".parquet", ".csv", ".txt")
 
 
 def without_paths(value: Any) -> Any:
-    """A record as it may be published: of every path in it, however deep, only the last part is left.
+    """A record as it may be published: a path, however deep in it, becomes `./` and its last part.
 
     A download in the hub's cache goes by its name on the hub.
 
@@ -31,61 +28,43 @@ def without_paths(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     # ORG/NAME may be a folder, which is what would be taken for it here.
-    whole = "\n" not in value and (_WHOLE.match(value) or (_NAME.fullmatch(value) and Path(value).exists()))
-    return _last_part(value) if whole else text_without_paths(value)
+    local = "/" in value and is_repo_id(value) and Path(value).exists()
+    return _last_part(value) if "\n" not in value and (local or _WHOLE.match(value)) else text_without_paths(value)
 
 
 def text_without_paths(text: str) -> str:
-    """The same for paths within a text; addresses such as https://… are none."""
-    return _WITHIN.sub(lambda match: _last_part(match[0]), text)
+    """The same for paths within a text, where /api/v1 may be none: homes, and folders that this machine has.
 
-
-def quoted_without_paths(text: str) -> str:
-    """The same for a text of somebody else's, in which /api/v1 is no path: only folders that this machine has are.
-
-    Those that every machine has, such as /usr, tell nothing.
+    Those that every machine has, such as /usr, tell nothing. Addresses such as https://… are none.
     """
 
     def cleaned(match: re.Match[str]) -> str:
-        path = match[0].removeprefix("file:").lstrip("/")
-        first = path.partition("/")[0]
-        ours = first == "~" or (first not in _NOBODYS and Path("/", first).is_dir())
-        return _last_part(match[0]) if ours else match[0]
+        first = match[0].removeprefix("file:").lstrip("/").partition("/")[0]
+        private = first in _HOMES or (first not in _NOBODYS and Path("/", first).is_dir())
+        return _last_part(match[0]) if private else match[0]
 
     return _WITHIN.sub(cleaned, text)
 
 
 def hub_name(text: Any) -> str | None:
     """The text, if it is a name that the Hugging Face hub may have; None for paths, and for what is here under it."""
-    if not isinstance(text, str) or text.lower().endswith(_FILE):
+    if not isinstance(text, str) or text.lower().endswith(_FILES) or not is_repo_id(text):
         return None
-    try:
-        return None if Path(check_repo_id(text)).exists() else text
-    except ValueError:
-        return None
+    return None if Path(text).exists() else text
 
 
-def check_repo_id(repo_id: str) -> str:
-    """A repository's name, as it is.
-
-    Raises:
-        ValueError: the hub would not take it.
-    """
+def is_repo_id(text: str) -> bool:
+    """Whether the hub would take it as the name of a repository, with or without an owner."""
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
-        validate_repo_id(repo_id)
-    except ValueError as error:
-        raise ValueError(f"repo_id must be ORG/NAME, of letters, digits, '-', '_' and '.'; got {repo_id!r}") from error
-    return repo_id
-
-
-def in_command(text: Any) -> str:
-    """A name of a record as an argument of a command: `./NAME` in place of a path."""
-    return f"./{text.removesuffix(LOCAL)}" if isinstance(text, str) and text.endswith(LOCAL) else str(text)
+        validate_repo_id(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _last_part(path: str) -> str:
     if download := _DOWNLOAD.search(path):
         return download[1].replace("--", "/")
-    return (Path(path).name.strip("~.") or "a path") + LOCAL
+    return f"./{Path(path).name.strip('~.') or 'path'}"
