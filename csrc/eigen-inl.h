@@ -54,6 +54,29 @@ inline Reflector reflector(double* x, double length, std::size_t first, std::siz
   return {tau, beta};
 }
 
+// Rows of a step that share what they read.
+constexpr std::size_t kRowsAtOnce = kVectorBytes == 64 ? 4 : 2;
+
+// Rows i, i + 1, ... of a symmetric S, from column `first` on: less v w^T + w v^T; and p += S x as far as they go.
+template <std::size_t kRows>
+inline void update_rows(double* s, std::size_t ld, std::size_t i, const double* v, const double* w, const double* x,
+                        std::size_t first, double* p) {
+  double vi[kRows], wi[kRows], xi[kRows];
+  for (std::size_t k = 0; k < kRows; ++k) vi[k] = v[i + k], wi[k] = w[i + k], xi[k] = x[i + k];
+  double* rows = s + i * ld;
+  for (std::size_t j = first / kDoubles * kDoubles; j < ld; j += kDoubles) {
+    const Vd vj = load<Vd>(v + j), wj = load<Vd>(w + j);
+    Vd sum = load<Vd>(p + j);
+#pragma GCC unroll 4
+    for (std::size_t k = 0; k < kRows; ++k) {
+      const Vd row = load<Vd>(rows + k * ld + j) - wj * vi[k] - vj * wi[k];
+      store(rows + k * ld + j, row);
+      sum += row * xi[k];
+    }
+    store(p + j, sum);
+  }
+}
+
 // The iteration is a chain of square roots and divisions, each of which waits for the last: `advance` goes one link, so
 // that two matrices can take turns and the processor works on both at once.
 class SymmetricEigen {
@@ -68,33 +91,38 @@ class SymmetricEigen {
     l_ = i_ = m_ = 0;
     steps_ = 0;
     converged_ = true;
-    e_ = vectors_.reserve(2 * r + 2 * ld);
-    double *p = e_ + r, *w = p + ld, *tau = w + ld;
-    std::fill(e_, e_ + 2 * r + 2 * ld, 0.0);
+    e_ = vectors_.reserve(2 * r + 3 * ld);
+    double *tau = e_ + r, *p = tau + r, *w = p + ld, *nothing = w + ld;
+    std::fill(e_, e_ + 2 * r + 3 * ld, 0.0);
+    const double* before = nothing;  // the vector of the step before, whose update, with w, is still to be made
     for (std::size_t k = 0; k + 1 < r; ++k) {
       double* v = s + k * ld;
+      update_rows<1>(s, ld, k, before, w, nothing, k, p);
       d[k] = v[k];
       std::fill(v, v + k + 1, 0.0);
       const double length = std::sqrt(dot(v, v, ld));
-      if (length <= kTiny) {
+      if (length > kTiny) {
+        const Reflector h = reflector(v, length, k + 1, r);
+        tau[k] = h.tau;
+        e_[k] = h.beta;
+      } else {
         std::fill(v, v + r, 0.0);
-        continue;
       }
-      const Reflector h = reflector(v, length, k + 1, r);
-      tau[k] = h.tau;
-      e_[k] = h.beta;
       const std::size_t first = (k + 1) / kDoubles * kDoubles, n = ld - first;
-      combine(s + (k + 1) * ld + first, v + k + 1, r - k - 1, ld, n, p + first);
+      std::fill(p, p + ld, 0.0);
+      std::size_t i = k + 1;
+      for (; i + kRowsAtOnce <= r; i += kRowsAtOnce) update_rows<kRowsAtOnce>(s, ld, i, before, w, v, k + 1, p);
+      for (; i < r; ++i) update_rows<1>(s, ld, i, before, w, v, k + 1, p);
       std::fill(p, p + k + 1, 0.0);
-      for (std::size_t i = k + 1; i < r; ++i) p[i] *= h.tau;
-      axpy(-h.tau / 2 * dot(p + first, v + first, n), v + first, p + first, n);
-      for (std::size_t i = k + 1; i < r; ++i) {
-        const double pi = p[i], vi = v[i];
-        for (std::size_t j = first; j < ld; j += kDoubles)
-          store(s + i * ld + j, load<Vd>(s + i * ld + j) - load<Vd>(p + j) * vi - load<Vd>(v + j) * pi);
-      }
+      for (std::size_t j = k + 1; j < r; ++j) p[j] *= tau[k];
+      axpy(-tau[k] / 2 * dot(p + first, v + first, n), v + first, p + first, n);
+      before = v;
+      std::swap(p, w);
     }
-    if (r > 0) d[r - 1] = s[(r - 1) * ld + r - 1];
+    if (r > 0) {
+      update_rows<1>(s, ld, r - 1, before, w, nothing, r - 1, p);
+      d[r - 1] = s[(r - 1) * ld + r - 1];
+    }
     if (qt == nullptr) return;
     // Q = H_0 H_1 ..., built from the last: only rows and columns that a reflector reaches have changed before it.
     double* q = q_.reserve(r * ld);
@@ -136,11 +164,52 @@ class SymmetricEigen {
 
   bool converged() const { return converged_; }
 
+  // In place of `advance` where there are no vectors: QL without square roots, after Pal, Walker and Kahan (Parlett,
+  // "The Symmetric Eigenvalue Problem", section 8.15). Its chain is half as long, as two of its divisions wait for the
+  // same.
+  void values() {
+    double* squares = e_;
+    for (std::size_t i = 0; i < r_; ++i) squares[i] *= squares[i];
+    while (l_ < r_) {
+      const auto coupled = [&](std::size_t i) {
+        const double size = kEpsilon / 2 * (std::abs(d_[i]) + std::abs(d_[i + 1]));
+        return squares[i] > size * size;
+      };
+      m_ = l_;
+      while (m_ + 1 < r_ && coupled(m_)) ++m_;
+      if (m_ == l_) {
+        ++l_;
+        steps_ = 0;
+        continue;
+      }
+      if (++steps_ > kMaxSteps) {
+        converged_ = false;
+        return;
+      }
+      const double e = std::sqrt(squares[l_]), half = (d_[l_ + 1] - d_[l_]) / (2 * e);
+      const double shift = d_[l_] - e / (half + std::copysign(std::sqrt(1 + half * half), half));
+      double c = 1, s = 0, gamma = d_[m_] - shift, p = gamma * gamma;
+      for (std::size_t i = m_; i-- > l_;) {
+        const double b = squares[i], sum = p + b, old_c = c, old_gamma = gamma;
+        squares[i + 1] = s * sum;
+        const double inverse = sum / p;
+        c = p / sum;
+        s = b / sum;
+        gamma = c * (d_[i] - shift) - s * old_gamma;
+        d_[i + 1] = old_gamma + (d_[i] - gamma);
+        p = c > kTiny ? gamma * gamma * inverse : old_c * b;
+      }
+      squares[l_] = s * p;
+      d_[l_] = shift + gamma;
+    }
+  }
+
  private:
+  static constexpr int kMaxSteps = 60;
+
   // A step goes from row m, the end of the block that starts at l, back to l; until e[l], which couples d[l] and
   // d[l + 1], is negligible.
   bool next_step() {
-    constexpr int kMaxSteps = 60;
     for (; l_ < r_; ++l_, steps_ = 0) {
       m_ = l_;
       while (m_ + 1 < r_ && std::abs(e_[m_]) > kEpsilon / 2 * (std::abs(d_[m_]) + std::abs(d_[m_ + 1]))) ++m_;

@@ -8,8 +8,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <std::size_t kBytes>
 inline float largest_of(typename Vector<float, kBytes>::Type v) {
-  if constexpr (kBytes == sizeof(float)) {
-    return v[0];
+  if constexpr (kBytes == 4 * sizeof(float)) {
+    const float even = v[0] > v[2] ? v[0] : v[2], odd = v[1] > v[3] ? v[1] : v[3];
+    return even > odd ? even : odd;
   } else {
     typename Vector<float, kBytes / 2>::Type half[2];
     __builtin_memcpy(half, &v, sizeof v);
@@ -17,18 +18,17 @@ inline float largest_of(typename Vector<float, kBytes>::Type v) {
   }
 }
 
-// exp(x) for -87 < x <= 0 within 2 + |x| / 8 roundoffs, and at least exp(-87) for what is below; NaN stays. By 2^(n +
-// r) with |r| <= 1 / 2, where the series of 2^r up to r^6 lacks 1.2e-7 at most.
+// exp(x) for -87 < x <= 0 within 3 + |x| / 4 roundoffs, and at least exp(-87) for what is below; NaN stays. By 2^(n +
+// r) with |r| <= 1 / 2, where 2^r is the polynomial of degree 5 with p(0) = 1 that is off least, by 1.1e-7 at most.
 inline Vf exp_of(Vf x) {
   constexpr float kShift = 0x1.8p23f, kLog2e = 0x1.715476p0f;  // what is added to the shift is rounded to an integer
   const Vf least = Vf{} - 87.0f;
   x = least > x ? least : x;
   const Vf shifted = x * kLog2e + kShift, r = x * kLog2e - (shifted - kShift);
-  Vf y = r * 0x1.43091ep-13f + 0x1.5d87fep-10f;
-  y = y * r + 0x1.3b2ab6p-7f;
-  y = y * r + 0x1.c6b08ep-5f;
-  y = y * r + 0x1.ebfbep-3f;
-  y = y * r + 0x1.62e43p-1f;
+  Vf y = r * 0x1.5bbap-10f + 0x1.3cea88p-7f;
+  y = y * r + 0x1.c6b754p-5f;
+  y = y * r + 0x1.ebf9bcp-3f;
+  y = y * r + 0x1.62e42ap-1f;
   y = y * r + 1.0f;
   return bits<Vf>(bits<Vu>(y) + (bits<Vu>(shifted) << 23));
 }
@@ -43,10 +43,8 @@ struct LogSumExp {
   float add(const typename Type::Stored* block) {
     constexpr std::size_t kVectors = kBlock / kFloats;
     Vf x[kVectors], most = Vf{} - kInfinity;
-    for (std::size_t v = 0; v < kVectors; ++v) {
-      x[v] = Type::at(block + v * kFloats);
-      most = x[v] > most ? x[v] : most;
-    }
+    for (std::size_t v = 0; v < kVectors; v += 2) Type::two(block + v * kFloats, x + v);
+    for (std::size_t v = 0; v < kVectors; ++v) most = x[v] > most ? x[v] : most;
     const float found = largest_of<kVectorBytes>(most);
     if (found > largest) {
       total *= exp_of(Vf{} + (largest - found))[0];
@@ -117,28 +115,38 @@ inline void top_logits_as(const TopLogitsTask& task, std::size_t row) {
   // Of a larger logit the key is larger, of equal ones that of the lowest id; -0 is 0.
   const float least = blocks < top ? -kInfinity : bound_of(maxima, padded, top);
   std::size_t count = 0;
-  // Most vectors have no such lane or one: a byte per lane finds it without a loop over all, or a branch for each.
+  // Which blocks and lanes those are cannot be predicted: no branches, but for a loop over the few lanes of a block.
   using Bytes = signed char __attribute__((vector_size(kFloats)));
-  const auto look = [&](Vf v, std::size_t id) {
-    const Bytes reached = __builtin_convertvector(v >= least, Bytes);
-    float lanes[kFloats];
-    store(lanes, v);
-    for (std::size_t begin = 0; begin < kFloats; begin += 8) {
-      std::uint64_t bytes = 0;
-      std::memcpy(&bytes, reinterpret_cast<const char*>(&reached) + begin, std::min<std::size_t>(kFloats, 8));
-      while (bytes != 0) {
-        const auto byte = static_cast<std::size_t>(__builtin_ctzll(bytes)) / 8, i = begin + byte;
-        bytes &= ~(std::uint64_t{0xff} << 8 * byte);
-        if (id + i >= n) return;
-        keys[count++] =
-            static_cast<std::uint64_t>(rank_of(lanes[i] + 0.0f)) << 32 | ~static_cast<std::uint32_t>(id + i);
+  const auto look = [&](const float* block, std::size_t id) {
+    std::uint64_t reached = 0;
+    for (std::size_t v = 0; v < kBlock; v += kFloats) {
+      const Bytes lanes = __builtin_convertvector(load<Vf>(block + v) >= least, Bytes);
+      for (std::size_t i = 0; i < kFloats; i += 8) {
+        std::uint64_t bytes = 0;
+        std::memcpy(&bytes, reinterpret_cast<const char*>(&lanes) + i, std::min<std::size_t>(kFloats, 8));
+        // A bit of each byte, moved together by the product.
+        reached |= ((bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56) << (v + i);
       }
     }
+    if (n - id < kBlock) reached &= (std::uint64_t{1} << (n - id)) - 1;
+    for (; reached != 0; reached &= reached - 1) {
+      const auto i = static_cast<std::size_t>(__builtin_ctzll(reached));
+      keys[count++] = static_cast<std::uint64_t>(rank_of(block[i] + 0.0f)) << 32 | ~static_cast<std::uint32_t>(id + i);
+    }
   };
-  for (std::size_t b = 0; b < n / kBlock; ++b)
-    if (maxima[b] >= least)
-      for (std::size_t id = b * kBlock; id < (b + 1) * kBlock; id += kFloats) look(Type::at(x + id), id);
-  for (std::size_t id = n - n % kBlock; id < n; id += kFloats) look(load<Vf>(values + id % kBlock), id);
+  std::uint64_t* chosen = ordered;  // not in use yet
+  std::size_t chosen_count = 0;
+  for (std::size_t b = 0; b < n / kBlock; ++b) {
+    chosen[chosen_count] = b;
+    chosen_count += maxima[b] >= least;
+  }
+  for (std::size_t c = 0; c < chosen_count; ++c) {
+    const std::size_t id = chosen[c] * kBlock;
+    float block[kBlock];
+    for (std::size_t i = 0; i < kBlock; i += kFloats) store(block + i, Type::at(x + id + i));
+    look(block, id);
+  }
+  if (n % kBlock > 0) look(values, n - n % kBlock);
   std::copy(keys, keys + count, ordered);
   std::uint64_t last = 0;
   if (count > top) {
@@ -207,6 +215,7 @@ inline void tensor_sketch_of(const TensorSketchTask& task, std::size_t run) {
 
     widen(task.hidden, task.dtype, t * task.features, hidden, task.features);
     std::fill(twice, twice + m, 0.0f);
+#pragma GCC unroll 4
     for (std::size_t i = 0; i < task.features; ++i) twice[task.bucket_h[i]] += task.sign_h[i] * hidden[i];
     std::copy(twice, twice + m, twice + m);
     for (std::size_t i = 0; i < m; i += kStrip) {

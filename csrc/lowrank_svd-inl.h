@@ -1,17 +1,24 @@
 // The SVD of one module by Gram matrices: see kernels/lowrank_svd for the mathematics.
 
+// Rows of a triangle that are worked on together, from the cache.
+constexpr std::size_t kPanel = 16;
+
 // R (upper triangle, zero below) <- the Cholesky factor of the symmetric matrix in its place, R^T R; false if a pivot
-// is not positive.
-inline bool cholesky(double* g, std::size_t r, std::size_t ld) {
-  for (std::size_t k = 0; k < r; ++k) {
-    double* row = g + k * ld;
-    if (!(row[k] > 0)) return false;
-    std::fill(row, row + k, 0.0);
-    const double scale = 1 / std::sqrt(row[k]);
-    const std::size_t first = k / kDoubles * kDoubles;
-    for (std::size_t j = k; j < r; ++j) row[j] *= scale;
-    for (std::size_t i = k + 1; i < r; ++i)
-      if (row[i] != 0) axpy(-row[i], row + first, g + i * ld + first, ld - first);
+// is not positive. Before a panel of rows is taken apart, what the rows above contribute comes off at once.
+inline bool cholesky(double* g, std::size_t r, std::size_t ld, double* work) {
+  for (std::size_t begin = 0; begin < r; begin += kPanel) {
+    const std::size_t end = std::min(r, begin + kPanel), n = ld - begin;
+    multiply(g + begin, 1, ld, g + begin, ld, work, n, end - begin, begin, n, false);
+    for (std::size_t k = begin; k < end; ++k) axpy(-1, work + (k - begin) * n, g + k * ld + begin, n);
+    for (std::size_t k = begin; k < end; ++k) {
+      double* row = g + k * ld;
+      if (!(row[k] > 0)) return false;
+      std::fill(row, row + k, 0.0);
+      const double scale = 1 / std::sqrt(row[k]);
+      const std::size_t first = k / kDoubles * kDoubles;
+      for (std::size_t j = k; j < r; ++j) row[j] *= scale;
+      for (std::size_t i = k + 1; i < end; ++i) axpy(-row[i], row + first, g + i * ld + first, ld - first);
+    }
   }
   return true;
 }
@@ -56,10 +63,10 @@ class LowrankSvd {
       std::copy(grams[side], grams[side] + r * ld, triangles[side]);
     }
     if (values_alone) {
-      if (cholesky(triangles[0], r, ld)) values(task, triangles[0], grams, product, r, ld);
+      if (cholesky(triangles[0], r, ld, product)) values(task, triangles[0], grams, product, r, ld);
       return;
     }
-    if (!cholesky(triangles[0], r, ld) || !cholesky(triangles[1], r, ld)) return;
+    if (!cholesky(triangles[0], r, ld, product) || !cholesky(triangles[1], r, ld, product)) return;
     // The core R_B R_A^T, by way of R_A^T.
     std::fill(product, product + r * ld, 0.0);
     transpose(triangles[1], ld, product, ld, r);
@@ -101,8 +108,12 @@ class LowrankSvd {
     std::fill(product, product + r * ld, 0.0);
     transpose(triangle, ld, x, ld, r);
     for (std::size_t i = 0; i < r; ++i) std::fill(x + i * ld + r, x + (i + 1) * ld, 0.0);
-    multiply(grams[1], ld, 1, x, ld, product, ld, r, r, ld, false);
-    multiply(triangle, ld, 1, product, ld, x, ld, r, r, ld, false);
+    // Nothing is multiplied with what lies below R's diagonal, but for corners.
+    for (std::size_t j = 0; j < r; j += kPanel)
+      multiply(grams[1] + j, ld, 1, x + j * ld + j, ld, product + j, ld, r, r - j, std::min(kPanel, ld - j), false);
+    for (std::size_t i = 0; i < r; i += kPanel)
+      multiply(triangle + i * ld + i, ld, 1, product + i * ld, ld, x + i * ld, ld, std::min(kPanel, r - i), r - i, ld,
+               false);
     double sizes[2] = {0, 0}, largest = 0;
     for (std::size_t i = 0; i < r; ++i) {
       for (int side = 0; side < 2; ++side) sizes[side] += grams[side][i * ld + i];
@@ -113,8 +124,7 @@ class LowrankSvd {
     const double down = std::scalbn(1.0, -exponent);
     for (std::size_t i = 0; i < r * ld; ++i) x[i] *= down;
     eigen_.begin(x, squares, nullptr, r, ld);
-    while (eigen_.advance()) {
-    }
+    eigen_.values();
     if (!eigen_.converged()) return;
     for (std::size_t k = 0; k < r; ++k)
       if (!std::isfinite(squares[k])) return;

@@ -63,13 +63,18 @@ inline void multiply(const T* l, std::size_t row, std::size_t step, const T* r, 
 }
 
 // The same for an L R that is symmetric, r x r: only what lies on and above the diagonal, and a little below, which is
-// less the narrower the tile.
+// less the narrower the tile: the last rows of a block of columns are those of its last vector alone.
 inline void upper_product(const double* l, std::size_t row, std::size_t step, const double* right, std::size_t ldr,
                           double* c, std::size_t ldc, std::size_t r, std::size_t depth, bool add) {
   constexpr std::size_t kColumns = 2, kWidth = kColumns * kDoubles;
-  for (std::size_t j = 0; j < r; j += kWidth)
-    multiply<double, kColumns>(l, row, step, right + j, ldr, c + j, ldc, std::min(r, j + kWidth), depth,
+  for (std::size_t j = 0; j < r; j += kWidth) {
+    const std::size_t top = std::min(r, j + kDoubles), k = j + kDoubles;
+    multiply<double, kColumns>(l, row, step, right + j, ldr, c + j, ldc, top, depth,
                                std::min(kWidth, round_up(r - j, kDoubles)), add);
+    if (k < r)
+      multiply<double, 1>(l + k * row, row, step, right + k, ldr, c + k * ldc + k, ldc, std::min(kDoubles, r - k),
+                          depth, kDoubles, add);
+  }
 }
 
 // Rows and columns of a tile of dot products.

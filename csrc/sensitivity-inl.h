@@ -5,12 +5,18 @@
 struct Float32 {
   using Stored = float;
   static Vf at(const float* p) { return load<Vf>(p); }
+  // Two vectors' values, in any order: what costs least.
+  static void two(const float* p, Vf* out) { out[0] = at(p), out[1] = at(p + kFloats); }
 };
 
 template <class Half>
 struct As16 {
   using Stored = std::uint16_t;
   static Vf at(const std::uint16_t* p) { return Half::widen(__builtin_convertvector(load<HalfVu>(p), Vu)); }
+  static void two(const std::uint16_t* p, Vf* out) {
+    const Vu pairs = load<Vu>(p);
+    out[0] = Half::widen(pairs & 0xffffu), out[1] = Half::widen(pairs >> 16);
+  }
 };
 
 // out (kVectors vectors) += the sums over `tokens` rows that are r values apart.
