@@ -223,5 +223,4 @@ class _Stream:
                     raise ValueError(f"{key} of {source.path} has NaN or infinite values: mend the adapter first")
             read.append((part, b, a))
             begin += source.size_of(part.module)
-        wide = torch.float64 if any(b.dtype == torch.float64 for _, b, _ in read) else torch.float32
-        return [Task(b.to(wide), a.to(wide), part.module.scaling, self._weights[part.source]) for part, b, a in read]
+        return [Task(b, a, part.module.scaling, self._weights[part.source]) for part, b, a in read]
