@@ -60,10 +60,13 @@ def combine(
     votes = total if sign == "total" else stacked.sign().sum(0)
     if how.space in ("core", "knots"):  # signs of singular vectors are arbitrary: "positive" would be by chance
         votes = votes + total.sign() / 2
-    agree = torch.where(votes >= 0, stacked > 0, stacked < 0)
-    merged = (weighted * agree).sum(0) / agree.sum(0, dtype=stacked.dtype).clamp(min=1)
-    each = zip(*(x.count_nonzero((0, 2, 3)).tolist() for x in (agree, stacked)), strict=True)
-    return Combined(merged, [agreeing / cast if cast else 1.0 for agreeing, cast in each])
+    elected = 2 * (votes >= 0).to(stacked) - 1
+    agree = (stacked * elected > 0).to(stacked)
+    count = agree.sum(0)
+    merged = (weighted * agree).sum(0) / count.clamp(min=1)
+    cast = (stacked != 0).to(stacked).sum(0)
+    shares = count.double().sum((1, 2)) / cast.double().sum((1, 2))
+    return Combined(merged, shares.nan_to_num(1.0).tolist())
 
 
 def _largest(x: Tensor, density: float, sizes: Sequence[int] | None) -> Tensor:

@@ -63,7 +63,8 @@ class Maker:
         merged = self._in_groups(names, modules, self._merged)
         cut = []
         for name, x in zip(names, merged, strict=True):
-            kept = x.spectrum.only(torch.arange(made[name].r))
+            r = made[name].r
+            kept = x.spectrum.only(torch.arange(r)) if r < len(x.spectrum.s) else x.spectrum
             cut.append(replace(kept, dtypes=(made[name].dtype, made[name].dtype)))
         for (b, a), x in zip(rebuild(cut, [x.s for x in cut], names=names), merged, strict=True):
             yield b, a, _error(x.spectrum.s, len(a)), x.agreement

@@ -18,11 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from spectral_fast.adapter import LoraModule
+from spectral_fast.adapter.folder import is_finite
 from spectral_fast.kernels.batched_svd import batched_svd
 from spectral_fast.kernels.lowrank_svd import Factored
 from spectral_fast.spectrum import Spectrum, lowrank_svd
@@ -33,12 +36,13 @@ SMALL = 256  # side of a dense matrix
 
 
 class Task(NamedTuple):
-    """What one adapter has for a module: b (m, r) and a (r, n) as stored, the scaling s and the weight w."""
+    """What the adapter in a folder has for a module: b (m, r) and a (r, n) as stored, and its weight w."""
 
     b: Tensor
     a: Tensor
-    scaling: float
     weight: float
+    module: LoraModule
+    folder: Path
 
 
 Tasks = Sequence[Task]  # of one module
@@ -62,15 +66,17 @@ class Group:
 
     @classmethod
     def of(cls, modules: Sequence[Tasks]) -> Group:
-        """Stack them."""
+        """Stack them; ValueError if a value is not finite."""
         tasks = list(zip(*modules, strict=True))
         wide = torch.float64 if any(each[0].b.dtype == torch.float64 for each in tasks) else torch.float32
-        numbers = torch.tensor([[(x.scaling, x.weight) for x in each] for each in tasks], dtype=torch.float64)
-        return cls(
-            [torch.stack([x.b for x in each]).to(wide) for each in tasks],
-            [torch.stack([x.a for x in each]).to(wide) for each in tasks],
-            *numbers.movedim(2, 0)[..., None, None],
-        )
+        numbers = torch.tensor([[(x.module.scaling, x.weight) for x in each] for each in tasks], dtype=torch.float64)
+        bs = [torch.stack([x.b for x in each]).to(wide) for each in tasks]
+        as_ = [torch.stack([x.a for x in each]).to(wide) for each in tasks]
+        if not all(map(is_finite, (*bs, *as_))):
+            bad = next(x for each in modules for x in each if not (is_finite(x.b) and is_finite(x.a)))
+            key = bad.module.a_key if is_finite(bad.b) else bad.module.b_key
+            raise ValueError(f"{key} of {bad.folder} has NaN or infinite values: mend the adapter first")
+        return cls(bs, as_, *numbers.movedim(2, 0)[..., None, None])
 
     @property
     def shares(self) -> Tensor:
@@ -219,7 +225,7 @@ def _without_rounding(group: Group, matrices: Sequence[Tensor]) -> list[Tensor]:
     for b, a, scaling, x in zip(group.bs, group.as_, group.scalings, matrices, strict=True):
         norms = (torch.linalg.vector_norm(factor, dim=(1, 2), keepdim=True) for factor in (b, a))
         size = scaling.abs() * math.prod(norms)
-        kept.append(torch.where((x.abs() > x.shape[1] * EPS32 * size) & (size > 0), x, 0))
+        kept.append(x * ((x.abs() > x.shape[1] * EPS32 * size) & (size > 0)))
     return kept
 
 
