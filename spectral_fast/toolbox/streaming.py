@@ -54,6 +54,7 @@ def in_batches(
     work: Callable[[list[T], list[S]], R],
     progress: Callable[[Sequence[T]], Iterable[T]],
     threads: int,
+    batch_bytes: int = BATCH_BYTES,
 ) -> Iterator[Iterator[R]]:
     """`streamed`, of any items, by some threads.
 
@@ -64,9 +65,10 @@ def in_batches(
         work: called in the same thread with a batch of items and what was read of them.
         progress: wraps the list of items.
         threads: how many batches are in work at a time.
+        batch_bytes: of items together; a larger one is alone.
     """
     sizes = [size_of(item) for item in items]
-    room = min(max([BATCH_BYTES, *sizes]), sum(sizes))
+    room = min(max([batch_bytes, *sizes]), sum(sizes))
     slots = [torch.empty(room, dtype=torch.uint8) for _ in range(threads + 1)]
 
     def read_and_work(batch: list[T], memory: Tensor) -> R:
@@ -76,17 +78,17 @@ def in_batches(
             begin += size_of(item)
         return work(batch, found)
 
-    with in_order(read_and_work, batches(progress(items), size_of), slots, threads) as results:
+    with in_order(read_and_work, batches(progress(items), size_of, batch_bytes), slots, threads) as results:
         yield results
 
 
-def batches(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T]]:
-    """Neighbours together, of up to `BATCH_BYTES`, or a larger one alone."""
+def batches(items: Iterable[T], size_of: Callable[[T], int], most: int = BATCH_BYTES) -> Iterator[list[T]]:
+    """Neighbours together, of up to so many bytes, or a larger one alone."""
     batch: list[T] = []
     total = 0
     for item in items:
         size = size_of(item)
-        if batch and total + size > BATCH_BYTES:
+        if batch and total + size > most:
             yield batch
             batch, total = [], 0
         batch.append(item)

@@ -16,55 +16,64 @@ from torch import Tensor
 
 from spectral_fast.toolbox.merging.options import Method
 
-Draw = Callable[[Tensor], Tensor]  # for a matrix a mask of its entries, 1 or 0, in its dtype
+Draw = Callable[[Tensor], Tensor]  # for matrices (modules, p, q) a bool mask of their entries
 
 
 class Combined(NamedTuple):
-    """The merged matrix, and the share of entries left by sparsification that have the elected sign; None: no vote."""
+    """The merged matrices (modules, p, q), and of each the share of votes for the elected signs; None: no election."""
 
-    matrix: Tensor
-    agreement: float | None
-
-
-def drawing(density: float, generator: torch.Generator) -> Draw:
-    """Masks drawn one after the other, as PEFT draws them from a generator in the same state."""
-    return lambda x: torch.bernoulli(torch.full_like(x, density), generator=generator)
+    matrices: Tensor
+    agreements: Sequence[float | None]
 
 
 def combine(
-    matrices: Sequence[Tensor], weights: Sequence[float], how: Method, density: float, sign: str, draw: Draw
+    matrices: Sequence[Tensor],
+    weights: Tensor,
+    sizes: Sequence[int] | None,
+    *,
+    how: Method,
+    density: float,
+    sign: str,
+    draw: Draw,
 ) -> Combined:
-    """Combine matrices of one shape.
+    """Combine matrices of one shape, of many modules at once.
 
     Args:
-        matrices: one per task.
-        weights: what each is multiplied by, after signs are elected.
+        matrices: (modules, p, q) of each task.
+        weights: (tasks, modules, 1, 1), what each is multiplied by, after signs are elected.
+        sizes: of each module, how many entries are meant by all, where others are zero; None: all are meant.
         how: what to leave out, and whether signs are elected.
         density: share of entries that stay.
         sign: "total" for the sign of the sum, "frequency" for the more frequent one; a draw is positive or, in bases
             of singular vectors, has the sign of the sum.
-        draw: gives the masks of a random sparsification, called once per matrix, in order.
+        draw: gives the masks of a random sparsification, called once per task, in order.
     """
-    if how.sparsify and density < 1:
-        random = how.sparsify == "random"
-        matrices = [x * draw(x) / density if random else x * _largest(x, density) for x in matrices]
+    if how.sparsify == "random" and density < 1:
+        matrices = [x * draw(x) / density for x in matrices]
+    elif how.sparsify and density < 1:
+        matrices = [x * _largest(x, density, sizes) for x in matrices]
     stacked = torch.stack(list(matrices))
-    weighted = stacked * stacked.new_tensor(weights).view(-1, *[1] * (stacked.ndim - 1))
+    weighted = stacked * weights.to(stacked)
     if not how.elect:
-        return Combined(weighted.sum(0), None)
-    signs = stacked.sign()
-    votes = (stacked if sign == "total" else signs).sum(0)
+        return Combined(weighted.sum(0), [None] * stacked.shape[1])
+    total = stacked.sum(0)
+    votes = total if sign == "total" else stacked.sign().sum(0)
     if how.space in ("core", "knots"):  # signs of singular vectors are arbitrary: "positive" would be by chance
-        votes = votes + stacked.sum(0).sign() / 2
-    agree = signs == torch.where(votes >= 0, 1, -1)
+        votes = votes + total.sign() / 2
+    elected = 2 * (votes >= 0).to(stacked) - 1
+    agree = (stacked * elected > 0).to(stacked)
     count = agree.sum(0)
-    cast = int(signs.count_nonzero())
     merged = (weighted * agree).sum(0) / count.clamp(min=1)
-    return Combined(merged, int(count.sum()) / cast if cast else 1.0)
+    cast = (stacked != 0).to(stacked).sum(0)
+    shares = count.double().sum((1, 2)) / cast.double().sum((1, 2))
+    return Combined(merged, shares.nan_to_num(1.0).tolist())
 
 
-def _largest(x: Tensor, density: float) -> Tensor:
-    """1 for the largest entries by magnitude, ⌊density · entries⌋ of them, 0 for the others."""
-    mask = torch.zeros_like(x).reshape(-1)
-    mask[x.abs().reshape(-1).topk(int(density * x.numel())).indices] = 1
-    return mask.reshape(x.shape)
+def _largest(x: Tensor, density: float, sizes: Sequence[int] | None) -> Tensor:
+    """Of each matrix the largest entries by magnitude, ⌊density · entries⌋ of them."""
+    flat = x.abs().flatten(1)
+    counts = [int(density * size) for size in sizes or [flat.shape[1]] * len(flat)]
+    # As in PEFT, so that of equal entries the same ones stay; to sort them takes three times as long.
+    found = flat.topk(max(counts), sorted=min(counts) < max(counts)).indices
+    kept = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, found, kept).view(x.shape)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.adapter.creation import check_out_dir, creating
-from spectral_fast.adapter.folder import is_finite
 from spectral_fast.adapter.patterns import MANY
 from spectral_fast.backends import chosen_backends
 from spectral_fast.provenance import versions
@@ -27,6 +26,7 @@ from spectral_fast.toolbox.merging.spaces import Task, Tasks
 from spectral_fast.toolbox.streaming import in_batches
 
 META = "merge_meta.json"
+BATCH_BYTES = 1 << 20  # of factors that are read together: hundreds of tiny modules, as calls cost more than their work
 R = TypeVar("R")
 Names = list[str]
 Progress = Callable[[Sequence[str]], Iterable[str]]
@@ -210,18 +210,16 @@ class _Stream:
         maker = Maker(self._options, self._scaling)
         threads = 1 if how.sparsify == "random" or how.space == "dense" else torch.get_num_threads()
         size_of = self._sizes.__getitem__
-        with in_batches(self.names, size_of, self._tasks, partial(work, maker), progress, threads) as results:
+        with in_batches(
+            self.names, size_of, self._tasks, partial(work, maker), progress, threads, BATCH_BYTES
+        ) as results:
             yield results
 
     def _tasks(self, name: str, memory: Tensor) -> list[Task]:
-        read, begin = [], 0
+        tasks, begin = [], 0
         for part in self._plan.parts[name]:
             source = self._sources[part.source]
             b, a = source.read(part.module, memory[begin:])
-            for key, factor in ((part.module.b_key, b), (part.module.a_key, a)):
-                if not is_finite(factor):
-                    raise ValueError(f"{key} of {source.path} has NaN or infinite values: mend the adapter first")
-            read.append((part, b, a))
+            tasks.append(Task(b, a, self._weights[part.source], part.module, source.path))
             begin += source.size_of(part.module)
-        wide = torch.float64 if any(b.dtype == torch.float64 for _, b, _ in read) else torch.float32
-        return [Task(b.to(wide), a.to(wide), part.module.scaling, self._weights[part.source]) for part, b, a in read]
+        return tasks
