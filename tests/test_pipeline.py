@@ -113,9 +113,10 @@ def test_a_caller_that_stops_early_leaves_nothing_running() -> None:
     assert len(begun) <= 4
 
 
-def test_an_interrupt_reaches_a_caller_that_waits() -> None:
+@pytest.mark.parametrize("when", [0, 3])  # at the first the caller still waits for a thread to start
+def test_an_interrupt_reaches_a_caller_that_waits(when: int) -> None:
     def work(item: int, _: int) -> int:
-        if item == 3:
+        if item == when:
             signal.raise_signal(signal.SIGINT)  # Python handles it in the main thread
             time.sleep(0.05)
         return item
