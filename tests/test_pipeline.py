@@ -113,13 +113,30 @@ def test_a_caller_that_stops_early_leaves_nothing_running() -> None:
     assert len(begun) <= 4
 
 
-@pytest.mark.parametrize("when", [0, 3])  # at the first the caller still waits for a thread to start
-def test_an_interrupt_reaches_a_caller_that_waits(when: int) -> None:
+def test_an_interrupt_reaches_a_caller_that_waits() -> None:
     def work(item: int, _: int) -> int:
-        if item == when:
+        if item == 3:
             signal.raise_signal(signal.SIGINT)  # Python handles it in the main thread
             time.sleep(0.05)
         return item
 
     with pytest.raises(KeyboardInterrupt), in_order(work, range(10), range(4), threads=2) as results:
         list(results)
+
+
+def test_an_interrupt_while_a_thread_starts_leaves_it_not_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, begun = threading.Thread.start, threading.Event()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        begun.wait()
+        raise KeyboardInterrupt
+
+    def work(item: int, _: int) -> int:
+        begun.set()
+        time.sleep(0.05)
+        return item
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), in_order(work, range(10), range(4), threads=2) as results:
+        next(results)
