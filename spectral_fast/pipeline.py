@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
+from threading import Thread, current_thread
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -34,7 +35,8 @@ def in_order(
     """
     pending: deque[tuple[Slot, Future[R]]] = deque()
     remaining = iter(items)
-    pool = ThreadPoolExecutor(threads)
+    started: list[Thread] = []
+    pool = ThreadPoolExecutor(threads, initializer=lambda: started.append(current_thread()))
 
     def begin(slot: Slot) -> None:
         pending.extend((slot, pool.submit(work, item, slot)) for item in islice(remaining, 1))
@@ -51,3 +53,5 @@ def in_order(
         yield results()
     finally:
         pool.shutdown(cancel_futures=True)
+        for thread in started:  # the pool does not know one during whose start an interrupt came
+            thread.join()

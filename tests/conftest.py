@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 # Without a GPU, Triton's kernels run as Python; it wants to know before they are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A background job of a shell ignores Ctrl-C, as do its children; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Not through sys.path: the root holds `kernels/`, too, which must not be importable by that name.
 _spec = spec_from_file_location("benchmarks", Path(__file__).resolve().parents[1] / "benchmarks" / "__init__.py")

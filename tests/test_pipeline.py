@@ -122,3 +122,21 @@ def test_an_interrupt_reaches_a_caller_that_waits() -> None:
 
     with pytest.raises(KeyboardInterrupt), in_order(work, range(10), range(4), threads=2) as results:
         list(results)
+
+
+def test_an_interrupt_while_a_thread_starts_leaves_it_not_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, begun = threading.Thread.start, threading.Event()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        begun.wait()
+        raise KeyboardInterrupt
+
+    def work(item: int, _: int) -> int:
+        begun.set()
+        time.sleep(0.05)
+        return item
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), in_order(work, range(10), range(4), threads=2) as results:
+        next(results)

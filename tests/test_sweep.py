@@ -28,13 +28,17 @@ LINES = [
 ]
 
 
+class Engine(FakeEngine):
+    """Counts what the sweep of `done` alone does."""
+
+    calls, started = [], 0
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
     """The folder of the configurations, that of a finished sweep, and its result."""
     folder = tmp_path_factory.mktemp("sweep")
-    FakeEngine.calls.clear()
-    FakeEngine.started = 0
-    result = sweep(write_configs(folder, LINES), folder / "out")
+    result = sweep(write_configs(folder, LINES), folder / "out", engine=Engine)
     return folder, folder / "out", result
 
 
@@ -43,8 +47,8 @@ def test_equal_work_is_done_once_and_everything_in_one_engine(done: tuple[Path, 
     roles = [run["role"] for run in result["runs"]]
     # 3 variants; 5 controls with the default factors, of which one is given, and 5 with amp_factor 1.5
     assert (roles.count("baseline"), roles.count("variant"), roles.count("control")) == (1, 3, 10)
-    assert FakeEngine.started == 1
-    assert FakeEngine.calls == [4, 4, 4, 2]
+    assert Engine.started == 1
+    assert Engine.calls == [4, 4, 4, 2]
     assert len(list((out / "probes").iterdir())) == 1
     assert len(result["lines"]) == len(LINES)
     assert result["lines"][1]["run"] == result["lines"][2]["run"]

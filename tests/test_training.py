@@ -7,7 +7,9 @@ import json
 import logging
 import shutil
 import sys
+import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -320,14 +322,14 @@ def test_the_time_of_a_batch_is_told_every_fifty_steps_over_the_last_hundred(cap
 
 
 def test_the_monitor_writes_at_its_interval_until_the_context_is_left(tmp_path: Path) -> None:
-    with SystemMonitor(tmp_path, interval=0.05):
-        time.sleep(0.4)
     file = tmp_path / "system_monitoring" / "usage.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert 3 <= len(rows) <= 9
+    with SystemMonitor(tmp_path, interval=0.05):
+        while not file.is_file() or file.read_text().count("\n") < 3:
+            time.sleep(0.01)
+    assert "system monitor" not in [thread.name for thread in threading.enumerate()]
+    *rows, _ = map(json.loads, file.read_text().splitlines())  # the last was written when the context was left
+    assert all(later["time"] - row["time"] >= 0.048 for row, later in pairwise(rows))  # told to the millisecond
     assert all(row["memory_percent"] > 0 for row in rows)
-    time.sleep(0.15)
-    assert len(file.read_text().splitlines()) == len(rows)
 
 
 def test_the_monitor_asks_nvidias_library_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
