@@ -153,12 +153,14 @@ def test_the_gate_is_shown_what_enters_and_leaves_the_output_embedding(tmp_path:
     "config", [{}, {"final_logit_softcapping": 2.0}, {"logit_scale": 0.25}, {"logits_scaling": 3.0}]
 )
 def test_logits_that_are_not_formed_are_told_by_the_weight(config: dict[str, float]) -> None:
-    from trl.trainer.utils import add_fused_lm_head
+    from trl.trainer import utils
 
+    if not hasattr(utils, "add_fused_lm_head"):
+        pytest.skip("this TRL has no add_fused_lm_head; 1.14.2 has none yet")
     model = tiny_llama()
     for name, value in config.items():
         setattr(model.config, name, value)
-    add_fused_lm_head(model)
+    utils.add_fused_lm_head(model)
     head, batch = Head(with_lora(model)), collate(rows()[:2])
     with head.watch():
         told = model(**batch, fused_lm_head=True)

@@ -307,6 +307,7 @@ def test_half_precision_is_converted_to_pefts_dtypes(kind: str) -> None:
         assert (product - other).norm() <= 8 * 2**-8 * other.norm()
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_what_is_compiled_is_pefts_own() -> None:
     torch._dynamo.reset()
     model = get_peft_model(tiny_llama(), VeraConfig(r=7, target_modules=["q_proj"], init_weights=False)).eval()
