@@ -55,8 +55,7 @@ def check_stream(args: argparse.Namespace) -> None:
 
 def unused(args: argparse.Namespace, policy: Policy, needs_probe: bool) -> list[str]:
     """Warnings about flags that were given and have no effect."""
-    from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.calibration.probe import CalibrationOptions
+    from spectral_fast.calibration.options import CalibrationOptions, ModelOptions
     from spectral_fast.calibration.streaming.options import StreamOptions
 
     unused = [] if needs_probe else [f.name for cls in (CalibrationOptions, StreamOptions) for f in fields(cls)]

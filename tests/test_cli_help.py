@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from cli_tools import NAMES, commands, refused
 
-from spectral_fast.cli import command_line, main
+from spectral_fast.cli import main
 from spectral_fast.cli.parser import STATUSES
-from spectral_fast.evaluation.humaneval import HumanEvalOptions
-from spectral_fast.evaluation.profiles import EvaluationOptions
+from spectral_fast.cli.start import command_line
+from spectral_fast.evaluation.profiles import EvaluationOptions, HumanEvalOptions
 from spectral_fast.policies import POLICIES
 
 

@@ -138,7 +138,7 @@ def test_steps_are_told_in_their_order(here: Path) -> None:
 
 
 def test_what_was_chosen_in_python_has_no_command(tmp_path: Path) -> None:
-    from spectral_fast.prune import PruneOptions, prune_adapter
+    from spectral_fast.toolbox import PruneOptions, prune_adapter
 
     adapter = Adapter.open(embedded.adapter_dir())
     prune_adapter(adapter, PruneOptions(), tmp_path / "pruned", modules=list(adapter.modules.values())[:3])

@@ -18,7 +18,9 @@ from tiny_models import tiny_llama
 from spectral_fast import embedded
 from spectral_fast.adapter import Adapter
 from spectral_fast.cli import main
-from spectral_fast.prune import META, PruneOptions, channel_energy, prune_adapter
+from spectral_fast.toolbox.measures import channel_energy
+from spectral_fast.toolbox.options import PruneOptions
+from spectral_fast.toolbox.prune import META, prune_adapter
 
 METHODS = ("channel_energy", "magnitude_B", "random")
 

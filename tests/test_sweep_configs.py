@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spectral_fast.evaluation.humaneval import HumanEvalOptions
-from spectral_fast.evaluation.profiles import EvaluationOptions
+from spectral_fast.evaluation.profiles import EvaluationOptions, HumanEvalOptions
 from spectral_fast.policies import AbsSelect, GradientDescent, RandomIndex, SpectralGate
 from spectral_fast.sweep.config import Config, load_configs, parse
 from spectral_fast.sweep.files import read_configs

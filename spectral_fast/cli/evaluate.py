@@ -17,6 +17,8 @@ from spectral_fast.cli.common import (
     warn,
 )
 from spectral_fast.cli.outputs import GSM8K, HUMANEVAL, OUT_JSON
+from spectral_fast.evaluation.engines.options import EngineOptions
+from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
 from spectral_fast.options import add_flags
 from spectral_fast.usage import take
 
@@ -30,9 +32,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.evaluation.engines import EngineOptions
-    from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
-
     parser = add_command(
         commands,
         "eval",
@@ -61,8 +60,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
-
     check_outputs(args)
     if args.eval_profile is not None and PROFILES[args.eval_profile].task == "humaneval":
         return humaneval.run(args)

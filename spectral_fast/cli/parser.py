@@ -14,7 +14,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spectral_fast.calibration.ranks import launched
+from spectral_fast.calibration.torchrun import launched
 from spectral_fast.options import nearest
 
 RANK_0_SPEAKS = 10.0  # seconds after which it surely has
@@ -44,6 +44,8 @@ class Parser(argparse.ArgumentParser):
         examples: complete command lines.
         writes: file names and what is in them.
         again: what to do once the command was interrupted.
+        menu: of a command, the parser of all commands.
+        computes: the command needs torch, which takes a second to import.
         takes_more: the command reads its --config itself, and flags that are not here.
         config_text: of a command that reads its --config itself: what --print_config prints.
         required: names of flags that must be given, on the command line or in a file.
@@ -54,6 +56,8 @@ class Parser(argparse.ArgumentParser):
     examples: Sequence[str] = ()
     writes: Mapping[str, str] = {}
     again: str = "Run it again."
+    menu: Parser | None = None
+    computes: bool = True
     takes_more: bool = False
     config_text: Callable[[argparse.Namespace], str] | None = None
     required: frozenset[str] = frozenset()

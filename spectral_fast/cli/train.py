@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from spectral_fast.cli.common import add_command
 from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
+from spectral_fast.training.settings import PREFIXES, SECTIONS
 from spectral_fast.usage import UsageError
 
 T = TypeVar("T")
@@ -35,8 +36,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.training.settings import PREFIXES, SECTIONS
-
     parser = add_command(
         commands,
         "train",

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
-from spectral_fast.calibration.model import DTYPES
-from spectral_fast.calibration.probe import CalibrationOptions
+from spectral_fast.calibration.options import DTYPES, CalibrationOptions
 from spectral_fast.options import flag_name
 from spectral_fast.publish.paths import in_command
 
-_DTYPES = {str(dtype).removeprefix("torch."): flag for flag, dtype in DTYPES.items()}
+_DTYPES = {dtype: flag for flag, dtype in DTYPES.items()}
 
 
 def command(name: str, out_dir: str, given: Mapping[str, Any], settings: Mapping[str, Any], *classes: type) -> str:

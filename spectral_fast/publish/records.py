@@ -10,14 +10,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from spectral_fast import edit, prune
+from spectral_fast import edit
 from spectral_fast.adapter.selection import SelectionOptions
 from spectral_fast.calibration.rows import GSM8K
 from spectral_fast.policies import POLICIES
 from spectral_fast.publish.commands import command, measured, selected
 from spectral_fast.publish.paths import hub_name, without_paths
 from spectral_fast.statistics import as_text
-from spectral_fast.toolbox import clip, export, extraction, merging, resize
+from spectral_fast.toolbox import clip, export, extraction, merging, prune, resize
+from spectral_fast.toolbox.options import ClipOptions, PruneOptions, ResizeOptions
 
 HUB_NAMES = {GSM8K: "openai/gsm8k", "humaneval": "openai/openai_humaneval"}  # data sets that have a short name here
 Record = Mapping[str, Any]
@@ -124,10 +125,10 @@ def _prune(meta: Record, modules: Record) -> Made:
         "pruned": _counted(modules),
         "channels": f"{kept:,} of {total:,} kept, {'the others left out' if meta['compact'] else 'the others zero'}",
         "share of the channels' energy kept": f"{fmean(shares):.1%} on average, {min(shares):.1%} at least",
-        "hyperparameters": _settings(meta, prune.PruneOptions),
+        "hyperparameters": _settings(meta, PruneOptions),
     }
     again = {"lora_path": meta["lora_path"], **selected(meta), "compact": meta["compact"]}
-    line = command("prune", "./pruned", again, meta, prune.PruneOptions, SelectionOptions)
+    line = command("prune", "./pruned", again, meta, PruneOptions, SelectionOptions)
     text = "Of every module's rank channels (a column of B with its row of A) the best were kept. Nothing was trained."
     return Made("Pruning of rank channels", text, facts | _origin(meta), (line,), ("pruned",), (), _of(meta))
 
@@ -138,7 +139,7 @@ def _resize(meta: Record, modules: Record) -> Made:
         "resized": _counted(modules),
         "directions": f"{after:,} of {before:,} kept",
         "error ‖ΔW − ΔW'‖ / ‖ΔW‖": _errors(one["error"] for one in modules.values()),
-        "goal": _settings(meta, resize.ResizeOptions),
+        "goal": _settings(meta, ResizeOptions),
     }
     probe, again = meta.get("probe"), {"lora_path": meta["lora_path"], **selected(meta)}
     lines = []
@@ -147,7 +148,7 @@ def _resize(meta: Record, modules: Record) -> Made:
         to_probe = {"base_model": probe["base_model"], **again, **measured(probe)}
         lines.append(command("probe", "./probed", to_probe, meta, SelectionOptions))
         again["sensitivity"] = "./probed"
-    lines.append(command("resize", "./resized", again, meta, resize.ResizeOptions, SelectionOptions))
+    lines.append(command("resize", "./resized", again, meta, ResizeOptions, SelectionOptions))
     text = "Every module was truncated to the singular directions that "
     text += "the loss on calibration samples depends on most." if probe else "are largest."
     return Made("Resizing", text, facts | _origin(meta), tuple(lines), ("resized",), _data(probe), _of(meta))
@@ -160,7 +161,7 @@ def _clip(meta: Record, modules: Record) -> Made:
         "error ‖ΔW − ΔW'‖ / ‖ΔW‖": _errors(one["error"] for one in modules.values()),
     }
     again = {"lora_path": meta["lora_path"], **selected(meta)}
-    line = command("clip", "./clipped", again, meta, clip.ClipOptions, SelectionOptions)
+    line = command("clip", "./clipped", again, meta, ClipOptions, SelectionOptions)
     text = "Singular values far above the others of their module were set to a limit. Nothing was trained."
     return Made("Clipping of spikes", text, facts | _origin(meta), (line,), ("clipped",), (), _of(meta))
 
