@@ -76,7 +76,7 @@ class CalibrationOptions:
         >>> CalibrationOptions(calib_samples=0)
         Traceback (most recent call last):
             ...
-        ValueError: calib_samples must be in [1, inf]; got 0
+        ValueError: calib_samples must be at least 1; got 0
     """
 
     calib_data: str = option("gsm8k", "gsm8k (the train split, by datasets) or a .jsonl or .parquet file")

@@ -178,18 +178,6 @@ def config_source(args: argparse.Namespace) -> dict[str, Any]:
     return {} if path is None else {"config_src": {"path": str(path), "sha256": sha256_file(path)}}
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Find out before long work that the results have a place.
-
-    Raises:
-        UsageError: --out_dir is a file, or --out_json a folder.
-    """
-    if args.out_dir is not None and args.out_dir.exists() and not args.out_dir.is_dir():
-        raise UsageError(f"--out_dir {args.out_dir} is a file; name a folder for the results")
-    if args.out_json is not None and args.out_json.is_dir():
-        raise UsageError(f"--out_json {args.out_json} is a folder; name a file for the result")
-
-
 def write_result(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """The result in the file --out_json, if it is given."""
     if args.out_json is not None:

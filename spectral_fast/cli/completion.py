@@ -41,4 +41,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             if word in FOLDERS + FILES:
                 action.complete = shtab.FILE if word in FILES else shtab.DIRECTORY
     script = shtab.complete(parser, shell=args.shell)
+    script = script.replace(
+        " -- $1 ", ' -- "${1//\\\\/}" '
+    )  # of a name with spaces bash gives what is typed: my\ folder
     return {"shell": args.shell, "script": script}, script

@@ -11,7 +11,6 @@ from spectral_fast.cli.common import (
     add_model_flags,
     add_result_flags,
     add_subject_flags,
-    check_outputs,
     evaluated,
     subject,
     warn,
@@ -60,7 +59,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    check_outputs(args)
     if args.eval_profile is not None and PROFILES[args.eval_profile].task == "humaneval":
         return humaneval.run(args)
     if args.eval_profile is not None:

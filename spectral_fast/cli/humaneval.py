@@ -10,7 +10,6 @@ from spectral_fast.cli.common import (
     add_model_flags,
     add_result_flags,
     add_subject_flags,
-    check_outputs,
     evaluated,
     subject,
     warn,
@@ -55,7 +54,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Generate, run the tests, and write what came out; also for `eval` with a profile of HumanEval."""
-    check_outputs(args)
     if not args.allow_code_execution:
         raise UsageError(
             "HumanEval runs programs that a model has written, which may be harmful. They run confined (see "

@@ -131,7 +131,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unrecognized arguments: {word}{nearest(name, [*known, '--config', '--print_config'])}")
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--config", nargs="?")
-        if (file := first.parse_known_args(words)[0].config) is not None:
+        if file := first.parse_known_args(words)[0].config:  # nothing is refused below
             self._read(Path(file).expanduser())
 
     def _read(self, file: Path) -> None:
@@ -187,8 +187,11 @@ class Parser(argparse.ArgumentParser):
         return values if many else values[0]
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        if (arg_string + "/").startswith("~/") and word_for(action) in FOLDERS + FILES:  # shells leave --flag=~ alone
-            arg_string = str(Path(arg_string).expanduser())
+        if word_for(action) in FOLDERS + FILES:
+            if not arg_string:  # as of a variable that is not set; as a path it would be the folder one is in
+                raise argparse.ArgumentError(action, "must not be empty")
+            if (arg_string + "/").startswith("~/"):  # shells leave --flag=~ alone
+                arg_string = str(Path(arg_string).expanduser())
         return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spectral_fast._version import __version__
-from spectral_fast.atomic import check_parents
 from spectral_fast.calibration.torchrun import launched
 from spectral_fast.cli import (
     active_channels,
@@ -44,7 +43,7 @@ from spectral_fast.cli import (
 )
 from spectral_fast.cli.interrupts import stoppable, told, work_begins
 from spectral_fast.cli.parser import STATUSES, Parser
-from spectral_fast.usage import UsageError
+from spectral_fast.usage import UsageError, check_places
 
 GROUPS = {
     "adapters": (probe, edit, inspect, diff, merge, resize, prune, clip, export, push),
@@ -64,8 +63,9 @@ def start(argv: Sequence[str] | None = None) -> int:
     if rest and not args.parser.takes_more:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if args.command not in ("info", "bench"):  # which tell of the environment as they found it
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with stoppable():
             return _run(args)
@@ -100,8 +100,7 @@ def _run(args: argparse.Namespace) -> int:
 
         print(args.parser.config_text(args) if args.parser.config_text else as_config(args.parser, args), end="")
         return 0
-    if getattr(args, "out_dir", None) is not None:
-        check_parents(args.out_dir)
+    check_places(args)
     if args.parser.computes:
         import torch  # noqa: F401
 

@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.usage import UsageError
 
     if args.controls < 0 or (args.workers is not None and args.workers < 1):
-        raise UsageError("--controls must be 0 or more, --workers 1 or more")
+        raise UsageError("--controls must be at least 0, --workers at least 1")
     if args.workers is not None and args.ray is None:
         raise UsageError("--workers needs --ray; without it one engine works here")
     given = vars(args)

@@ -30,7 +30,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         if self.num_fewshot < 0:
-            raise ValueError(f"the number of few-shot examples must be 0 or more; got {self.num_fewshot}")
+            raise ValueError(f"the number of few-shot examples must be at least 0; got {self.num_fewshot}")
 
     def sampling(self, seed: int, stop: Sequence[str] = ()) -> Sampling:
         """How an engine shall decode."""

@@ -101,6 +101,17 @@ class DataArguments:
     def __post_init__(self) -> None:
         check(self)
 
+    @property
+    def source(self) -> str:
+        """Where the rows to train on are.
+
+        Raises:
+            ValueError: that is not said.
+        """
+        if self.train_dataset_path is None:
+            raise ValueError("no data: give train_dataset_path, in the file or as a flag")
+        return self.train_dataset_path
+
 
 @dataclass(frozen=True)
 class LoggingArguments:
