@@ -23,7 +23,8 @@ from benchmarks.workloads import Candidate, Workload
 from spectral_fast.adapter import Adapter
 from spectral_fast.calibration.calibrate import calibrate
 from spectral_fast.calibration.data import Example
-from spectral_fast.calibration.model import DTYPES, ModelOptions, load_model
+from spectral_fast.calibration.model import load_model
+from spectral_fast.calibration.options import DTYPES, ModelOptions
 from spectral_fast.calibration.streaming.options import StreamOptions
 from spectral_fast.calibration.streaming.skeleton import load_skeleton
 from spectral_fast.calibration.streaming.stream import Streamed, streamed
@@ -81,5 +82,5 @@ def skeleton(case: Calibration, folder: Path) -> tuple[Any, Any]:
 
 
 def _options(case: Calibration) -> ModelOptions:
-    [dtype] = (name for name, dtype in DTYPES.items() if dtype == getattr(torch, case.dtype))
+    [dtype] = (name for name, dtype in DTYPES.items() if dtype == case.dtype)
     return ModelOptions(dtype=dtype, device="cpu")

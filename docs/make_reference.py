@@ -14,9 +14,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from spectral_fast.cli import GROUPS, command_line
 from spectral_fast.cli.common import broken
 from spectral_fast.cli.parser import Parser, word_for
+from spectral_fast.cli.start import GROUPS, command_line
 from spectral_fast.environment import VARIABLES
 from spectral_fast.options import bounds
 

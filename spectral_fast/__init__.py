@@ -16,25 +16,44 @@ What else the commands do is in `spectral_fast.toolbox` (resize, clip, prune, ex
 `evaluation`, `sweep`, `allocation` (ranks), `training`, `report` and `study`; the kernels are in `kernels`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from spectral_fast._version import __version__
-from spectral_fast.adapter import Adapter
-from spectral_fast.calibration.calibrate import calibrate
-from spectral_fast.calibration.closed_form import sensitivity_from_gradients
-from spectral_fast.calibration.model import ModelOptions
-from spectral_fast.calibration.probe import CalibrationOptions, probe
-from spectral_fast.edit import edit_adapter
-from spectral_fast.functional import svd_lowrank_factors
-from spectral_fast.policies import POLICIES
-from spectral_fast.sensitivity import Sensitivity
-from spectral_fast.spectrum import Spectrum, lowrank_svd
+from spectral_fast.lazy import lazily
 
 if TYPE_CHECKING:
-    from spectral_fast.allocation import get_adaptive_lora_config
-    from spectral_fast.evaluation import evaluate_adapters
-    from spectral_fast.publish import push_to_hub
+    from spectral_fast.adapter.folder import Adapter
+    from spectral_fast.allocation.config import get_adaptive_lora_config
+    from spectral_fast.calibration.calibrate import calibrate
+    from spectral_fast.calibration.closed_form import sensitivity_from_gradients
+    from spectral_fast.calibration.options import CalibrationOptions, ModelOptions
+    from spectral_fast.calibration.probe import probe
+    from spectral_fast.edit import edit_adapter
+    from spectral_fast.evaluation.adapters import evaluate_adapters
+    from spectral_fast.functional import svd_lowrank_factors
+    from spectral_fast.policies import POLICIES
+    from spectral_fast.publish.upload import push_to_hub
+    from spectral_fast.sensitivity import Sensitivity
+    from spectral_fast.spectrum import Spectrum, lowrank_svd
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "spectral_fast.adapter.folder": ("Adapter",),
+            "spectral_fast.allocation.config": ("get_adaptive_lora_config",),
+            "spectral_fast.calibration.calibrate": ("calibrate",),
+            "spectral_fast.calibration.closed_form": ("sensitivity_from_gradients",),
+            "spectral_fast.calibration.options": ("CalibrationOptions", "ModelOptions"),
+            "spectral_fast.calibration.probe": ("probe",),
+            "spectral_fast.edit": ("edit_adapter",),
+            "spectral_fast.evaluation.adapters": ("evaluate_adapters",),
+            "spectral_fast.functional": ("svd_lowrank_factors",),
+            "spectral_fast.policies": ("POLICIES",),
+            "spectral_fast.publish.upload": ("push_to_hub",),
+            "spectral_fast.sensitivity": ("Sensitivity",),
+            "spectral_fast.spectrum": ("Spectrum", "lowrank_svd"),
+        },
+    )
 
 __all__ = [
     "POLICIES",
@@ -54,13 +73,3 @@ __all__ = [
     "sensitivity_from_gradients",
     "svd_lowrank_factors",
 ]
-
-# Neither a probe nor an edit needs the modules of these, which are half of the package.
-_LATER = {"evaluate_adapters": "evaluation", "get_adaptive_lora_config": "allocation", "push_to_hub": "publish"}
-
-
-def __getattr__(name: str) -> Any:
-    """The functions whose modules are imported when they are first asked for."""
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)

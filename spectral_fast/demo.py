@@ -11,8 +11,8 @@ from typing import Any
 from spectral_fast import embedded
 from spectral_fast.adapter import Adapter
 from spectral_fast.atomic import check_out_dir, replace_directory
-from spectral_fast.calibration.model import ModelOptions
-from spectral_fast.calibration.probe import CalibrationOptions, probe
+from spectral_fast.calibration.options import CalibrationOptions, ModelOptions
+from spectral_fast.calibration.probe import probe
 from spectral_fast.edit import edit_adapter
 from spectral_fast.evaluation.adapters import evaluate_adapters
 from spectral_fast.evaluation.comparison import compare

@@ -57,17 +57,16 @@ def check(instance: Any, where: str = "") -> None:
             raise TypeError(f"{name} must be {kind.__name__}; got {value!r} ({type(value).__name__})")
         if meta["choices"] is not None and value not in meta["choices"]:
             raise ValueError(f"{name} must be one of {', '.join(meta['choices'])}; got {value!r}")
-        if kind in (int, float) and (complaint := _out_of_range(value, meta)):
+        if kind in (int, float) and (complaint := _out_of_range(value, spec)):
             raise ValueError(f"{name} {complaint}")
 
 
-def _out_of_range(value: float, meta: Mapping[str, Any]) -> str | None:
+def _out_of_range(value: float, f: Field[Any]) -> str | None:
     if not math.isfinite(value):
         return f"must be finite; got {value}"
-    if meta["positive"] and value <= 0:
-        return f"must be > 0; got {value}"
-    if not meta["low"] <= value <= meta["high"]:
-        return f"must be in [{meta['low']:g}, {meta['high']:g}]; got {value}"
+    low, high = f.metadata["low"], f.metadata["high"]
+    if not low <= value <= high or (f.metadata["positive"] and value <= 0):
+        return f"must be {bounds(f)}; got {value}"
     return None
 
 
@@ -115,7 +114,7 @@ def _reader(kind: type, f: Field[Any]) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         value = kind(text)
-        if kind in (int, float) and "low" in f.metadata and (complaint := _out_of_range(value, f.metadata)):
+        if kind in (int, float) and "low" in f.metadata and (complaint := _out_of_range(value, f)):
             raise argparse.ArgumentTypeError(complaint)
         return value
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from spectral_fast.kernels.spline import spline
 from spectral_fast.options import check, option
-from spectral_fast.tensorfile import SafetensorsFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PEFT_TYPE = "LSLORA"  # in adapter_config.json
 # Names of a layer's parameters in PEFT, and with the module's name before them the keys of a file.
@@ -73,13 +72,15 @@ class SplineOptions:
 
     def grid(self) -> Tensor:
         """The knots, (num_knots,) float32."""
+        import torch
+
         return torch.linspace(self.k_min, self.k_max, self.num_knots, dtype=torch.float32)
 
     def initial(self) -> dict[str, Tensor]:
         """Name -> value of the three parameters at the start, float32."""
         grid = self.grid()
-        values = grid + 0.2 * torch.sin(torch.pi * grid) if self.spline_init == "sine" else grid
-        one = torch.ones(1, dtype=torch.float32)
+        values = grid + 0.2 * (math.pi * grid).sin() if self.spline_init == "sine" else grid
+        one = grid.new_ones(1)
         return {VALUES: values, INPUT_SCALE: one, OUTPUT_SCALE: self.spline_output_scale * one}
 
     def apply(
@@ -94,8 +95,10 @@ class SplineOptions:
             output_scale: (1,).
             base: what it is added to, in whose dtype the result is then.
         """
+        from spectral_fast.kernels.spline import spline
+
         if self.spline_tanh:
-            z, input_scale = torch.tanh(z * input_scale).to(z.dtype), torch.ones_like(input_scale)
+            z, input_scale = (z * input_scale).tanh().to(z.dtype), input_scale.new_ones(input_scale.shape)
         result: Tensor = spline(
             z,
             values,
@@ -168,6 +171,8 @@ class Spline:
     @classmethod
     def of(cls, parameters: Callable[[str], Tensor], options: SplineOptions) -> Spline:
         """From the three parameters, each asked for by its name; a copy."""
+        import torch
+
         values, inner, outer = (parameters(name).detach().to("cpu", torch.float32, copy=True) for name in PARAMETERS)
         return cls(values, float(inner), float(outer), options)
 
@@ -221,6 +226,8 @@ def read_splines(folder: Path | str) -> dict[str, Spline]:
         FileNotFoundError: one of the two is missing.
         ValueError: a file is broken, or it is another adapter.
     """
+    from spectral_fast.tensorfile import SafetensorsFile
+
     path = Path(folder)
     file = SafetensorsFile(path / "adapter_model.safetensors")
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spectral_fast import options
+from spectral_fast.atomic import check_parents
 from spectral_fast.policies import Policy
 
 T = TypeVar("T")
@@ -24,6 +25,23 @@ def take(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
         return options.take(cls, given, prefix)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Refuses places for results where there can be none: a folder that is a file, a file that is a folder, or in one.
+
+    Raises:
+        NotADirectoryError: as `check_parents`.
+    """
+    for flag in ("out_dir", "out_json", "report", "output"):
+        path = getattr(args, flag, None)
+        if path is None:
+            continue
+        check_parents(path)
+        if flag == "out_dir" and path.exists() and not path.is_dir():
+            raise UsageError(f"--{flag} {path} is a file; name a folder for the results")
+        if flag != "out_dir" and path.is_dir():
+            raise UsageError(f"--{flag} {path} is a folder; name a file for the result")
 
 
 def check_inputs_kept(args: argparse.Namespace) -> None:
@@ -55,8 +73,7 @@ def check_stream(args: argparse.Namespace) -> None:
 
 def unused(args: argparse.Namespace, policy: Policy, needs_probe: bool) -> list[str]:
     """Warnings about flags that were given and have no effect."""
-    from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.calibration.probe import CalibrationOptions
+    from spectral_fast.calibration.options import CalibrationOptions, ModelOptions
     from spectral_fast.calibration.streaming.options import StreamOptions
 
     unused = [] if needs_probe else [f.name for cls in (CalibrationOptions, StreamOptions) for f in fields(cls)]

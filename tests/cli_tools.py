@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from spectral_fast.cli import command_line, main
+from spectral_fast.cli import main
 from spectral_fast.cli.parser import Parser
+from spectral_fast.cli.start import command_line
 
 
 def commands() -> dict[str, Parser]:

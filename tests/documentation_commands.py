@@ -73,7 +73,7 @@ def _pip(words: list[str]) -> str | None:
 
 def flags_exist(words: list[str]) -> str | None:
     """What is not run has a command and flags that exist at least."""
-    from spectral_fast.cli import command_line
+    from spectral_fast.cli.start import command_line
 
     [commands] = [action for action in command_line()._actions if action.dest == "command"]
     name, *arguments = words[words.index("spectral-fast") + 1 :]

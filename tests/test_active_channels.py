@@ -184,7 +184,7 @@ def test_the_predictor_beats_chance_on_a_trained_model_and_random_channels_do_no
     ("argv", "status", "message"),
     [
         (["--sparsity", "1.0"], 2, "sparsity must be one or more shares in [0, 1)"),
-        (["--rank", "0"], 2, "--rank: must be in [1, inf]; got 0"),
+        (["--rank", "0"], 2, "--rank: must be at least 1; got 0"),
         (["--until_stable", "0.9"], 2, "--until_stable has no meaning here"),
         (["--calib_data", "nowhere.jsonl"], 1, "nowhere.jsonl"),
     ],

@@ -107,8 +107,8 @@ def test_random_index_needs_neither_base_model_nor_calibration(
         (["--mode", "random_index", "--core_fraction", "2"], "unrecognized arguments: --core_fraction"),
         (["--mode", "random_index", "--eval_gsm8k"], "--eval_gsm8k needs --base_model"),
         ([*BASE, "--stream", "--load_in_4bit"], "--stream and --load_in_4bit exclude each other"),
-        (["--calib_samples", "0"], "argument --calib_samples: must be in [1, inf]; got 0"),
-        (["--core_frac", "7"], "argument --core_frac: must be in [0, 1]; got 7"),
+        (["--calib_samples", "0"], "argument --calib_samples: must be at least 1; got 0"),
+        (["--core_frac", "7"], "argument --core_frac: must be 0 to 1; got 7"),
         (["--core_frac", "x"], "argument --core_frac: invalid float value: 'x'"),
     ],
 )

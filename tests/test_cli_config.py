@@ -148,7 +148,7 @@ def test_a_file_may_hold_nothing(tmp_path: Path) -> None:
         ("no_smooth_align_mid: true", "unknown key 'no_smooth_align_mid'; is smooth_align_mid meant?"),
         ("config: other.yaml", "unknown key 'config'"),
         ("core_frac: much", "core_frac: invalid float value: 'much'"),
-        ("core_frac: 7", "core_frac: must be in [0, 1]; got 7.0"),
+        ("core_frac: 7", "core_frac: must be 0 to 1; got 7.0"),
         ("min_core_k: 1.5", "min_core_k: invalid int value: '1.5'"),
         ("mode: abs_selct", "mode: invalid choice: 'abs_selct'; is abs_select meant?"),
         ("stream: please", "stream: must be true or false; got 'please'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 from dataclasses import fields
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 from cli_tools import NAMES, commands, refused
 
-from spectral_fast.cli import command_line, main
+from spectral_fast.cli import main
 from spectral_fast.cli.parser import STATUSES
-from spectral_fast.evaluation.humaneval import HumanEvalOptions
-from spectral_fast.evaluation.profiles import EvaluationOptions
+from spectral_fast.cli.start import command_line
+from spectral_fast.evaluation.profiles import EvaluationOptions, HumanEvalOptions
 from spectral_fast.policies import POLICIES
 
 
@@ -64,6 +65,8 @@ def test_usage_tells_what_is_needed_and_no_more() -> None:
         (["edit", "--lora-pth", "x"], "spectral-fast edit: error: unrecognized arguments: --lora_pth; is --lora_path"),
         (["edit", "--mode", "abs"], "invalid choice: 'abs'; is abs_select meant?; choose from abs_select, smooth_abs"),
         (["edit", "--mode", "smoth_abs"], "invalid choice: 'smoth_abs'; is smooth_abs meant?"),
+        (["info", "--config", ""], "argument --config: must not be empty"),
+        (["resize", "--out_dir="], "argument --out_dir: must not be empty"),
         (["merge"], "the following arguments are required: --lora_path, --weights, --out_dir"),
     ],
 )
@@ -83,6 +86,24 @@ def test_dataclasses_that_share_a_flag_agree_on_its_values() -> None:
         for f in (f for cls in classes for f in fields(cls)):
             allowed = {key: f.metadata[key] for key in ("choices", "low", "high", "positive")}
             assert seen.setdefault(f.name, allowed) == allowed, f.name
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (["inspect", "--lora_path=x", "--out_dir={file}"], "--out_dir {file} is a file; name a folder for the results"),
+        (["analyze", "--baseline=x", "--slora=x", "--output={folder}"], "--output {folder} is a folder; name a file"),
+        (["edit", "--lora_path=x", "--out_dir=x", "--report={folder}"], "--report {folder} is a folder; name a file"),
+    ],
+)
+def test_a_file_where_a_folder_shall_be_is_told_before_any_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: list[str], error: str
+) -> None:
+    (tmp_path / "file").touch()
+    places = {"file": tmp_path / "file", "folder": tmp_path}
+    assert error.format(**places) in refused(capsys, *(word.format(**places) for word in argv))
+    assert main(["bench", "--out_json", str(tmp_path / "file" / "x.json")]) == 1
+    assert f"{tmp_path / 'file'} is a file, and cannot hold" in capsys.readouterr().err
 
 
 def test_characters_that_the_terminal_lacks_are_told_in_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,16 +154,18 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["edit", "--mode", "ab"], {"abs_select"}),
         (["edit", "--no_"], {"--no_smooth_align_mid"}),
         (["completion", "z"], {"zsh"}),
-        (["edit", "--out_dir", ""], {"folder"}),
+        (["edit", "--out_dir", "fo"], {"folder"}),
+        (["edit", "--out_dir", r"a\ f"], {"a folder"}),
         (["edit", "--config", "fi"], {"file.yaml"}),
     ],
 )
 def test_bash_completes(bash_script: Path, tmp_path: Path, words: list[str], wanted: set[str]) -> None:
     (tmp_path / "folder").mkdir()
+    (tmp_path / "a folder").mkdir()
     (tmp_path / "file.yaml").touch()
     argv = ["bash", "--norc", "-c", BASH, "-", str(bash_script), str(tmp_path), "spectral-fast", *words]
     result = subprocess.run(argv, capture_output=True, text=True, check=True)
-    assert set(result.stdout.split()) == wanted
+    assert set(result.stdout.splitlines()) == wanted
 
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
@@ -152,3 +175,14 @@ def test_other_shells_have_a_script_too(shell: str, capsys: pytest.CaptureFixtur
     assert "spectral-fast" in script
     assert "preserve_energy" in script
     assert "no_preserve_energy" not in script
+
+
+def test_info_tells_of_the_environment_as_it_found_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    assert main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["environment"]
+    assert "TRANSFORMERS_VERBOSITY" not in told
+    assert told["HF_HUB_DISABLE_PROGRESS_BARS"] == "0"

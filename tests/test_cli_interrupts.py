@@ -84,7 +84,7 @@ def test_an_edit_that_is_evaluated_is_there_already(
 
 
 def test_under_torchrun_the_signal_is_left_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectral_fast.calibration.ranks import ENVIRONMENT
+    from spectral_fast.calibration.torchrun import ENVIRONMENT
     from spectral_fast.cli.interrupts import stoppable
 
     with stoppable():

@@ -158,7 +158,7 @@ def test_what_vllm_does_not_do_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"--{flag} is for --engine transformers"):
             open_engine("none", options, EngineOptions(engine="vllm"))
-    with pytest.raises(ValueError, match="gpu_memory_utilization must be > 0"):
+    with pytest.raises(ValueError, match="gpu_memory_utilization must be above 0, at most 1"):
         EngineOptions(gpu_memory_utilization=0.0)
 
 

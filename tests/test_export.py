@@ -159,7 +159,7 @@ def test_the_command_clips_and_says_what_it_did(tmp_path: Path, capsys: pytest.C
     assert meta["meta"]["multiple"] == 20
     with pytest.raises(SystemExit):
         main([*argv, "--overwrite", "--multiple", "0.5"])
-    assert "--multiple: must be in [1, inf]" in capsys.readouterr().err
+    assert "--multiple: must be at least 1" in capsys.readouterr().err
 
 
 def test_thousands_of_modules_are_exported_and_clipped(tmp_path: Path) -> None:

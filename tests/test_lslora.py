@@ -272,7 +272,7 @@ def test_an_adapter_without_its_splines_is_refused(saved: Path) -> None:
         *(({name: True}, f"{name} cannot be combined with a spline") for name in ("use_dora", "lora_bias")),
         ({"target_parameters": ["x"]}, "target_parameters cannot be combined"),
         ({"init_lora_weights": "pissa"}, "must be true, false or gaussian with a spline; got 'pissa'"),
-        ({"num_knots": 1}, r"num_knots must be in \[2, 256\]; got 1"),
+        ({"num_knots": 1}, "num_knots must be 2 to 256; got 1"),
         ({"k_min": 3.0}, "k_min must be below k_max; got 3 and 3"),
         ({"interpolation_method": "cubic"}, "must be one of piecewise, soft; got 'cubic'"),
         ({"interpolation_method": "soft", "extrapolate": True}, "leave out extrapolate"),

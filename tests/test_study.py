@@ -156,8 +156,8 @@ def test_a_matrix_of_zeros_has_no_error_but_beside_random_factors() -> None:
     ("argv", "message"),
     [
         (["--ranks", "0"], "ranks must be one or more, each at least 1; got 0"),
-        (["--trials", "1"], "--trials: must be in [2, inf]; got 1"),
-        (["--n", "0"], "--n: must be in [1, inf]; got 0"),
+        (["--trials", "1"], "--trials: must be at least 2; got 1"),
+        (["--n", "0"], "--n: must be at least 1; got 0"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(

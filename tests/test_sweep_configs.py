@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spectral_fast.evaluation.humaneval import HumanEvalOptions
-from spectral_fast.evaluation.profiles import EvaluationOptions
+from spectral_fast.evaluation.profiles import EvaluationOptions, HumanEvalOptions
 from spectral_fast.policies import AbsSelect, GradientDescent, RandomIndex, SpectralGate
 from spectral_fast.sweep.config import Config, load_configs, parse
 from spectral_fast.sweep.files import read_configs
@@ -122,17 +121,17 @@ def test_what_a_configuration_does_not_say_comes_from_the_command_line() -> None
         ({"eval_batchsize": 1}, "unknown key 'eval_batchsize'"),
         ({"edit_mode": "spectral"}, "edit_mode must be one of baseline, abs_select"),
         ({"task": "mmlu"}, "task must be one of gsm8k_full"),
-        ({"seed": -1}, "seed must be in"),
+        ({"seed": -1}, "seed must be 0 to 4294967295"),
         ({"seed": 1.5}, "seed must be int; got 1.5"),
         ({"seed": True}, "seed must be int; got True"),
         ({"amp_factor": "1.2"}, "amp_factor must be float; got '1.2'"),
         ({"amp_factor": float("nan")}, "amp_factor must be finite"),
-        ({"core_frac": 2}, "core_frac must be in"),
+        ({"core_frac": 2}, "core_frac must be 0 to 1"),
         ({"keep_adapter": "yes"}, "keep_adapter must be bool"),
-        ({"calib_samples": 0}, "calib_samples must be in"),
+        ({"calib_samples": 0}, "calib_samples must be at least 1"),
         ({"target_modules": []}, "target_modules must be a list of names"),
         ({"target_modules": [1]}, "target_modules must be a list of names"),
-        ({"eval_max_tokens": 0}, "max_tokens must be in"),
+        ({"eval_max_tokens": 0}, "max_tokens must be at least 1"),
         ({"eval_profile": "best"}, "eval_profile must be one of"),
         ({"base_model": None}, "no base model"),
         ({"lora_repo_id": None}, "no adapter"),

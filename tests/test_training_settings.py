@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_tools import refused
 
 from spectral_fast.cli import main
 from spectral_fast.training import Settings, load
@@ -150,7 +151,7 @@ def test_settings_open_every_gate(kind: str) -> None:
         ("lora_r: 4\nlora_r: 8", "'lora_r' stands there twice"),
         ("model: 3", "section model must hold keys and values; got 3"),
         ("- lora_r", "must hold keys and values; got list"),
-        ("lora_r: 0", r"lora_r must be in \[1, inf\]; got 0"),
+        ("lora_r: 0", "lora_r must be at least 1; got 0"),
         ("lora_r: 4.5", "lora_r must be int; got 4.5"),
         ("rank_scaling: square", "rank_scaling must be one of linear, log, sqrt"),
         ("max_steps: many", "max_steps.*invalid int value: 'many'"),
@@ -168,7 +169,7 @@ def test_settings_open_every_gate(kind: str) -> None:
         ("slora: {m: 64}", "slora_m is for a gate, and slora_enable is not said"),
         ("slora: {enable: true, m: 8, k: 9}", "k must be <= m = 8; got 9"),
         ("slora: {enable: true, gate: luck}", "gate must be one of novelty, loss_floor, both, random; got 'luck'"),
-        ("slora: {enable: true, target_novelty: 0}", "target_novelty must be > 0"),
+        ("slora: {enable: true, target_novelty: 0}", "target_novelty must be above 0"),
         ("slora: {enable: true, burnin: 3}", "unknown key 'burnin'; is slora_burn_in meant"),
         ("slora: {enable: true, max_steps: 3}", "max_steps is a key of section training, not of slora"),
         ("slora: {enable: true, slora_seed: 3, seed: 4}", "seed stands there twice"),
@@ -194,7 +195,7 @@ def test_a_flag_takes_back_what_the_file_turns_on_or_off(tmp_path: Path, monkeyp
     monkeypatch.setattr("spectral_fast.training.train", lambda settings, **_: seen.append(settings))
     file = write(
         tmp_path,
-        "use_dora: true\nuse_peft: false\noutput_dir: run\ngradient_checkpointing: true\nslora: {enable: true}",
+        "model_name_or_path: x\ntrain_dataset_path: x\nuse_dora: true\nuse_peft: false\noutput_dir: run\ngradient_checkpointing: true\nslora: {enable: true}",
     )
     monkeypatch.setenv("SPECTRAL_FAST_DEBUG", "1")
     with pytest.raises(TypeError):  # there is no result to print
@@ -245,3 +246,13 @@ def test_without_trl_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(RuntimeError, match=r"pip install 'spectral-fast\[train\]'"):
         settings.sft_config_class()
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [([], "no base model: give model_name_or_path"), (["--model_name_or_path=x"], "no data: give train_dataset_path")],
+)
+def test_a_command_line_without_model_or_data_is_wrong(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str], missing: str
+) -> None:
+    assert missing in refused(capsys, "train", "--output_dir", tmp_path / "out", *words)

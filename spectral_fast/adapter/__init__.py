@@ -1,7 +1,26 @@
 """PEFT LoRA adapters on disk: factors out, factors in. Only this package knows PEFT's file and key names."""
 
-from spectral_fast.adapter.folder import Adapter
-from spectral_fast.adapter.hub import resolve
-from spectral_fast.adapter.naming import LoraModule, changes_base
+from typing import TYPE_CHECKING
 
-__all__ = ["Adapter", "LoraModule", "changes_base", "resolve"]
+from spectral_fast.lazy import lazily
+
+if TYPE_CHECKING:
+    from spectral_fast.adapter.folder import Adapter
+    from spectral_fast.adapter.hub import resolve
+    from spectral_fast.adapter.naming import LoraModule, changes_base
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "spectral_fast.adapter.folder": ("Adapter",),
+            "spectral_fast.adapter.hub": ("resolve",),
+            "spectral_fast.adapter.naming": ("LoraModule", "changes_base"),
+        },
+    )
+
+__all__ = [
+    "Adapter",
+    "LoraModule",
+    "changes_base",
+    "resolve",
+]

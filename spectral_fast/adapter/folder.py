@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from spectral_fast.adapter.naming import CONFIG, LoraModule, take_inventory, with_ranks
+from spectral_fast.adapter.patterns import ALL_LAYERS
 from spectral_fast.atomic import check_out_dir, replace_directory
 from spectral_fast.picklefile import PickleFile
 from spectral_fast.provenance import sha256_file
@@ -34,7 +35,6 @@ _NOT_CONTENT = (
     *(".git", ".cache", "eval_config*.json", "gsm8k_predictions*.jsonl", "metrics_gsm8k.json"),
     *("samples_lora.jsonl*", "raw_generations_lora.jsonl", "per_problem_lora.json"),
 )
-ALL_LAYERS = 10**9  # as the last layer: no limit
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+ALL_LAYERS = 10**9  # as the last layer: no limit
 MANY = 2000  # patterns, for which PEFT's search takes some ten minutes
 _LITERAL = re.compile(r"[\w.-]+")  # in which a dot stands for any character, and nothing else is special
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from spectral_fast.adapter.folder import ALL_LAYERS, Adapter
-from spectral_fast.adapter.naming import LoraModule
+from spectral_fast.adapter.patterns import ALL_LAYERS
 from spectral_fast.options import check, option
+
+if TYPE_CHECKING:
+    from spectral_fast.adapter import Adapter, LoraModule
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class SelectionOptions:
 
     def open(self, path: Path) -> tuple[Adapter, list[LoraModule]]:
         """The adapter and the modules that these options select."""
+        from spectral_fast.adapter import Adapter
+
         adapter = Adapter.open(
             path,
             adapter_name=self.adapter_name,

@@ -6,18 +6,37 @@ matrix are spikes, each a direction that was learnt. Layers with large alpha and
 and get more of the adapter's directions.
 """
 
-from spectral_fast.allocation.analysis import LayerSpectrum, SpectralOptions, spectra
-from spectral_fast.allocation.config import (
-    PRESETS,
-    AdaptiveLora,
-    allocate,
-    compute_adaptive_lora_ranks,
-    get_adaptive_lora_config,
-    preset_of,
-    spectral_analysis_for_adaptive_lora,
-)
-from spectral_fast.allocation.layers import Layer, layers_of
-from spectral_fast.allocation.ranks import RankOptions
+from typing import TYPE_CHECKING
+
+from spectral_fast.lazy import lazily
+
+if TYPE_CHECKING:
+    from spectral_fast.allocation.analysis import LayerSpectrum, spectra
+    from spectral_fast.allocation.config import (
+        AdaptiveLora,
+        allocate,
+        compute_adaptive_lora_ranks,
+        get_adaptive_lora_config,
+        spectral_analysis_for_adaptive_lora,
+    )
+    from spectral_fast.allocation.layers import Layer, layers_of
+    from spectral_fast.allocation.options import PRESETS, RankOptions, SpectralOptions, preset_of
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "spectral_fast.allocation.analysis": ("LayerSpectrum", "spectra"),
+            "spectral_fast.allocation.config": (
+                "AdaptiveLora",
+                "allocate",
+                "compute_adaptive_lora_ranks",
+                "get_adaptive_lora_config",
+                "spectral_analysis_for_adaptive_lora",
+            ),
+            "spectral_fast.allocation.layers": ("Layer", "layers_of"),
+            "spectral_fast.allocation.options": ("PRESETS", "RankOptions", "SpectralOptions", "preset_of"),
+        },
+    )
 
 __all__ = [
     "PRESETS",

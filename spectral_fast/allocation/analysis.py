@@ -12,46 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from spectral_fast.allocation.bulk import SIGMAS, Bulk, fit_bulk
+from spectral_fast.allocation.bulk import Bulk, fit_bulk
 from spectral_fast.allocation.eigenvalues import eigenvalues, gram, slices
 from spectral_fast.allocation.layers import Layer
+from spectral_fast.allocation.options import SpectralOptions
 from spectral_fast.allocation.tail import EPS, Floats, Tail, finger_tail, median_tail, searched_tail
-from spectral_fast.options import check, option
 
-METHODS = ("median", "goodness-of-fit", "fix-finger")
 _BESIDE = 200_000_000  # bytes beside the largest matrix's own: what small matrices may take together in any case
-
-
-@dataclass(frozen=True)
-class SpectralOptions:
-    """How a layer's spectrum is read; the defaults are the preset "paper"."""
-
-    power_law_fitting_method: str = option(
-        "median",
-        "where the tail begins: in the middle, where the fit is best (goodness-of-fit), or near the histogram's peak",
-        choices=METHODS,
-    )
-    xmin_position: int = option(2, "median: the tail is all above 1/xmin_position of the spectrum", low=2)
-    histogram_bins: int = option(100, "fix-finger: bins of the histogram", low=1)
-    finger_lower: str = option(
-        "log", "fix-finger: lower bound log10(0.95 x), as elsewhere, or 0.95 x", choices=("log", "linear")
-    )
-    filter_near_zero_eigenvalues: bool = option(False, "leave out eigenvalues below the threshold, if any is above")
-    eigenvalue_threshold: float = option(1e-5, "what counts as near zero", low=0)
-    conv_normalization: float = option(0.5, "factor of the eigenvalues of convolutions", positive=True)
-    conv_aspect: str = option(
-        "channels",
-        "M and N of a convolution: its channels, or the smallest and largest of (positions, out, in)",
-        choices=("channels", "slices"),
-    )
-    sigma_method: str = option("mean", "how the bulk's variance is estimated", choices=tuple(SIGMAS))
-    tw_method: str = option("ww", "how far the edge lies beyond the bulk", choices=("ww", "johnstone"))
-    apply_tracy_widom_correction: bool = option(True, "put the edge beyond the bulk's end by its fluctuations")
-    rescale: bool = option(True, "rescale eigenvalues to mean 1 before the edge is found")
-    minimum_eigenvalues: int = option(8, "layers with fewer have no exponent, and get no rank", low=2)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from spectral_fast.allocation.analysis import LayerSpectrum, SpectralOptions, as_table, spectra
+from spectral_fast.allocation.analysis import LayerSpectrum, as_table, spectra
 from spectral_fast.allocation.layers import Layer, layers_of
+from spectral_fast.allocation.options import RankOptions, SpectralOptions, preset_of
 from spectral_fast.allocation.ranks import (
-    RankOptions,
     budget_of,
     normalised,
     ranks_of,
@@ -24,19 +24,6 @@ from spectral_fast.allocation.ranks import (
 )
 from spectral_fast.options import take
 from spectral_fast.sensitivity import Sensitivity
-
-# Of SpectralOptions and RankOptions: the method as its paper has it is the default of both; "source" is what the
-# reference code does.
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "paper": {},
-    "source": {
-        "power_law_fitting_method": "goodness-of-fit",
-        "rescale": False,
-        "conv_aspect": "slices",
-        "minimum_eigenvalues": 2,
-        "select": "smallest",
-    },
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,17 +229,6 @@ def get_adaptive_lora_config(
     if isinstance(sensitivity, (str, Path)):
         sensitivity = Sensitivity.load(sensitivity)
     return allocate(layers_of(model), options, spectral, sensitivity=sensitivity, device=device)
-
-
-def preset_of(name: str) -> Mapping[str, Any]:
-    """Values of a preset.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
-    return PRESETS[name]
 
 
 def allocate(

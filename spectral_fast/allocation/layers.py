@@ -21,7 +21,8 @@ from spectral_fast.calibration.checkpoint import (
     check_nothing_missing,
     checkpoint_files,
 )
-from spectral_fast.calibration.model import ModelOptions, from_pretrained
+from spectral_fast.calibration.model import from_pretrained
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.calibration.streaming.tensors import Tensors
 
 KINDS = (nn.Linear, nn.Conv2d)

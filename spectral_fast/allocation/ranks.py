@@ -4,66 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from spectral_fast.allocation.layers import Layer
+from spectral_fast.allocation.options import RankOptions
 from spectral_fast.allocation.tail import EPS, Floats
 from spectral_fast.calibration.model import PEFT_PREFIX
-from spectral_fast.options import check, option
 from spectral_fast.sensitivity import Sensitivity
 
 TOLERANCE = 0.01  # of the budget
-MOST = 2**16  # a rank, a factor or a weight: beyond it nothing but a slip is meant
 _SHAPES: Mapping[str, Any] = {"linear": lambda s: s, "log": np.log1p, "sqrt": np.sqrt}
-
-
-@dataclass(frozen=True)
-class RankOptions:
-    """How scores become ranks; the defaults are the preset "paper"."""
-
-    layer_selection_percentile: float = option(0.5, "share of the layers that get a rank", low=0, high=1)
-    select: str = option("largest", "which scores get a rank", choices=("largest", "smallest"))
-    minimum_rank: int = option(4, "rank of the lowest score that is selected", low=1, high=MOST)
-    maximum_rank: int = option(64, "rank of the highest", low=1, high=MOST)
-    rank_scaling_method: str = option("linear", "how ranks grow with scores", choices=tuple(_SHAPES))
-    alpha_scaling_factor: float = option(2.0, "lora_alpha of a module over its rank", positive=True, low=0, high=MOST)
-    hill_weight: float = option(0.7, "weight of the tail exponent in the score", low=0, high=MOST)
-    mp_spikes_weight: float = option(0.3, "weight of the spikes, fewer of which score higher", low=0, high=MOST)
-    target_modules: tuple[str, ...] = option((), "last name components of the layers to choose among", shown="all")
-    exclude_modules: tuple[str, ...] = option((), "last name components of layers that get no rank, e.g. lm_head")
-    budget_params: int | None = option(None, "parameters that the adapter shall have, met to 1 %", low=1, high=10**15)
-    budget_uniform_rank: int | None = option(
-        None, "or: as many as with this rank on all layers there are to choose among", low=1, high=MOST
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.minimum_rank > self.maximum_rank:
-            raise ValueError(
-                f"minimum_rank must not be above maximum_rank; got {self.minimum_rank} and {self.maximum_rank}"
-            )
-        if self.budget_params is not None and self.budget_uniform_rank is not None:
-            raise ValueError("budget_params and budget_uniform_rank exclude each other: leave out one")
-
-    def wanted(self, layers: Sequence[Layer]) -> list[Layer]:
-        """The layers that target_modules and exclude_modules leave.
-
-        Raises:
-            ValueError: a target that no layer is called.
-        """
-        kinds = [layer.name.rpartition(".")[2] for layer in layers]
-        for name in self.target_modules:
-            if name not in kinds:
-                raise ValueError(f"no layer is called {name}; the model has {', '.join(sorted(set(kinds)))}")
-        targets = self.target_modules or kinds
-        return [
-            layer
-            for layer, kind in zip(layers, kinds, strict=True)
-            if kind in targets and kind not in self.exclude_modules
-        ]
 
 
 def spectral_scores(alphas: Floats, spikes: Floats, options: RankOptions) -> dict[str, Floats]:

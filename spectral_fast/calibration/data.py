@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
 
@@ -115,6 +113,8 @@ def as_examples(data: Iterable[Example | Mapping[str, Any]]) -> list[Example]:
 
 
 def _from_columns(item: Mapping[str, Any]) -> Iterator[Example]:
+    import torch
+
     missing = [name for name in ("input_ids", "labels") if item.get(name) is None]
     if missing:
         raise ValueError(f"no {missing[0]}; it has {', '.join(item)}. Where every token counts, labels are input_ids")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +14,9 @@ from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.adapter.hub import like
 from spectral_fast.adapter.naming import changes_base
 from spectral_fast.calibration.checkpoint import check_checkpoint, check_nothing_missing, checkpoint_files
-from spectral_fast.options import check, option
+from spectral_fast.calibration.options import ModelOptions
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Where a base model comes from and how it computes.
-
-    Example:
-        >>> from spectral_fast import ModelOptions
-        >>> ModelOptions(device="cpu", dtype="bf16").resolved()
-        (device(type='cpu'), torch.bfloat16)
-    """
-
-    dtype: str = option(
-        "auto",
-        "computation type; auto is the checkpoint's own on a GPU, fp32 on a CPU",
-        choices=("auto", *DTYPES),
-    )
-    device: str = option("auto", "torch device, e.g. cpu, cuda, cuda:1; auto takes a GPU where there is one")
-    device_map: str = option(
-        "none",
-        "spread a model that is larger than one card over all of them and, if need be, host memory",
-        choices=("none", "auto", "balanced", "sequential"),
-    )
-    cache_dir: str | None = option(None, "cache folder for downloads from the Hugging Face hub")
-    load_in_4bit: bool = option(False, "load the base model's linear layers as bitsandbytes' 4-bit NF4")
-    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.device_map != "none" and self.device != "auto":
-            raise ValueError(
-                f"--device {self.device} and --device_map {self.device_map} exclude each other: leave out one"
-            )
-
-    def resolved(self) -> tuple[torch.device, torch.dtype | str]:
-        """The device and the dtype to load with.
-
-        Raises:
-            ValueError: for a device string that torch does not know or that this machine does not have.
-        """
-        name = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(name)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-        if self.dtype == "auto":
-            return device, torch.float32 if device.type == "cpu" else "auto"
-        return device, DTYPES[self.dtype]
 
 
 def load_tokenizer(base_model: str, options: ModelOptions) -> Any:

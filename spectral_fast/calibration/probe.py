@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +17,8 @@ from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.backends import chosen_backends
 from spectral_fast.calibration.calibrate import Engines, Progress, calibrate, in_memory
 from spectral_fast.calibration.data import Example, encode_messages, encode_question_answer
-from spectral_fast.calibration.model import ModelOptions, load_model, load_tokenizer
+from spectral_fast.calibration.model import load_model, load_tokenizer
+from spectral_fast.calibration.options import CalibrationOptions, ModelOptions
 from spectral_fast.calibration.ranks import Ranks
 from spectral_fast.calibration.rows import GSM8K, data_file, read_rows
 from spectral_fast.calibration.streaming.options import StreamOptions
@@ -25,55 +26,11 @@ from spectral_fast.calibration.streaming.skeleton import load_skeleton
 from spectral_fast.calibration.streaming.stream import streamed
 from spectral_fast.calibration.streaming.weights import Weights
 from spectral_fast.calibration.streaming.work_folder import work_folder
-from spectral_fast.options import check, option
 from spectral_fast.provenance import sha256_file, versions
 from spectral_fast.sensitivity import Sensitivity
 from spectral_fast.statistics import Stability
 
 SPLIT = "train"
-DEFAULT_SAMPLES = 32
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """Which samples to calibrate on.
-
-    Example:
-        >>> from spectral_fast import CalibrationOptions
-        >>> CalibrationOptions().limit, CalibrationOptions(until_stable=0.9).limit
-        (32, None)
-        >>> CalibrationOptions(calib_samples=0)
-        Traceback (most recent call last):
-            ...
-        ValueError: calib_samples must be in [1, inf]; got 0
-    """
-
-    calib_data: str = option("gsm8k", "gsm8k (the train split, by datasets) or a .jsonl or .parquet file")
-    calib_samples: int | None = option(
-        None,
-        "samples to take, from the first on; with --until_stable the most to take",
-        low=1,
-        shown="32; with --until_stable all",
-    )
-    until_stable: float = option(
-        0.0,
-        "take samples until doubling them has left this share of the core and noise directions as they were, e.g. 0.9",
-        low=0.0,
-        high=1.0,
-        shown="0, off",
-    )
-    calib_batch_size: int = option(2, "samples per nominal batch, whose mean loss is differentiated", low=1)
-    question_column: str = option("question", "column with the question")
-    answer_column: str = option("answer", "column with the answer, whose tokens are the labels")
-    messages_column: str | None = option(None, "column with chat messages; replaces question and answer")
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    @property
-    def limit(self) -> int | None:
-        """The most samples to take; None for all that there are."""
-        return self.calib_samples or (None if self.until_stable else DEFAULT_SAMPLES)
 
 
 def load_examples(tokenizer: Any, options: CalibrationOptions) -> list[Example]:

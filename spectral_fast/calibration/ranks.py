@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.options import ModelOptions
+from spectral_fast.calibration.torchrun import launched
 
 T = TypeVar("T")
 
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 PATIENCE = timedelta(hours=1)  # with a rank that hangs; one that dies is noticed at once
 FAILURE = "spectral_fast/failure"
 LOST = "another rank died without a word (killed, or out of memory?); torchrun's report names it"
@@ -138,11 +138,6 @@ class Ranks:
     def _check(self) -> None:
         if self.store is not None and (failure := _failure(self.store)):
             raise RankLostError(failure)
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return all(name in os.environ for name in ENVIRONMENT)
 
 
 def place(options: ModelOptions) -> ModelOptions:

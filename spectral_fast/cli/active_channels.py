@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.calibration.options import CalibrationOptions, ModelOptions
 from spectral_fast.cli.common import add_command, add_model_flags
 from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.study.options import ActiveChannelOptions
 from spectral_fast.usage import UsageError, check_inputs_kept, take
 
 _WRITES = {
@@ -20,9 +22,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.calibration.probe import CalibrationOptions
-    from spectral_fast.study.options import ActiveChannelOptions
-
     parser = add_command(
         commands,
         "active-channels",
@@ -48,10 +47,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.calibration.probe import CalibrationOptions
     from spectral_fast.study.active_channels import as_text, run_active_channels
-    from spectral_fast.study.options import ActiveChannelOptions
 
     given = vars(args)
     for flag in ("until_stable", "load_in_4bit", "device_map"):

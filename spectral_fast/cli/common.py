@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spectral_fast.adapter.selection import SelectionOptions
 from spectral_fast.atomic import replace_file
+from spectral_fast.calibration.options import CalibrationOptions, ModelOptions
+from spectral_fast.calibration.streaming.options import StreamOptions
 from spectral_fast.cli.parser import STATUSES, Parser
+from spectral_fast.evaluation.engines.options import EngineOptions
 from spectral_fast.options import add_flags, option
 from spectral_fast.progress import bar, counter
 from spectral_fast.usage import UsageError, take
-
-if TYPE_CHECKING:
-    from spectral_fast.evaluation.engines import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,6 @@ def add_adapter_flags(
 
 def add_model_flags(parser: argparse.ArgumentParser, *, base_model_required: bool) -> None:
     """Flags of the base model."""
-    from spectral_fast.calibration.model import ModelOptions
-
     group = parser.add_argument_group("base model")
     group.add_argument("--base_model", required=base_model_required, help="folder or Hugging Face name")
     add_flags(group, ModelOptions)
@@ -141,9 +139,7 @@ def subject(args: argparse.Namespace) -> Path | None:
 
 def evaluated(args: argparse.Namespace, folder: Path | None, options: Any, **more: Any) -> dict[str, Any]:
     """The result of one adapter, or of the base model alone, as the flags of model, engine and result say."""
-    from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.evaluation.adapters import evaluate_adapters
-    from spectral_fast.evaluation.engines import EngineOptions
 
     engine_options = take(EngineOptions, vars(args))
     warn_of_engine(args, engine_options)
@@ -182,18 +178,6 @@ def config_source(args: argparse.Namespace) -> dict[str, Any]:
     return {} if path is None else {"config_src": {"path": str(path), "sha256": sha256_file(path)}}
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """Find out before long work that the results have a place.
-
-    Raises:
-        UsageError: --out_dir is a file, or --out_json a folder.
-    """
-    if args.out_dir is not None and args.out_dir.exists() and not args.out_dir.is_dir():
-        raise UsageError(f"--out_dir {args.out_dir} is a file; name a folder for the results")
-    if args.out_json is not None and args.out_json.is_dir():
-        raise UsageError(f"--out_json {args.out_json} is a folder; name a file for the result")
-
-
 def write_result(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """The result in the file --out_json, if it is given."""
     if args.out_json is not None:
@@ -203,9 +187,6 @@ def write_result(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
 
 def add_calibration_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the calibration."""
-    from spectral_fast.calibration.probe import CalibrationOptions
-    from spectral_fast.calibration.streaming.options import StreamOptions
-
     add_flags(parser.add_argument_group("calibration"), CalibrationOptions)
     add_flags(parser.add_argument_group("layer by layer"), StreamOptions)
 
@@ -214,8 +195,7 @@ def run_probe(
     args: argparse.Namespace, adapter: Any, modules: Any, options: Any, work_dir: Path | None, ranks: Any = None
 ) -> Any:
     """Sensitivities measured as the flags say, with a progress bar."""
-    from spectral_fast.calibration.probe import CalibrationOptions, probe
-    from spectral_fast.calibration.streaming.options import StreamOptions
+    from spectral_fast.calibration.probe import probe
 
     first = ranks is None or ranks.rank == 0
     try:

@@ -24,6 +24,7 @@ def add(commands: Any) -> Parser:
         "above `compinit`. Then open a new shell. Print it again after an upgrade.",
         examples=[f"spectral-fast completion {shell} > {file}" for shell, file in _INSTALL.items()],
     )
+    parser.computes = False
     parser.add_argument("shell", choices=list(_INSTALL), help="shell that is to complete: bash, zsh or tcsh")
     return parser
 
@@ -31,9 +32,7 @@ def add(commands: Any) -> Parser:
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import shtab
 
-    from spectral_fast.cli import command_line
-
-    parser = command_line()
+    parser = args.parser.menu
     [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     commands.help = "command"  # shtab leaves out what help does not show
     for command in commands.choices.values():
@@ -42,4 +41,7 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             if word in FOLDERS + FILES:
                 action.complete = shtab.FILE if word in FILES else shtab.DIRECTORY
     script = shtab.complete(parser, shell=args.shell)
+    script = script.replace(
+        " -- $1 ", ' -- "${1//\\\\/}" '
+    )  # of a name with spaces bash gives what is typed: my\ folder
     return {"shell": args.shell, "script": script}, script

@@ -53,9 +53,9 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.usage import UsageError
 
     if args.at_most is not None and not args.at_most >= 0:
-        raise UsageError(f"--at_most must be 0 or more; got {args.at_most:g}")
+        raise UsageError(f"--at_most must be at least 0; got {args.at_most:g}")
     if args.directions < 1:
-        raise UsageError(f"--directions must be 1 or more; got {args.directions}")
+        raise UsageError(f"--directions must be at least 1; got {args.directions}")
     selection = take(EveryModule, vars(args))
     (first, ones), (second, others) = (selection.open(resolve(x, args.cache_dir)) for x in (args.first, args.second))
     for path, adapter in ((args.first, first), (args.second, second)):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.adapter.selection import SelectionOptions
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.cli.common import (
     add_adapter_flags,
     add_calibration_flags,
@@ -22,6 +23,8 @@ from spectral_fast.cli.common import (
     work_dir,
 )
 from spectral_fast.cli.outputs import COPY, GSM8K, UNFINISHED
+from spectral_fast.evaluation.engines.options import EngineOptions
+from spectral_fast.evaluation.profiles import EvaluationOptions
 from spectral_fast.options import add_flags, flag_name
 from spectral_fast.policies import POLICIES, Policy, hard_choice
 from spectral_fast.progress import bar, counter
@@ -45,9 +48,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.evaluation.engines import EngineOptions
-    from spectral_fast.evaluation.profiles import EvaluationOptions
-
     parser = add_command(
         commands,
         "edit",
@@ -105,10 +105,7 @@ def _own_flags() -> str:
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
-    from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.edit import edit_adapter
-    from spectral_fast.evaluation.engines import EngineOptions
-    from spectral_fast.evaluation.profiles import EvaluationOptions
     from spectral_fast.sensitivity import Sensitivity
 
     policy = _policy(args)
@@ -194,11 +191,8 @@ def _policy(args: argparse.Namespace) -> Policy:
 
 def _evaluate_edit(args: argparse.Namespace, source: Path) -> tuple[dict[str, Any], str]:
     """Results of `edit --eval_gsm8k`, in the edited adapter's folder, and the table."""
-    from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.evaluation.adapters import evaluate_adapters
-    from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.evaluation.evaluate import write_metrics
-    from spectral_fast.evaluation.profiles import EvaluationOptions
 
     results = evaluate_adapters(
         args.base_model,

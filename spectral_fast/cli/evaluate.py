@@ -11,12 +11,13 @@ from spectral_fast.cli.common import (
     add_model_flags,
     add_result_flags,
     add_subject_flags,
-    check_outputs,
     evaluated,
     subject,
     warn,
 )
 from spectral_fast.cli.outputs import GSM8K, HUMANEVAL, OUT_JSON
+from spectral_fast.evaluation.engines.options import EngineOptions
+from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
 from spectral_fast.options import add_flags
 from spectral_fast.usage import take
 
@@ -30,9 +31,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.evaluation.engines import EngineOptions
-    from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
-
     parser = add_command(
         commands,
         "eval",
@@ -61,9 +59,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
-
-    check_outputs(args)
     if args.eval_profile is not None and PROFILES[args.eval_profile].task == "humaneval":
         return humaneval.run(args)
     if args.eval_profile is not None:

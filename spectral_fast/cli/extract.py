@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.cli.common import add_command, unfinished, warn
 from spectral_fast.cli.outputs import NEW_ADAPTER, UNFINISHED
 from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.toolbox.extraction.options import ExtractOptions
 from spectral_fast.usage import UsageError, take
 
 _SHOWN = 5  # tensors that are named; --json has all
@@ -25,8 +27,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.toolbox.extraction import ExtractOptions
-
     parser = add_command(
         commands,
         "extract",
@@ -77,8 +77,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.toolbox.extraction import ExtractOptions, extract_adapter
+    from spectral_fast.toolbox.extraction import extract_adapter
 
     options = take(ExtractOptions, vars(args))
     if options.rank is not None and "max_rank" in vars(args):

@@ -10,12 +10,13 @@ from spectral_fast.cli.common import (
     add_model_flags,
     add_result_flags,
     add_subject_flags,
-    check_outputs,
     evaluated,
     subject,
     warn,
 )
 from spectral_fast.cli.outputs import HUMANEVAL, OUT_JSON
+from spectral_fast.evaluation.engines.options import EngineOptions
+from spectral_fast.evaluation.profiles import PROFILES, HumanEvalOptions
 from spectral_fast.options import add_flags
 from spectral_fast.usage import UsageError, take
 
@@ -24,10 +25,6 @@ _WRITES = {**HUMANEVAL, **OUT_JSON}
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.evaluation.engines import EngineOptions
-    from spectral_fast.evaluation.humaneval import HumanEvalOptions
-    from spectral_fast.evaluation.profiles import PROFILES
-
     parser = add_command(
         commands,
         "eval-humaneval",
@@ -57,9 +54,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Generate, run the tests, and write what came out; also for `eval` with a profile of HumanEval."""
-    from spectral_fast.evaluation.humaneval import HumanEvalOptions
-
-    check_outputs(args)
     if not args.allow_code_execution:
         raise UsageError(
             "HumanEval runs programs that a model has written, which may be harmful. They run confined (see "

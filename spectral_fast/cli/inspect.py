@@ -11,6 +11,7 @@ from typing import Any
 from spectral_fast.cli.common import EveryModule, add_command, warn
 from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.toolbox.options import InspectOptions
 from spectral_fast.usage import take
 
 RECORD = "inspection.json"
@@ -38,8 +39,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.toolbox.inspection import InspectOptions
-
     parser = add_command(
         commands,
         "inspect",
@@ -72,7 +71,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
     from spectral_fast.atomic import check_out_dir, replace_directory
-    from spectral_fast.toolbox.inspection import InspectOptions, as_csv, inspect_adapter, record
+    from spectral_fast.toolbox.inspection import as_csv, inspect_adapter, record
 
     options, selection = take(InspectOptions, vars(args)), take(EveryModule, vars(args))
     adapter, modules = selection.open(resolve(args.lora_path, args.cache_dir))

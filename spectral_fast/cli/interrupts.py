@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from spectral_fast.calibration.ranks import launched
+from spectral_fast.calibration.torchrun import launched
+from spectral_fast.cli import leave
 from spectral_fast.cli.common import unfinished
 
 
@@ -36,6 +37,12 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def work_begins() -> None:
+    """From now on Ctrl-C is Python's exception again, if `main` has changed that."""
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _terminated(*_: Any) -> None:

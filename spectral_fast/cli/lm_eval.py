@@ -6,6 +6,7 @@ import argparse
 import shlex
 from typing import Any
 
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.cli.common import add_command, add_model_flags, warn
 from spectral_fast.usage import take
 
@@ -48,7 +49,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
-    from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.evaluation.lm_eval import harness_command, has_vllm, run_lm_eval
 
     vllm = args.engine == "vllm" or (args.engine == "auto" and has_vllm())

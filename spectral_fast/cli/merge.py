@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spectral_fast.adapter.folder import ALL_LAYERS
+from spectral_fast.adapter.patterns import ALL_LAYERS
 from spectral_fast.cli.common import EveryModule, add_command, warn
 from spectral_fast.cli.outputs import NEW_ADAPTER
 from spectral_fast.options import add_flags, check, option
 from spectral_fast.progress import bar
+from spectral_fast.toolbox.merging.options import MergeOptions
 from spectral_fast.usage import UsageError, take
 
 
@@ -41,8 +42,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.toolbox.merging import MergeOptions
-
     parser = add_command(
         commands,
         "merge",
@@ -75,7 +74,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
-    from spectral_fast.toolbox.merging import MergeOptions, merge_adapters
+    from spectral_fast.toolbox.merging import merge_adapters
 
     options, selection = take(MergeOptions, vars(args)), take(MergeSelection, vars(args))
     if len(args.lora_path) != len(args.weights):

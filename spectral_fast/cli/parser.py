@@ -14,7 +14,7 @@ from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spectral_fast.calibration.ranks import launched
+from spectral_fast.calibration.torchrun import launched
 from spectral_fast.options import nearest
 
 RANK_0_SPEAKS = 10.0  # seconds after which it surely has
@@ -44,6 +44,8 @@ class Parser(argparse.ArgumentParser):
         examples: complete command lines.
         writes: file names and what is in them.
         again: what to do once the command was interrupted.
+        menu: of a command, the parser of all commands.
+        computes: the command needs torch, which takes a second to import.
         takes_more: the command reads its --config itself, and flags that are not here.
         config_text: of a command that reads its --config itself: what --print_config prints.
         required: names of flags that must be given, on the command line or in a file.
@@ -54,6 +56,8 @@ class Parser(argparse.ArgumentParser):
     examples: Sequence[str] = ()
     writes: Mapping[str, str] = {}
     again: str = "Run it again."
+    menu: Parser | None = None
+    computes: bool = True
     takes_more: bool = False
     config_text: Callable[[argparse.Namespace], str] | None = None
     required: frozenset[str] = frozenset()
@@ -127,7 +131,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unrecognized arguments: {word}{nearest(name, [*known, '--config', '--print_config'])}")
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--config", nargs="?")
-        if (file := first.parse_known_args(words)[0].config) is not None:
+        if file := first.parse_known_args(words)[0].config:  # nothing is refused below
             self._read(Path(file).expanduser())
 
     def _read(self, file: Path) -> None:
@@ -183,8 +187,11 @@ class Parser(argparse.ArgumentParser):
         return values if many else values[0]
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        if (arg_string + "/").startswith("~/") and word_for(action) in FOLDERS + FILES:  # shells leave --flag=~ alone
-            arg_string = str(Path(arg_string).expanduser())
+        if word_for(action) in FOLDERS + FILES:
+            if not arg_string:  # as of a variable that is not set; as a path it would be the folder one is in
+                raise argparse.ArgumentError(action, "must not be empty")
+            if (arg_string + "/").startswith("~/"):  # shells leave --flag=~ alone
+                arg_string = str(Path(arg_string).expanduser())
         return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

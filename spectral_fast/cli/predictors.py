@@ -10,6 +10,7 @@ from typing import Any
 from spectral_fast.cli.common import add_command, warn
 from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.study.options import PredictorOptions
 from spectral_fast.usage import take
 
 _WRITES = {
@@ -26,8 +27,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.study.options import PredictorOptions
-
     parser = add_command(
         commands,
         "predictors",
@@ -56,7 +55,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.study.options import PredictorOptions
     from spectral_fast.study.predictors import as_text, run_predictors
 
     options = take(PredictorOptions, vars(args))

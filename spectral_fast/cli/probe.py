@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from spectral_fast.adapter.selection import SelectionOptions
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.cli.common import (
     add_adapter_flags,
     add_calibration_flags,
@@ -55,8 +56,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str] | None:
-    from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.calibration.ranks import join, launched, place
+    from spectral_fast.calibration.ranks import join, place
+    from spectral_fast.calibration.torchrun import launched
 
     check_inputs_kept(args)
     check_stream(args)

@@ -10,6 +10,7 @@ from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command
 from spectral_fast.cli.outputs import COPY
 from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.toolbox.options import PruneOptions
 from spectral_fast.usage import take
 
 _WRITES = {
@@ -21,8 +22,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.prune import PruneOptions
-
     parser = add_command(
         commands,
         "prune",
@@ -49,7 +48,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
-    from spectral_fast.prune import PruneOptions, prune_adapter
+    from spectral_fast.toolbox.prune import prune_adapter
 
     options, selection = take(PruneOptions, vars(args)), take(EveryModule, vars(args))
     adapter, modules = selection.open(resolve(args.lora_path, args.cache_dir))

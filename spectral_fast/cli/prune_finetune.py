@@ -8,6 +8,7 @@ from typing import Any
 
 from spectral_fast.cli.common import add_command
 from spectral_fast.options import add_flags
+from spectral_fast.study.options import PruneFinetuneOptions
 from spectral_fast.usage import take
 
 _WRITES = {
@@ -20,8 +21,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.study.options import PruneFinetuneOptions
-
     parser = add_command(
         commands,
         "prune-finetune",
@@ -54,7 +53,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.study.options import PruneFinetuneOptions
     from spectral_fast.study.prune_finetune import as_text, run_prune_finetune
 
     result = run_prune_finetune(args.model, args.dataset, take(PruneFinetuneOptions, vars(args)), args.out_dir)

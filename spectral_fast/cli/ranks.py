@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.allocation.options import PRESETS, RankOptions, SpectralOptions, preset_of
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.cli.common import add_command, warn
 from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
@@ -31,8 +33,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.allocation import PRESETS, RankOptions, SpectralOptions
-
     parser = add_command(
         commands,
         "ranks",
@@ -80,9 +80,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.allocation import RankOptions, SpectralOptions, allocate, layers_of, preset_of
+    from spectral_fast.allocation import allocate, layers_of
     from spectral_fast.atomic import check_out_dir, replace_directory
-    from spectral_fast.calibration.model import ModelOptions
     from spectral_fast.provenance import versions
     from spectral_fast.sensitivity import Sensitivity
 

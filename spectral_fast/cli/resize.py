@@ -12,6 +12,7 @@ from spectral_fast.cli.common import EveryModule, add_adapter_flags, add_command
 from spectral_fast.cli.outputs import COPY
 from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.toolbox.options import ResizeOptions
 from spectral_fast.usage import take
 
 _WRITES = {
@@ -23,8 +24,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.toolbox.resize import ResizeOptions
-
     parser = add_command(
         commands,
         "resize",
@@ -56,7 +55,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from spectral_fast.adapter import resolve
     from spectral_fast.sensitivity import Sensitivity
-    from spectral_fast.toolbox.resize import ResizeOptions, resize_adapter
+    from spectral_fast.toolbox.resize import resize_adapter
     from spectral_fast.usage import UsageError
 
     sensitivity = None if args.sensitivity is None else Sensitivity.load(args.sensitivity)

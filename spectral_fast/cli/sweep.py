@@ -8,8 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from spectral_fast.calibration.options import CalibrationOptions, ModelOptions
 from spectral_fast.cli.common import add_command, add_model_flags, warn_of_engine
 from spectral_fast.cli.outputs import GSM8K, HUMANEVAL
+from spectral_fast.evaluation.engines.options import EngineOptions
+from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions, HumanEvalOptions
 from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
 from spectral_fast.usage import take
@@ -40,11 +43,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.calibration.probe import CalibrationOptions
-    from spectral_fast.evaluation.engines import EngineOptions
-    from spectral_fast.evaluation.humaneval import HumanEvalOptions
-    from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
-
     parser = add_command(
         commands,
         "sweep",
@@ -88,16 +86,13 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.calibration.model import ModelOptions
-    from spectral_fast.calibration.probe import CalibrationOptions
-    from spectral_fast.evaluation.engines import EngineOptions
     from spectral_fast.sweep import Settings, load_configs, run_sweep
     from spectral_fast.sweep.config import EVALUATIONS, eval_key
     from spectral_fast.sweep.results import as_text
     from spectral_fast.usage import UsageError
 
     if args.controls < 0 or (args.workers is not None and args.workers < 1):
-        raise UsageError("--controls must be 0 or more, --workers 1 or more")
+        raise UsageError("--controls must be at least 0, --workers at least 1")
     if args.workers is not None and args.ray is None:
         raise UsageError("--workers needs --ray; without it one engine works here")
     given = vars(args)

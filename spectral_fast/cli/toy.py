@@ -9,6 +9,7 @@ from typing import Any
 from spectral_fast.cli.common import add_command
 from spectral_fast.options import add_flags
 from spectral_fast.progress import bar
+from spectral_fast.study.options import ToyOptions
 from spectral_fast.usage import take
 
 _WRITES = {
@@ -26,8 +27,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.study.options import ToyOptions
-
     parser = add_command(
         commands,
         "toy",
@@ -49,7 +48,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from spectral_fast.study.options import ToyOptions
     from spectral_fast.study.toy import as_text, run_toy
 
     result = run_toy(take(ToyOptions, vars(args)), args.out_dir, overwrite=args.overwrite, progress=bar("toy"))

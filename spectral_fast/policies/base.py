@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from spectral_fast.options import check, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TINY = 1e-8  # floor of every denominator
 LARGEST = 1e150  # squares and sums of anything up to this stay finite in float64
@@ -111,15 +111,14 @@ class Policy(ABC):
             raise ValueError(f"{name}: mode {self.mode} needs the sensitivity g; got None. Calibrate first")
 
         if s.numel() == 0:
-            nothing = torch.zeros(0, dtype=torch.bool)
+            nothing = s > 0
             outcome = Outcome(s, nothing, nothing, {})
         else:
-            outcome = self._rule(Module(name, s, torch.zeros_like(s) if g is None else g))
+            outcome = self._rule(Module(name, s, s.new_zeros(s.shape) if g is None else g))
         s_new = self._in_range(outcome.s.clamp_min(self.sigma_clip_min), s, name)
         if self.preserve_energy != "none":
             order = 1 if self.preserve_energy == "l1" else 2
-            before = torch.linalg.vector_norm(s, order).clamp_min(TINY)
-            after = torch.linalg.vector_norm(s_new, order).clamp_min(TINY)
+            before, after = (x.norm(order).clamp_min(TINY) for x in (s, s_new))
             s_new = self._in_range(s_new * (before / after), s, name)
 
         stats = {
@@ -147,7 +146,7 @@ class Policy(ABC):
         """G / max(mean|g|, 1e-8), g / max(||g||_2, 1e-8) or g."""
         if self.grad_norm == "none":
             return g
-        norm = g.abs().mean() if self.grad_norm == "mean_abs" else torch.linalg.vector_norm(g)
+        norm = g.abs().mean() if self.grad_norm == "mean_abs" else g.norm()
         return g / norm.clamp_min(TINY)
 
     def _in_range(self, s_new: Tensor, s: Tensor, name: str) -> Tensor:
@@ -186,7 +185,7 @@ def _vector(x: Tensor, what: str, name: str) -> Tensor:
     """The input as a checked float64 vector on the CPU: r numbers are not worth a device."""
     if x.ndim != 1 or x.is_complex():
         raise ValueError(f"{name}: {what} must be a real vector (r,); got shape {tuple(x.shape)}, {x.dtype}")
-    x = x.detach().to("cpu", torch.float64)
+    x = x.detach().cpu().double()
     wrong = ~(x.abs() <= LARGEST)  # True for nan too
     if bool(wrong.any()):
         k = int(wrong.nonzero()[0])

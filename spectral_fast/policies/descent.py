@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from spectral_fast.options import option
 
 from .base import Module, Outcome, Policy
@@ -38,5 +36,5 @@ class GradientDescent(Policy):
             step = self.eta_suppress * x.relu() ** self.pos_power - self.eta_enhance * (-x).relu()
         else:
             step = self.eta * x
-        s_new = module.s - step if self.update_mode == "additive" else module.s * torch.exp(-step)
+        s_new = module.s - step if self.update_mode == "additive" else module.s * (-step).exp()
         return Outcome(s_new, step < 0, step > 0, {})

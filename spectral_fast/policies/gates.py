@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spectral_fast.options import option
 
 from .base import TINY, Fractions, Gains, Module, Outcome, Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class SmoothAbs(Fractions):
         q_lo, q_hi = self.noise_frac, 1.0 - self.core_frac
         if q_hi <= q_lo:
             q_lo, q_hi = 0.25, 0.75
-        lo, hi, center = (torch.quantile(x, q) for q in (q_lo, q_hi, self.smooth_center_q))
+        lo, hi, center = (x.quantile(q) for q in (q_lo, q_hi, self.smooth_center_q))
         tau = (self.smooth_temperature * (hi - lo).clamp_min(TINY)).clamp_min(TINY)
         amp, sup, mid = self.amp_factor, self.sup_factor, self.mid_factor
         mu = center
@@ -42,7 +42,7 @@ class SmoothAbs(Fractions):
             p = min(max((mid - sup) / (amp - sup), 1e-4), 1.0 - 1e-4)
             mu = center - tau * math.log(p / (1.0 - p))
         flat = bool(x.max() - x.min() < 1e-12)
-        gate = torch.full_like(x, mid) if flat else sup + (amp - sup) * torch.sigmoid((x - mu) / tau)
+        gate = x.new_full(x.shape, mid) if flat else sup + (amp - sup) * ((x - mu) / tau).sigmoid()
         points = {"lo": lo, "hi": hi, "center": center, "mu": mu, "tau": tau}
         stats = {"q_lo": q_lo, "q_hi": q_hi, "center_q": self.smooth_center_q}
         stats |= {key: value.item() for key, value in points.items()}
@@ -66,7 +66,7 @@ class DoubleSmooth(Fractions):
         q_noise, q_core = self.noise_frac, 1.0 - self.core_frac
         if q_noise >= q_core:
             q_noise, q_core = 0.45, 0.55
-        t_noise, t_core = torch.quantile(x, q_noise), torch.quantile(x, q_core)
+        t_noise, t_core = x.quantile(q_noise), x.quantile(q_core)
         tau = (self.smooth_temperature * (x.max() - x.min()).clamp_min(TINY)).clamp_min(TINY)
         gate = _double_sigmoid(self, (t_noise - x) / tau, (x - t_core) / tau)
         stats = {"threshold_noise": t_noise.item(), "threshold_core": t_core.item(), "tau": tau.item()}
@@ -144,22 +144,22 @@ class SpectralGate(Policy):
         x = (x - x.min()) / (x.max() - x.min()).clamp_min(TINY)
         pivot = getattr(x, self.soft_pivot_mode)()
         amp, sup = self.amp_factor, self.sup_factor
-        gate = sup + (amp - sup) * torch.sigmoid((x - pivot) / max(self.soft_temperature, TINY))
+        gate = sup + (amp - sup) * ((x - pivot) / max(self.soft_temperature, TINY)).sigmoid()
         return _gated(module.s, gate, x > pivot, x < pivot, {"pivot": pivot.item(), "tau": self.soft_temperature})
 
 
 def _double_sigmoid(gains: Gains, below: Tensor, above: Tensor) -> Tensor:
     """The gate of a direction `below` the noise threshold and `above` the core threshold, both in widths."""
     mid = gains.mid_factor
-    suppressed = (mid - gains.sup_factor) * torch.sigmoid(below)
-    return mid - suppressed + (gains.amp_factor - mid) * torch.sigmoid(above)
+    suppressed = (mid - gains.sup_factor) * below.sigmoid()
+    return mid - suppressed + (gains.amp_factor - mid) * above.sigmoid()
 
 
 def _z_gated(
     gains: Gains, s: Tensor, z: Tensor, flat: bool, low: float, high: float, tau: float, stats: dict[str, Any]
 ) -> Outcome:
     width = max(tau, TINY)
-    gate = torch.ones_like(z) if flat else _double_sigmoid(gains, (low - z) / width, (z - high) / width)
+    gate = z.new_ones(z.shape) if flat else _double_sigmoid(gains, (low - z) / width, (z - high) / width)
     core, noise = (not flat) & (z > high), (not flat) & (z < low)
     k_core, k_noise = int(core.sum()), int(noise.sum())
     stats |= {"z_high": high, "z_low": low, "tau": tau, "k_core_eff": k_core, "k_noise_eff": k_noise}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from spectral_fast.options import option
 
 from .base import Fractions, Module, Outcome, Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Selection(Fractions):
         return k_core, min(round(r * self.noise_frac), r - k_core)
 
     def _select(self, s: Tensor, core: Tensor, noise: Tensor) -> Outcome:
-        gate = torch.full_like(s, self.mid_factor)
+        gate = s.new_full(s.shape, self.mid_factor)
         gate[core], gate[noise] = self.amp_factor, self.sup_factor
         counts = {"k_core": int(core.sum()), "k_noise": int(noise.sum())}
         factors = {name: getattr(self, name) for name in ("amp_factor", "sup_factor", "mid_factor")}
@@ -51,7 +51,7 @@ class AbsSelect(Selection):
         """The masks of core and noise, both (..., r) bool, for sensitivities g of shape (..., r), any real dtype."""
         r = g.shape[-1]
         k_core, k_noise = self.counts(r)
-        order = torch.argsort(g.abs(), dim=-1, descending=True, stable=True)
+        order = g.abs().argsort(dim=-1, descending=True, stable=True)
         return _mask(order[..., :k_core], r), _mask(order[..., r - k_noise :], r)
 
     def _rule(self, module: Module) -> Outcome:
@@ -71,6 +71,8 @@ class RandomIndex(Selection):
     seed: int = option(0, "seed of the draw")
 
     def _rule(self, module: Module) -> Outcome:
+        import torch
+
         digest = hashlib.sha256(f"{self.seed}:{module.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         r = module.s.numel()
@@ -81,6 +83,8 @@ class RandomIndex(Selection):
 
 def _mask(indices: Tensor, r: int) -> Tensor:
     """(..., k) indices below r to a mask (..., r)."""
+    import torch
+
     return torch.zeros(*indices.shape[:-1], r, dtype=torch.bool, device=indices.device).scatter_(-1, indices, True)
 
 

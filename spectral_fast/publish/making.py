@@ -11,14 +11,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from spectral_fast import edit, prune
+from spectral_fast import edit
 from spectral_fast.adapter.selection import SelectionOptions
-from spectral_fast.calibration.probe import CalibrationOptions
+from spectral_fast.calibration.options import CalibrationOptions
 from spectral_fast.calibration.rows import GSM8K
 from spectral_fast.policies import POLICIES
 from spectral_fast.publish.paths import hub_name, without_paths
 from spectral_fast.statistics import as_text
-from spectral_fast.toolbox import clip, export, extraction, merging, resize
+from spectral_fast.toolbox import clip, export, extraction, merging, prune, resize
+from spectral_fast.toolbox.options import ClipOptions, PruneOptions, ResizeOptions
 from spectral_fast.training.folder import FINAL, PARAMETERS
 from spectral_fast.training.settings import SECTIONS
 
@@ -58,9 +59,9 @@ _EXPORT = "The scalings were put into the factors, for loaders that know only on
 _EXTRACT = "Every module's B A approximates the difference of a tuned model's weight and the base model's."
 RECORDS = {
     edit.META: Kind("Spectral edit", _EDIT, ("spectral-editing",)),
-    prune.META: Kind("Pruning", _PRUNE, ("pruned",), prune.PruneOptions),
-    resize.META: Kind("Resizing", _RESIZE, ("resized",), resize.ResizeOptions),
-    clip.META: Kind("Clipping", _CLIP, ("clipped",), clip.ClipOptions),
+    prune.META: Kind("Pruning", _PRUNE, ("pruned",), PruneOptions),
+    resize.META: Kind("Resizing", _RESIZE, ("resized",), ResizeOptions),
+    clip.META: Kind("Clipping", _CLIP, ("clipped",), ClipOptions),
     export.META: Kind("Export", _EXPORT),
     merging.META: Kind("Merging", "Several adapters became one.", ("merge",), merging.MergeOptions),
     extraction.META: Kind("Extraction", _EXTRACT, ("extracted",), extraction.ExtractOptions),

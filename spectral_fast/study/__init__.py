@@ -6,16 +6,32 @@ channels of a LoRA between two phases of training, `run_active_channels` predict
 Inspired by Khaki et al., "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sparsity", arXiv:2506.16500.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from spectral_fast.study.options import ActiveChannelOptions, PredictorOptions, PruneFinetuneOptions, ToyOptions
+from spectral_fast.lazy import lazily
 
 if TYPE_CHECKING:
     from spectral_fast.study.active_channels import run_active_channels
+    from spectral_fast.study.options import ActiveChannelOptions, PredictorOptions, PruneFinetuneOptions, ToyOptions
     from spectral_fast.study.predictors import run_predictors
     from spectral_fast.study.prune_finetune import run_prune_finetune
     from spectral_fast.study.toy import run_toy
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "spectral_fast.study.active_channels": ("run_active_channels",),
+            "spectral_fast.study.options": (
+                "ActiveChannelOptions",
+                "PredictorOptions",
+                "PruneFinetuneOptions",
+                "ToyOptions",
+            ),
+            "spectral_fast.study.predictors": ("run_predictors",),
+            "spectral_fast.study.prune_finetune": ("run_prune_finetune",),
+            "spectral_fast.study.toy": ("run_toy",),
+        },
+    )
 
 __all__ = [
     "ActiveChannelOptions",
@@ -27,10 +43,3 @@ __all__ = [
     "run_prune_finetune",
     "run_toy",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """The functions, for which matplotlib and transformers are imported."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{name.removeprefix('run_')}"), name)

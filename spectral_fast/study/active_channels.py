@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from spectral_fast.atomic import replace_directory
 from spectral_fast.calibration.data import IGNORED, Example
-from spectral_fast.calibration.model import ModelOptions, load_model, load_tokenizer
-from spectral_fast.calibration.probe import CalibrationOptions, load_examples
+from spectral_fast.calibration.model import load_model, load_tokenizer
+from spectral_fast.calibration.options import CalibrationOptions, ModelOptions
+from spectral_fast.calibration.probe import load_examples
 from spectral_fast.report.drawing import WHOLE
 from spectral_fast.report.names import places
 from spectral_fast.study.channel_scores import (

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_fast.prune import PruneOptions, channel_energy
+from spectral_fast.toolbox.measures import channel_energy
+from spectral_fast.toolbox.options import PruneOptions
 
 
 class ChannelMask:

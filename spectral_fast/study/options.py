@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spectral_fast.options import check, option
-from spectral_fast.prune import PruneOptions
+from spectral_fast.toolbox.options import PruneOptions
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectral_fast.atomic import replace_directory
-from spectral_fast.calibration.model import ModelOptions, from_pretrained
+from spectral_fast.calibration.model import from_pretrained
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.study.options import PredictorOptions
 from spectral_fast.study.output import file_name, to_csv
 from spectral_fast.study.pictures import comparison, error_bars, singular_values

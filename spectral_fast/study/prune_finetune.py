@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from spectral_fast.atomic import replace_file
-from spectral_fast.calibration.model import ModelOptions, from_pretrained
+from spectral_fast.calibration.model import from_pretrained
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.study.channel_mask import ChannelMask
 from spectral_fast.study.options import PruneFinetuneOptions
 from spectral_fast.study.output import to_csv

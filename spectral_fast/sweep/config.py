@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.adapter.selection import SelectionOptions
-from spectral_fast.calibration.probe import CalibrationOptions
-from spectral_fast.evaluation.humaneval import HumanEvalOptions
-from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions
+from spectral_fast.calibration.options import CalibrationOptions
+from spectral_fast.evaluation.profiles import PROFILES, EvaluationOptions, HumanEvalOptions
 from spectral_fast.options import check, nearest, option, take
 from spectral_fast.policies import POLICIES, Policy
 from spectral_fast.sweep.files import LISTS, read_configs

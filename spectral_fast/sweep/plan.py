@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spectral_fast.adapter import Adapter, LoraModule, resolve
-from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.calibration.probe import SPLIT
 from spectral_fast.calibration.rows import GSM8K, data_file, read_rows
 from spectral_fast.evaluation.adapters import make_task

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from spectral_fast.atomic import replace_directory
-from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.calibration.probe import probe
 from spectral_fast.edit import edit_adapter
 from spectral_fast.evaluation.adapters import Run as Evaluation

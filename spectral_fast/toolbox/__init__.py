@@ -1,13 +1,38 @@
 """Tools for adapters, file to file, without a base model: factors in, factors out, a batch of modules at a time."""
 
-from spectral_fast.prune import PruneOptions, prune_adapter
-from spectral_fast.toolbox.clip import ClipOptions, clip_adapter
-from spectral_fast.toolbox.difference import compare_adapters
-from spectral_fast.toolbox.export import export_adapter
-from spectral_fast.toolbox.extraction import ExtractOptions, extract_adapter
-from spectral_fast.toolbox.inspection import InspectOptions, inspect_adapter
-from spectral_fast.toolbox.merging import MergeOptions, merge_adapters
-from spectral_fast.toolbox.resize import ResizeOptions, resize_adapter
+from typing import TYPE_CHECKING
+
+from spectral_fast.lazy import lazily
+
+if TYPE_CHECKING:
+    from spectral_fast.toolbox.clip import clip_adapter
+    from spectral_fast.toolbox.difference import compare_adapters
+    from spectral_fast.toolbox.export import export_adapter
+    from spectral_fast.toolbox.extraction.extract import extract_adapter
+    from spectral_fast.toolbox.extraction.options import ExtractOptions
+    from spectral_fast.toolbox.inspection import inspect_adapter
+    from spectral_fast.toolbox.merging.merge import merge_adapters
+    from spectral_fast.toolbox.merging.options import MergeOptions
+    from spectral_fast.toolbox.options import ClipOptions, InspectOptions, PruneOptions, ResizeOptions
+    from spectral_fast.toolbox.prune import prune_adapter
+    from spectral_fast.toolbox.resize import resize_adapter
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "spectral_fast.toolbox.clip": ("clip_adapter",),
+            "spectral_fast.toolbox.difference": ("compare_adapters",),
+            "spectral_fast.toolbox.export": ("export_adapter",),
+            "spectral_fast.toolbox.extraction.extract": ("extract_adapter",),
+            "spectral_fast.toolbox.extraction.options": ("ExtractOptions",),
+            "spectral_fast.toolbox.inspection": ("inspect_adapter",),
+            "spectral_fast.toolbox.merging.merge": ("merge_adapters",),
+            "spectral_fast.toolbox.merging.options": ("MergeOptions",),
+            "spectral_fast.toolbox.options": ("ClipOptions", "InspectOptions", "PruneOptions", "ResizeOptions"),
+            "spectral_fast.toolbox.prune": ("prune_adapter",),
+            "spectral_fast.toolbox.resize": ("resize_adapter",),
+        },
+    )
 
 __all__ = [
     "ClipOptions",

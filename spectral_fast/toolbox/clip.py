@@ -14,31 +14,13 @@ from typing import Any
 from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.adapter.naming import changes_base
 from spectral_fast.backends import chosen_backends
-from spectral_fast.options import check, option
 from spectral_fast.provenance import versions
 from spectral_fast.spectrum import lowrank_svd, rebuild
 from spectral_fast.toolbox import measures
+from spectral_fast.toolbox.options import ClipOptions
 from spectral_fast.toolbox.streaming import Batch, Factors, Progress, streamed
 
 META = "clip_meta.json"
-
-
-@dataclass(frozen=True)
-class ClipOptions:
-    """What a spike is.
-
-    Example:
-        >>> from spectral_fast.toolbox import ClipOptions
-        >>> ClipOptions(multiple=10.0).multiple
-        10.0
-    """
-
-    multiple: float = option(
-        10.0, "clip singular values above this many times the median of the module's that are not zero", low=1
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True)

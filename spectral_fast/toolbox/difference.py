@@ -78,7 +78,7 @@ class Difference:
             ValueError: at_most is no number from 0 on.
         """
         if not at_most >= 0:
-            raise ValueError(f"at_most must be 0 or more; got {at_most}")
+            raise ValueError(f"at_most must be at least 0; got {at_most}")
         far = [name for name, x in self.modules.items() if x.relative > at_most]
         return [*far, *self.shapes, *self.only[0], *self.only[1], *self.others]
 

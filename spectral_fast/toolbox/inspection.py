@@ -13,30 +13,14 @@ import numpy as np
 
 from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.kernels.lowrank_svd import singular_values
-from spectral_fast.options import check, option
 from spectral_fast.provenance import versions
 from spectral_fast.toolbox import measures
 from spectral_fast.toolbox.measures import Floats
+from spectral_fast.toolbox.options import InspectOptions
 from spectral_fast.toolbox.streaming import Batch, Factors, Progress, streamed
 
 SHARES = (0.90, 0.95, 0.99)
 TOP = (1, 4, 16)
-
-
-@dataclass(frozen=True)
-class InspectOptions:
-    """What is worth a remark.
-
-    Example:
-        >>> from spectral_fast.toolbox import InspectOptions
-        >>> InspectOptions(spike=5.0).spike
-        5.0
-    """
-
-    spike: float = option(10.0, "remark on singular values above this many times the median that are not zero", low=1)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Floats = NDArray[np.float64]
 EPS32 = torch.finfo(torch.float32).eps
@@ -47,3 +48,14 @@ def effective_rank(s: Floats) -> float:
         return 0.0
     p = values / values.sum()
     return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def channel_energy(b: Tensor, a: Tensor) -> Tensor:
+    """‖b_k a_k‖_F² = ‖b_k‖² ‖a_k‖² of every channel of B (m, r) and A (r, n), as (r,) float64 on the CPU."""
+    return energy(b, 0) * energy(a, 1)
+
+
+def energy(factor: Tensor, dim: int) -> Tensor:
+    """The squared norms of a factor's columns (dim 0) or rows (dim 1), float64 on the CPU."""
+    norms: Tensor = torch.linalg.vector_norm(factor.detach(), dim=dim, dtype=torch.float64)
+    return norms.square().cpu()

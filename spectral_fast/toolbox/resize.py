@@ -24,59 +24,15 @@ from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.backends import chosen_backends
 from spectral_fast.edit import Measured
 from spectral_fast.kernels.lowrank_svd import singular_values
-from spectral_fast.options import check, option
 from spectral_fast.provenance import versions
 from spectral_fast.sensitivity import Sensitivity
 from spectral_fast.spectrum import Spectrum, lowrank_svd, rebuild
 from spectral_fast.toolbox import measures
+from spectral_fast.toolbox.options import ResizeOptions
 from spectral_fast.toolbox.streaming import Batch, Factors, Progress, streamed
 
 META = "resize_meta.json"
 Kept = Mapping[str, Tensor | int]  # module -> indices of directions, ascending, or how many of the largest
-
-
-@dataclass(frozen=True)
-class ResizeOptions:
-    """How many directions of every module are kept; one of the first five.
-
-    Example:
-        >>> from spectral_fast.toolbox import ResizeOptions
-        >>> ResizeOptions(rank=16).rank
-        16
-        >>> ResizeOptions(rank=16, energy=0.9)
-        Traceback (most recent call last):
-            ...
-        ValueError: give one of rank, energy, error, budget and budget_params; got rank=16, energy=0.9
-    """
-
-    rank: int | None = option(None, "rank of every module; those of a smaller one keep theirs", low=1)
-    energy: float | None = option(None, "smallest ranks that keep this share of each module's sum of s²", low=0, high=1)
-    error: float | None = option(
-        None, "smallest ranks with |ΔW - ΔW'| / |ΔW| up to this in each module, Frobenius norms", low=0, high=1
-    )
-    budget: float | None = option(
-        None, "drop directions of least |s g| with up to this share of its sum over all modules", low=0, high=1
-    )
-    budget_params: int | None = option(
-        None, "drop directions of least |s g| until the modules have at most this many parameters", low=1
-    )
-    pad: bool = option(False, "give all modules the largest rank (or --rank), by zeros: no rank_pattern is needed")
-
-    def __post_init__(self) -> None:
-        check(self)
-        goals = {name: value for name, value in asdict(self).items() if name != "pad" and value is not None}
-        if len(goals) != 1:
-            raise ValueError(
-                "give one of rank, energy, error, budget and budget_params; got "
-                f"{', '.join(f'{name}={value}' for name, value in goals.items()) or 'none'}"
-            )
-
-    def check_sensitivity(self, sensitivity: Sensitivity | None) -> None:
-        """Refuse sensitivities that would not be used, and budgets without them."""
-        if sensitivity is None and (self.budget is not None or self.budget_params is not None):
-            raise ValueError("a budget is spent by sensitivities: probe the adapter, and give what probe wrote")
-        if sensitivity is not None and (self.energy is not None or self.error is not None):
-            raise ValueError("energy and error go by singular values alone; with sensitivities give rank or a budget")
 
 
 @dataclass(frozen=True)

@@ -4,27 +4,24 @@
 transformers that asks it, and `GatedTrainer` and `GatedSFTTrainer` are two of those.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from spectral_fast.training.gate import HeadGradientGate
-from spectral_fast.training.run import train
-from spectral_fast.training.settings import Settings, load
+from spectral_fast.lazy import lazily
+
+if TYPE_CHECKING:
+    from spectral_fast.training.gate.head_gradient import HeadGradientGate
+    from spectral_fast.training.run import train
+    from spectral_fast.training.settings import Settings, load
+    from spectral_fast.training.trainer import GatedSFTTrainer, GatedTrainer, gated
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            "spectral_fast.training.gate.head_gradient": ("HeadGradientGate",),
+            "spectral_fast.training.run": ("train",),
+            "spectral_fast.training.settings": ("Settings", "load"),
+            "spectral_fast.training.trainer": ("GatedSFTTrainer", "GatedTrainer", "gated"),
+        },
+    )
 
 __all__ = ["GatedSFTTrainer", "GatedTrainer", "HeadGradientGate", "Settings", "gated", "load", "train"]
-
-
-def __getattr__(name: str) -> Any:
-    """The trainers, for which transformers and TRL are imported."""
-    if name not in ("gated", "GatedTrainer", "GatedSFTTrainer"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from spectral_fast.training.trainer import gated
-
-    if name == "gated":
-        return gated
-    if name == "GatedTrainer":
-        from transformers import Trainer
-
-        return gated(Trainer)
-    from trl import SFTTrainer
-
-    return gated(SFTTrainer)

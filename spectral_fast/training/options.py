@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from spectral_fast.calibration.model import DTYPES, ModelOptions
+from spectral_fast.calibration.options import DTYPES, ModelOptions
 from spectral_fast.options import check, option
-from spectral_fast.training.gate import KINDS, Gate, open_gate
-from spectral_fast.training.gate.frequent_directions import MODES
-from spectral_fast.training.gate.head_gradient import SOURCE
+from spectral_fast.training.gate.names import KINDS, MODES, SOURCE
+
+if TYPE_CHECKING:
+    from spectral_fast.training.gate.base import Gate
 
 ALL_LINEAR = "all-linear"  # PEFT's name
 
@@ -99,6 +101,17 @@ class DataArguments:
     def __post_init__(self) -> None:
         check(self)
 
+    @property
+    def source(self) -> str:
+        """Where the rows to train on are.
+
+        Raises:
+            ValueError: that is not said.
+        """
+        if self.train_dataset_path is None:
+            raise ValueError("no data: give train_dataset_path, in the file or as a flag")
+        return self.train_dataset_path
+
 
 @dataclass(frozen=True)
 class LoggingArguments:
@@ -157,6 +170,8 @@ class GateArguments:
 
     def open(self, d_hidden: int, vocab_size: int) -> Gate:
         """The gate for an output embedding of these sizes."""
+        from spectral_fast.training.gate.opening import open_gate
+
         given = asdict(self)
         kind, _, _ = given.pop("gate"), given.pop("enable"), given.pop("max_optimizer_steps")
         return open_gate(kind, d_hidden, vocab_size, **given)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from spectral_fast.options import check, option, take
-from spectral_fast.sensitivity import Sensitivity
 from spectral_fast.training.options import LoraModelConfig
 
 HEAD = "lm_head"  # TRL's trainer computes the loss from its weight, past any adapter, and refuses one
@@ -43,6 +42,7 @@ def adaptive_lora(model: LoraModelConfig, ranks: RankAssignmentConfig) -> Any:
         FileNotFoundError, ValueError: as `layers_of`, `Sensitivity.load` and `allocate`.
     """
     from spectral_fast.allocation import RankOptions, SpectralOptions, allocate, layers_of, preset_of
+    from spectral_fast.sensitivity import Sensitivity
 
     given = {
         **preset_of(ranks.rank_preset),

@@ -152,15 +152,13 @@ def _data(settings: Settings, tokenizer: Any) -> tuple[Any, Any]:
     from trl import is_conversational
 
     data, template = settings.data, settings.training.chat_template_path
-    if data.train_dataset_path is None:
-        raise ValueError("no data: give train_dataset_path, in the file or as a flag")
     if template is not None and Path(template).is_file() and not template.endswith(_TEMPLATES):
         raise ValueError(f"chat_template_path {template} must end in {' or '.join(_TEMPLATES)}")
     how = (data, settings.training.dataset_text_field, settings.model.cache_dir)
-    rows = load_split(data.train_dataset_path, data.train_split, data.train_samples, *how)
+    rows = load_split(data.source, data.train_split, data.train_samples, *how)
     if is_conversational(rows[0]) and not (tokenizer.chat_template or template):
         raise ValueError(
-            f"{data.train_dataset_path} has messages, and {settings.model.name} no chat template: give "
+            f"{data.source} has messages, and {settings.model.name} no chat template: give "
             f"chat_template_path, a file that ends in {' or '.join(_TEMPLATES)}"
         )
     if data.val_dataset_path is None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from spectral_fast.options import option
 from spectral_fast.splines import PARAMETERS, PRESETS, SplineOptions, mean_facts
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass

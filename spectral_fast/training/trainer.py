@@ -265,3 +265,16 @@ def gated(trainer: type) -> Any:
         trainer: the class. What is returned takes its arguments, `gate`, and `max_optimizer_steps`.
     """
     return type(f"Gated{trainer.__name__}", (_Gated, trainer), {"__doc__": _Gated.__doc__})
+
+
+def __getattr__(name: str) -> Any:
+    """`GatedTrainer` and `GatedSFTTrainer`, for which transformers or TRL is imported."""
+    if name == "GatedTrainer":
+        from transformers import Trainer
+
+        return gated(Trainer)
+    if name == "GatedSFTTrainer":
+        from trl import SFTTrainer
+
+        return gated(SFTTrainer)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,10 +6,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from spectral_fast.options import check, option
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {"": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _CGROUP = Path("/sys/fs/cgroup")
@@ -60,6 +62,8 @@ def _bytes(text: str) -> int:
 def _available(device: torch.device) -> int:
     """Memory that a new allocation could have: of the GPU, or of the machine within the limit of the container."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 

@@ -11,7 +11,8 @@ from torch import nn
 from spectral_fast.adapter import Adapter
 from spectral_fast.adapter.naming import changes_base
 from spectral_fast.calibration.checkpoint import INDEX, SINGLE, check_checkpoint, checkpoint_files
-from spectral_fast.calibration.model import ModelOptions, check_fit, check_whole, from_pretrained
+from spectral_fast.calibration.model import check_fit, check_whole, from_pretrained
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.calibration.packed.decoder import Decoder
 from spectral_fast.calibration.streaming.weights import INSTEAD, Weights
 from spectral_fast.tensorfile import SafetensorsFile

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.evaluation.engines.options import EngineOptions
 from spectral_fast.evaluation.engines.protocol import Engine
 

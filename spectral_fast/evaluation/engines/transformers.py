@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from spectral_fast.adapter import Adapter, changes_base
-from spectral_fast.calibration.model import ModelOptions, check_fit, check_whole, load_model, load_tokenizer
+from spectral_fast.calibration.model import check_fit, check_whole, load_model, load_tokenizer
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.evaluation.engines.decoding import generate
 from spectral_fast.evaluation.engines.protocol import Progress, Sampling, one_per_prompt
 from spectral_fast.splines import PEFT_TYPE

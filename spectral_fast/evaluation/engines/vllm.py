@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from spectral_fast.adapter import Adapter, changes_base
-from spectral_fast.calibration.model import ModelOptions, check_fit, check_whole, load_tokenizer
+from spectral_fast.calibration.model import check_fit, check_whole, load_tokenizer
+from spectral_fast.calibration.options import DTYPES, ModelOptions
 from spectral_fast.calibration.streaming.skeleton import empty_model
 from spectral_fast.evaluation.engines.options import EngineOptions
 from spectral_fast.evaluation.engines.protocol import Progress, Sampling, one_per_prompt
@@ -32,7 +33,6 @@ _REFUSED = {
     "layer_replication": "replicates layers",
     "modules_to_save": "replaces whole modules (modules_to_save)",
 }
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class VllmEngine:
@@ -273,7 +273,7 @@ def _dtype(options: ModelOptions) -> str:
     if device not in ("auto", here):
         raise ValueError(f"--device {options.device}: the installed vLLM runs on {here}; take --engine transformers")
     if options.dtype != "auto":
-        return _DTYPES[options.dtype]
+        return DTYPES[options.dtype]
     return "float32" if here == "cpu" else "auto"
 
 

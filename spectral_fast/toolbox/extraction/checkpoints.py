@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from spectral_fast.adapter.folder import is_finite
 from spectral_fast.allocation.layers import empty_and_tensors, weight_files
 from spectral_fast.calibration.checkpoint import check_nothing_missing
-from spectral_fast.calibration.model import ModelOptions, from_pretrained
+from spectral_fast.calibration.model import from_pretrained
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.calibration.streaming.tensors import Tensors
 from spectral_fast.tensorfile import TensorInfo
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -14,72 +14,22 @@ from threading import Event
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spectral_fast.adapter.creation import check_out_dir
 from spectral_fast.adapter.folder import is_finite
-from spectral_fast.calibration.model import ModelOptions
+from spectral_fast.calibration.options import ModelOptions
 from spectral_fast.calibration.streaming.work_folder import discard, work_folder
-from spectral_fast.options import check, option
 from spectral_fast.provenance import sha256_file, versions
 from spectral_fast.spectrum import Spectrum, lowrank_svd, rebuild
 from spectral_fast.toolbox.extraction.checkpoints import Pair, differences, open_checkpoints
+from spectral_fast.toolbox.extraction.options import ExtractOptions
 from spectral_fast.toolbox.extraction.parts import Extracted, Parts
 from spectral_fast.toolbox.extraction.range_finder import Projection, project
 from spectral_fast.toolbox.extraction.result import Extraction, NothingDiffersError, collect, write
 from spectral_fast.toolbox.streaming import batches
 
 META = "extract_meta.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _START = 64  # columns to begin with where the rank is not known
-
-
-@dataclass(frozen=True)
-class ExtractOptions:
-    """How large and how good the adapter is to be; one of the first three.
-
-    Example:
-        >>> from spectral_fast.toolbox import ExtractOptions
-        >>> ExtractOptions(error=0.1).error
-        0.1
-    """
-
-    rank: int | None = option(None, "rank of every module", low=1)
-    energy: float | None = option(None, "smallest ranks that keep this share of |ΔW|²", low=0, high=1)
-    error: float | None = option(
-        None, "smallest ranks with |ΔW - B A| / |ΔW| up to this, Frobenius norms", low=0, high=1
-    )
-    max_rank: int = option(256, "largest rank that --energy and --error may take", low=1)
-    dtype: str = option("auto", "dtype of the factors; auto is that of the tuned weights", choices=("auto", *DTYPES))
-    passes: int = option(2, "products with ΔWᵀΔW that find the directions, each a pass over both weights", low=1)
-    oversampling: int = option(16, "directions that are found beyond the rank, and left out again", low=0)
-    seed: int = option(0, "seed of the random directions to begin with")
-
-    def __post_init__(self) -> None:
-        check(self)
-        goals = {name: getattr(self, name) for name in ("rank", "energy", "error") if getattr(self, name) is not None}
-        if len(goals) != 1:
-            raise ValueError(
-                "give one of rank, energy and error; got "
-                f"{', '.join(f'{name}={value}' for name, value in goals.items()) or 'none'}"
-            )
-
-    @property
-    def most(self) -> int:
-        """The largest rank that a module may get."""
-        return self.max_rank if self.rank is None else self.rank
-
-    def choose(self, s: Tensor, projection: Projection) -> tuple[int, float, bool]:
-        """Rank, ‖ΔW − B A‖² and whether it is what was asked for, from the singular values of a projection."""
-        tails = projection.missed + s.square().flip(0).cumsum(0).flip(0)  # [k]: with k directions
-        tails = torch.cat([tails, tails.new_tensor([projection.missed])])
-        most = min(self.most, len(s))
-        if self.rank is not None:
-            return most, float(tails[most]), True
-        share = 1 - self.energy if self.energy is not None else (self.error or 0.0) ** 2
-        fits = (tails[1 : most + 1] <= share * projection.energy).nonzero()
-        k = int(fits[0]) + 1 if len(fits) else most
-        return k, float(tails[k]), len(fits) > 0
 
 
 def extract_adapter(
@@ -210,7 +160,7 @@ def _extract(batch: Sequence[Pair], options: ExtractOptions) -> list[Extracted]:
     for (i, (_, _, energy, missed, reached)), (b, a) in zip(chosen.items(), factors, strict=True):
         if batch[i].transposed:
             b, a = a.mT, b.mT
-        dtype = DTYPES.get(options.dtype, batch[i].info.dtype)
+        dtype = batch[i].info.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
         b, a = b.to(dtype).contiguous(), a.to(dtype).contiguous()
         if not (is_finite(b) and is_finite(a)):
             raise ValueError(

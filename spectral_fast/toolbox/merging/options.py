@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-import torch
-
 from spectral_fast.options import check, option
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")  # by torch's names
 
 
 class Method(NamedTuple):
@@ -84,7 +82,7 @@ class MergeOptions:
         None, "smallest ranks with |ΔW - ΔW'| / |ΔW| up to this in each module, Frobenius norms", low=0, high=1
     )
     seed: int = option(0, "seed of the random drawings of dare")
-    dtype: str | None = option(None, "dtype to store", choices=tuple(DTYPES), shown="that of the sources, or the wider")
+    dtype: str | None = option(None, "dtype to store", choices=DTYPES, shown="that of the sources, or the wider")
 
     def __post_init__(self) -> None:
         check(self)

@@ -13,7 +13,7 @@ import torch
 from spectral_fast.adapter import Adapter, LoraModule, changes_base
 from spectral_fast.adapter.creation import Other, new_config, plain_module
 from spectral_fast.adapter.naming import in_model
-from spectral_fast.toolbox.merging.options import DTYPES, MergeOptions
+from spectral_fast.toolbox.merging.options import MergeOptions
 from spectral_fast.toolbox.merging.spaces import tsv_rank
 
 # Entries of adapter_config.json that say which modules are adapted: one adapter's are all's, or names say it instead.
@@ -121,7 +121,7 @@ class Plan:
         made = {}
         for name, found in self.parts.items():
             first = found[0].module
-            stored = DTYPES[dtype] if dtype else _widest([part.module for part in found])
+            stored = getattr(torch, dtype) if dtype else _widest([part.module for part in found])
             module = plain_module(name, first.m, first.n, ranks[name], stored, scaling)
             if _embeds(first):
                 module = replace(module, b_key=f"{name}.lora_embedding_B", a_key=f"{name}.lora_embedding_A")

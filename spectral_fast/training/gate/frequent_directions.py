@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_fast.kernels.frequent_directions import frequent_directions
-
-MODES = ("liberty", "orthonormal")
+from spectral_fast.training.gate.names import MODES
 
 
 class FrequentDirections:

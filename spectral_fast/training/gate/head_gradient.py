@@ -14,9 +14,9 @@ from spectral_fast.training.gate import source
 from spectral_fast.training.gate.base import Gate, Mean, alone
 from spectral_fast.training.gate.controllers import SourceThreshold, Threshold
 from spectral_fast.training.gate.frequent_directions import FrequentDirections
+from spectral_fast.training.gate.names import SOURCE
 
 NOTHING = 1e-8  # a sketch shorter than this counts as zero
-SOURCE = "source"
 CONTROLLERS = {"corrected": Threshold, SOURCE: SourceThreshold}
 
 

@@ -7,8 +7,6 @@ directions: pruning by sensitivity is `edit` with sup_factor 0, after which `pru
 from __future__ import annotations
 
 import json
-import math
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,66 +16,13 @@ import torch
 from torch import Tensor
 
 from spectral_fast.adapter import Adapter, LoraModule
-from spectral_fast.options import check, option
 from spectral_fast.pipeline import in_order
 from spectral_fast.provenance import versions
+from spectral_fast.toolbox.measures import channel_energy
+from spectral_fast.toolbox.options import PruneOptions
 
 META = "channel_prune_meta.json"
 Progress = Callable[[Sequence[LoraModule]], Iterable[LoraModule]]
-
-
-@dataclass(frozen=True)
-class PruneOptions:
-    """Which channels of every module are kept.
-
-    Example:
-        >>> from spectral_fast.toolbox import PruneOptions
-        >>> PruneOptions(keep_ratio=0.5).keep(32)  # channels of a module of rank 32
-        16
-    """
-
-    method: str = option(
-        "channel_energy",
-        "score of channel k: |b_k|^2 |a_k|^2, |b_k|^2, or drawn at random",
-        choices=("channel_energy", "magnitude_B", "random"),
-    )
-    keep_ratio: float = option(0.5, "share of a module's channels that is kept, rounded up", low=0.0, high=1.0)
-    seed: int = option(0, "seed of the random method")
-
-    def __post_init__(self) -> None:
-        check(self)
-
-    def keep(self, r: int) -> int:
-        """How many of r channels are kept: max(1, min(r, ⌈keep_ratio r⌉))."""
-        return max(1, min(r, math.ceil(self.keep_ratio * r)))
-
-    def scorer(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The score as a function of B (m, r) and A (r, n), giving (r,) float64 on the CPU.
-
-        For `random` it draws from one stream: the result depends on the order of its calls, and on r alone.
-        """
-        if self.method == "random":
-            draw = random.Random(self.seed).random
-            return lambda b, _: torch.tensor([draw() for _ in range(b.shape[1])], dtype=torch.float64)
-        if self.method == "magnitude_B":
-            return lambda b, _: _energy(b, 0)
-        return channel_energy
-
-    def kept(self, scores: Tensor) -> Tensor:
-        """(r,) bool: the channels with the highest scores."""
-        mask = torch.zeros(len(scores), dtype=torch.bool)
-        mask[scores.topk(self.keep(len(scores))).indices] = True
-        return mask
-
-
-def channel_energy(b: Tensor, a: Tensor) -> Tensor:
-    """‖b_k a_k‖_F² = ‖b_k‖² ‖a_k‖² of every channel of B (m, r) and A (r, n), as (r,) float64 on the CPU."""
-    return _energy(b, 0) * _energy(a, 1)
-
-
-def _energy(factor: Tensor, dim: int) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(factor.detach(), dim=dim, dtype=torch.float64)
-    return norms.square().cpu()
 
 
 @dataclass(frozen=True)
