@@ -19,22 +19,31 @@ from documentation_world import path_first
 PLAIN = re.compile(r"^spectral-fast [^|<>;&$`]*$")
 
 # (what is found in the command, what stands there instead): the same work on fewer problems, steps or programs. A flag
-# right after the command's name gives way to the page's own.
+# right after the command's name gives way to the page's own. The numbers that a page shows of these are not compared.
 SMALLER: list[tuple[str, str]] = [
     (r"--max_samples (16|200)\b", "--max_samples 2"),
-    (r"^spectral-fast eval(?= )", r"\g<0> --max_samples 2"),
-    (r"^spectral-fast probe\b", r"\g<0> --calib_samples 16"),
+    # The model has 1024 characters of context.
+    (r"^spectral-fast eval(?= )(?!.*--max_samples)", r"\g<0> --max_samples 2 --fewshot 1 --max_tokens 64"),
+    (r"^(spectral-fast eval .*) --eval_profile paper_math\b", r"\1"),
+    (r"^spectral-fast probe\b(?=.*(Llama-3|until-stable))", r"\g<0> --calib_samples 16"),
     (r"(?<=^spectral-fast sweep )(.*) --eval_profile (paper_math|greedy_code)\b", r"\1"),  # 512 tokens
+    (r"(?<=^spectral-fast sweep )(.*) --max_samples \d+ --max_tokens \d+", r"\1"),
     (r"^spectral-fast sweep\b", r"\g<0> --max_samples 2 --controls 2 --calib_samples 4 --fewshot 0 --max_tokens 8"),
     (r"^spectral-fast eval-humaneval\b", r"\g<0> --max_samples 2"),
     (r"--eval_profile paper_code_main\b", "--eval_profile greedy_code"),  # 50 programs of 512 tokens for each problem
-    (r"^spectral-fast edit(?=.* --eval_gsm8k)", r"\g<0> --eval_max_samples 4"),
-    (r"^spectral-fast train\b", r"\g<0> --max_steps 3 --per_device_train_batch_size 1 --max_length 256"),
+    (
+        r"^spectral-fast train\b(?!.*--learning_rate)",
+        r"\g<0> --max_steps 3 --per_device_train_batch_size 1 --max_length 256",
+    ),
     (r"--slora_burn_in \d+", "--slora_burn_in 1"),
-    (r"^spectral-fast demo\b", r"\g<0> --max_samples 2"),
+    (r"^spectral-fast demo\b", r"\g<0> --max_samples 2"),  # all of it: make demo
     (r"^spectral-fast toy\b", r"\g<0> --trials 4"),
     (r"--n_generations 10\b(.*)--pass_k 10\b", r"--n_generations 2\1--pass_k 2 --max_tokens 16"),
     (r"^spectral-fast prune-finetune\b", r"\g<0> --train_samples 32 --eval_samples 16"),
+]
+# The same for what is done in another way, which changes none of the numbers.
+INSTEAD: list[tuple[str, str]] = [
+    (r"^spectral-fast train\b(?=.*--learning_rate)", r"\g<0> --max_steps 4"),  # as the page says
     (r"^spectral-fast lm-eval\b", r"\g<0> --dry_run"),  # lm-evaluation-harness is not installed
     (r"^torchrun --nproc-per-node \d+ -m spectral_fast\b", "spectral-fast"),  # by two processes: test_ranks.py
     (r"--device_map auto\b", "--device cpu"),
@@ -108,17 +117,22 @@ def not_here(command: str) -> tuple[str, str | None] | None:
     return None
 
 
-def made_small(command: str) -> str:
-    """The command as it is run."""
-    for pattern, instead in SMALLER:
+def rewritten(command: str, rules: list[tuple[str, str]]) -> str:
+    """The command with what rules say in place of what they find."""
+    for pattern, instead in rules:
         command = re.sub(pattern, instead, command)
     return command
+
+
+def made_small(command: str) -> bool:
+    """Whether it is run with other numbers than a page shows."""
+    return rewritten(command, SMALLER) != command
 
 
 def perform_command(command: str, environment: Mapping[str, str]) -> str:
     """Run a command, or check what is checked of one that is not run; returns what it prints."""
     if (elsewhere := not_here(command)) is None:
-        return run(made_small(command), environment)
+        return run(rewritten(command, SMALLER + INSTEAD), environment)
     assert elsewhere[1] is None, f"{command}: {elsewhere[1]}"
     return ""
 
@@ -132,6 +146,7 @@ def run_plain(command: str) -> tuple[int, str, str]:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         stack.enter_context(patch.dict(os.environ))
+        stack.enter_context(patch.dict("spectral_fast.backends._chosen", clear=True))  # records name a process's own
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # PEFT's, that a model's config is not on the hub
         try:

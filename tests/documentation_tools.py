@@ -100,27 +100,6 @@ def program(line: str) -> str:
     return words[0] if len(words) > 1 and words[0] in PROGRAMS else ""
 
 
-def masked(line: str) -> str:
-    """A line of output with what another run or machine may change taken out: numbers, hashes, spaces, a place."""
-    line = re.sub(r"\b(within the|above all|below all)\b", "among", line)
-    line = re.sub(r"\b[0-9a-f]{12,}\b", "0", line)
-    return re.sub(r"\s+", " ", re.sub(r"[-+−]?\d[\d.,]*(e[-+]?\d+)?", "0", line)).strip()
-
-
-def missing_lines(shown: str, real: str) -> list[str]:
-    """Lines of `shown` that are not in `real`, in this order, numbers aside; a line `…` stands for any."""
-    rest, absent = [masked(line) for line in real.splitlines()], []
-    for line in shown.splitlines():
-        wanted = masked(line.replace("…", "") if line.strip() in ("…", "...") else line)
-        if not wanted:
-            continue
-        if wanted in rest:
-            rest = rest[rest.index(wanted) + 1 :]
-        else:
-            absent.append(line)
-    return absent
-
-
 def inline_commands(markdown: str) -> list[str]:
     """Code spans in the text that call spectral-fast with flags, as `spectral-fast probe --stream`."""
     text = markdown

@@ -33,7 +33,7 @@ def make_world(home: Path) -> dict[str, str]:
     train, test = _problems()
     _data_set(home, "openai/gsm8k", "main", {"train": train, "test": test})
     _data_set(home, "nyu-mll/glue", "sst2", {"train": _sentences(60, 1), "validation": _sentences(40, 2)})
-    for name, rows in (("train.jsonl", train[-40:]), ("held-out.jsonl", test[:4])):
+    for name, rows in (("train.jsonl", train[-40:]), ("held-out.jsonl", test)):
         (home / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     names = {"HF_HOME": home, "HF_HUB_CACHE": hub, "HF_DATASETS_CACHE": home / "datasets"}
     return {"HF_HUB_OFFLINE": "1"} | {name: str(path) for name, path in names.items()}
@@ -80,16 +80,12 @@ def _encoder(folder: Path) -> Path:
 
 
 def _problems() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Train and test. The first five, the worked examples, are short: the model has 1024 characters of context."""
-    shots = [
-        {"question": f"What is {i}+{i}?", "answer": f"{i}+{i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
-        for i in range(1, 6)
-    ]
+    """Train and test: those that the model inside the package comes with."""
     train, test = (
-        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:rows]]
-        for file, rows in ((embedded.calibration_file(), 60), (embedded.heldout_file(), 12))
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        for file in (embedded.calibration_file(), embedded.heldout_file())
     )
-    return shots + train, test
+    return train, test
 
 
 def _sentences(count: int, seed: int) -> list[dict[str, Any]]:

@@ -12,7 +12,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import calibration, cases, commands, factors, files, machine, models, peers, samples, tasks, timing
+from benchmarks import (
+    calibration,
+    cases,
+    commands,
+    factors,
+    files,
+    machine,
+    models,
+    peers,
+    samples,
+    sweep,
+    tasks,
+    timing,
+)
 from benchmarks.cases import Adapter, Cores, Task
 from benchmarks.figures import FIGURES
 from benchmarks.records import Measurement, Table, write_csv
@@ -270,3 +283,16 @@ def test_a_command_in_a_table_names_no_folder_of_the_machine(tmp_path: Path) -> 
     words = ["--only", "gate: 512", "--out", str(tmp_path / "table.csv"), "--keep", "runs/kept"]
     told = machine.command("benchmarks", words)
     assert told == "python -m benchmarks --only 'gate: 512' --out table.csv --keep runs/kept"
+
+
+def test_a_sweep_is_written_beside_the_runs_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    took = {"sweep": (4.0, 5.0), "edit": (3.0, 2.0), "eval": (5.0, 3.0)}
+    monkeypatch.setattr(sweep, "command", lambda name, *_: took[name])
+    sweep.main(["transformers", "--variants", "2", "--problems", "3", "--out", str(tmp_path / "sweep.csv")])
+    with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
+        together, apart = csv.DictReader(file)
+    assert (together["seconds"], together["processor_seconds"], together["times_as_long"]) == ("4.0", "5.0", "1.00")
+    assert (apart["seconds"], apart["processor_seconds"]) == ("16.0", "10.0")
+    assert (apart["times_as_long"], apart["times_the_processor"]) == ("4.00", "2.00")
+    assert (apart["engine"], apart["variants"], apart["problems"]) == ("transformers", "2", "3")
+    assert "-m benchmarks.sweep transformers" in apart["command"]
