@@ -195,7 +195,8 @@ def test_a_flag_takes_back_what_the_file_turns_on_or_off(tmp_path: Path, monkeyp
     monkeypatch.setattr("spectral_fast.training.train", lambda settings, **_: seen.append(settings))
     file = write(
         tmp_path,
-        "model_name_or_path: x\ntrain_dataset_path: x\nuse_dora: true\nuse_peft: false\noutput_dir: run\ngradient_checkpointing: true\nslora: {enable: true}",
+        "model_name_or_path: x\ntrain_dataset_path: x\nuse_dora: true\nuse_peft: false\n"
+        "output_dir: run\ngradient_checkpointing: true\nslora: {enable: true}",
     )
     monkeypatch.setenv("SPECTRAL_FAST_DEBUG", "1")
     with pytest.raises(TypeError):  # there is no result to print
