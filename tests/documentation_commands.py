@@ -29,6 +29,10 @@ SMALLER: list[tuple[str, str]] = [
     (r"(?<=^spectral-fast sweep )(.*) --eval_profile (paper_math|greedy_code)\b", r"\1"),  # 512 tokens
     (r"(?<=^spectral-fast sweep )(.*) --max_samples \d+ --max_tokens \d+", r"\1"),
     (r"^spectral-fast sweep\b", r"\g<0> --max_samples 2 --controls 2 --calib_samples 4 --fewshot 0 --max_tokens 8"),
+    (
+        r"^spectral-fast edit(?=.* --eval_gsm8k)(?!.*--eval_data)",
+        r"\g<0> --eval_max_samples 4 --eval_fewshot 1 --eval_max_tokens 64",
+    ),
     (r"^spectral-fast eval-humaneval\b", r"\g<0> --max_samples 2"),
     (r"--eval_profile paper_code_main\b", "--eval_profile greedy_code"),  # 50 programs of 512 tokens for each problem
     (

@@ -1,4 +1,4 @@
-"""What a page shows beside what is printed: words and numbers agree, but for times, rates, versions and hashes."""
+"""What a page shows beside what is printed: all agrees but times, rates, sizes of files, versions and hashes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 OTHERWISE = [
     (r"(?<![.\w])[0-9a-f]{12,}\b", "hash"),
     (r"\b\d+\.\d+\.\d+\S*", "version"),
+    (r"(?<=  )\d[\d,]*$|\b\d[\d,]*(?= bytes\b)", "size"),  # records name versions
     (r"\b\d[\d.,]*(?= (ms|s|min|GB/s)\b)", "time"),
 ]
 NUMBER = re.compile(r"[-+−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
