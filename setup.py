@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -40,6 +42,13 @@ class CMakeBuild(build_ext):
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         subprocess.run([*cmake, *configure], check=True)
         subprocess.run([*cmake, "--build", str(build)], check=True)
+
+    def copy_file(self, infile: str, outfile: str, *args: Any, **options: Any) -> tuple[str, bool]:  # type: ignore[override]
+        """Into the checkout: at once, so that a process that starts meanwhile meets the old module or the new one."""
+        partial = f"{outfile}.{os.getpid()}.partial"
+        super().copy_file(infile, partial, *args, **options)
+        Path(partial).replace(outfile)
+        return outfile, True
 
 
 class TreeAsItIs(sdist):

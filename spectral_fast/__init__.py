@@ -18,25 +18,27 @@ What else the commands do is in `spectral_fast.toolbox` (resize, clip, prune, ex
 
 from typing import TYPE_CHECKING
 
-from spectral_fast._version import __version__
+from spectral_fast._version import __version__ as __version__
 from spectral_fast.lazy import lazily
 
 if TYPE_CHECKING:
-    from spectral_fast.adapter.folder import Adapter
-    from spectral_fast.allocation.config import get_adaptive_lora_config
-    from spectral_fast.calibration.calibrate import calibrate
-    from spectral_fast.calibration.closed_form import sensitivity_from_gradients
-    from spectral_fast.calibration.options import CalibrationOptions, ModelOptions
-    from spectral_fast.calibration.probe import probe
-    from spectral_fast.edit import edit_adapter
-    from spectral_fast.evaluation.adapters import evaluate_adapters
-    from spectral_fast.functional import svd_lowrank_factors
-    from spectral_fast.policies import POLICIES
-    from spectral_fast.publish.upload import push_to_hub
-    from spectral_fast.sensitivity import Sensitivity
-    from spectral_fast.spectrum import Spectrum, lowrank_svd
+    from spectral_fast.adapter.folder import Adapter as Adapter
+    from spectral_fast.allocation.config import get_adaptive_lora_config as get_adaptive_lora_config
+    from spectral_fast.calibration.calibrate import calibrate as calibrate
+    from spectral_fast.calibration.closed_form import sensitivity_from_gradients as sensitivity_from_gradients
+    from spectral_fast.calibration.options import CalibrationOptions as CalibrationOptions
+    from spectral_fast.calibration.options import ModelOptions as ModelOptions
+    from spectral_fast.calibration.probe import probe as probe
+    from spectral_fast.edit import edit_adapter as edit_adapter
+    from spectral_fast.evaluation.adapters import evaluate_adapters as evaluate_adapters
+    from spectral_fast.functional import svd_lowrank_factors as svd_lowrank_factors
+    from spectral_fast.policies import POLICIES as POLICIES
+    from spectral_fast.publish.upload import push_to_hub as push_to_hub
+    from spectral_fast.sensitivity import Sensitivity as Sensitivity
+    from spectral_fast.spectrum import Spectrum as Spectrum
+    from spectral_fast.spectrum import lowrank_svd as lowrank_svd
 else:
-    __getattr__, __dir__ = lazily(
+    __getattr__, __dir__, __all__ = lazily(
         __name__,
         {
             "spectral_fast.adapter.folder": ("Adapter",),
@@ -54,22 +56,3 @@ else:
             "spectral_fast.spectrum": ("Spectrum", "lowrank_svd"),
         },
     )
-
-__all__ = [
-    "POLICIES",
-    "Adapter",
-    "CalibrationOptions",
-    "ModelOptions",
-    "Sensitivity",
-    "Spectrum",
-    "__version__",
-    "calibrate",
-    "edit_adapter",
-    "evaluate_adapters",
-    "get_adaptive_lora_config",
-    "lowrank_svd",
-    "probe",
-    "push_to_hub",
-    "sensitivity_from_gradients",
-    "svd_lowrank_factors",
-]

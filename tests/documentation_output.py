@@ -11,7 +11,7 @@ OTHERWISE = [
     (r"(?<=  )\d[\d,]*$|\b\d[\d,]*(?= bytes\b)", "size"),  # records name versions
     (r"\b\d[\d.,]*(?= (ms|s|min|GB/s)\b)", "time"),
 ]
-NUMBER = re.compile(r"[-+−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
+NUMBER = re.compile(r"[-+−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?%?")
 # Numbers in full (JSON) differ as sums in float32 of another order do: by sqrt(n) eps, with n up to 688 in the
 # model inside the package, in each of 7 products of 4 layers, forward and back.
 FULL, RELATIVE = 9, 56 * 688**0.5 * 2.0**-24
@@ -24,15 +24,15 @@ def taken_apart(line: str, *, small: bool = False) -> Line:
         line = re.sub(pattern, instead, line)
     if small:
         line = re.sub(r"\b(within the|above all|below all)\b", "among", line)
-    words = " ".join(NUMBER.sub("0", line).split())
+    words = " ".join(NUMBER.sub(lambda number: "0" + "%" * number[0].endswith("%"), line).split())
     return words, [] if small else NUMBER.findall(line)
 
 
 def agree(shown: str, real: str) -> bool:
-    """Counts exactly; decimals to the last place shown, in which two roundings of nearly the same may differ by one."""
-    a, b = (float(number.replace(",", "").replace("−", "-")) for number in (shown, real))
-    places = len(shown.partition("e")[0].partition(".")[2])
-    if not places:
+    """Counts exactly; decimals and percentages to the last place, in which roundings of nearly the same may differ."""
+    a, b = (float(number.replace(",", "").replace("−", "-").rstrip("%")) for number in (shown, real))
+    places = len(shown.partition("e")[0].rstrip("%").partition(".")[2])
+    if not places and not shown.endswith("%"):
         return a == b
     return abs(a - b) <= (RELATIVE * abs(b) if places >= FULL else 1.01 * 10.0**-places)
 

@@ -41,11 +41,10 @@ def told(code: str) -> list[str]:
 
 
 def test_help_refusals_and_completion_import_no_torch() -> None:
-    code = ASKED.replace("from spectral_fast import *\n", "import spectral_fast\n")
     asked = ["--help", "--version", "edti", "edit", "edit --mode x", "resize --rank 0", "completion bash"]
     each = "for m in command_line()._actions[-1].choices: imported(m, '--help')\n"
     lines = told(
-        f"{code}\nfrom spectral_fast.cli.start import command_line\n"
+        f"{ASKED}\nfrom spectral_fast.cli.start import command_line\n"
         + "".join(f"imported(*{words.split()!r})\n" for words in asked)
         + each
     )
@@ -61,12 +60,24 @@ LATER = [file for file in PACKAGE.rglob("__init__.py") if "lazily(" in file.read
 def test_type_checkers_see_what_there_is(file: Path) -> None:
     package = import_module(".".join(("spectral_fast", *file.parent.relative_to(PACKAGE).parts)))
     [block] = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
-    seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert seen.keys() | {"__version__"} >= set(package.__all__) >= seen.keys()
+    seen = {
+        (alias.name, alias.asname): node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(seen) == [(name, name) for name in package.__all__]
     assert set(package.__all__) <= set(dir(package))
-    for name, module in seen.items():
+    for (name, _), module in seen.items():
         assert module is not None
         assert getattr(package, name) is getattr(import_module(module), name)
+
+
+def test_modules_are_attributes_without_an_import_of_their_own() -> None:
+    code = "import spectral_fast as sf; print(sf.toolbox.resize.resize_adapter is sf.toolbox.resize_adapter)"
+    assert told(code) == ["True"]
+    assert not hasattr(spectral_fast, "tool_box")
+    assert not hasattr(spectral_fast, "__wrapped__")
 
 
 def test_a_star_gives_all_public_names_and_settings_can_be_pickled() -> None:

@@ -150,6 +150,9 @@ def test_every_exception_is_for_a_command_that_some_page_has() -> None:
         ("8 modules", "9 modules", False),
         ("62.7% kept", "62.8% kept", True),  # 62.75, nearly
         ("62.7% kept", "62.9% kept", False),
+        ("changed 65% of it", "changed 66% of it", True),
+        ("changed 65% of it", "changed 67% of it", False),
+        ("changed 65% of it", "changed 65 of it", False),
         ("p = 0.281", "p = 0.284", False),
         ("sha256 0123456789abcdef", "sha256 fedcba9876543210", True),
         ("219,136 of 438,272", "219136 of 438272", True),

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 from spectral_fast.lazy import lazily
 
 if TYPE_CHECKING:
-    from spectral_fast.adapter.folder import Adapter
-    from spectral_fast.adapter.hub import resolve
-    from spectral_fast.adapter.naming import LoraModule, changes_base
+    from spectral_fast.adapter.folder import Adapter as Adapter
+    from spectral_fast.adapter.hub import resolve as resolve
+    from spectral_fast.adapter.naming import LoraModule as LoraModule
+    from spectral_fast.adapter.naming import changes_base as changes_base
 else:
-    __getattr__, __dir__ = lazily(
+    __getattr__, __dir__, __all__ = lazily(
         __name__,
         {
             "spectral_fast.adapter.folder": ("Adapter",),
@@ -17,10 +18,3 @@ else:
             "spectral_fast.adapter.naming": ("LoraModule", "changes_base"),
         },
     )
-
-__all__ = [
-    "Adapter",
-    "LoraModule",
-    "changes_base",
-    "resolve",
-]

@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING
 from spectral_fast.lazy import lazily
 
 if TYPE_CHECKING:
-    from spectral_fast.allocation.analysis import LayerSpectrum, spectra
+    from spectral_fast.allocation.analysis import LayerSpectrum as LayerSpectrum
+    from spectral_fast.allocation.analysis import spectra as spectra
+    from spectral_fast.allocation.config import AdaptiveLora as AdaptiveLora
+    from spectral_fast.allocation.config import allocate as allocate
+    from spectral_fast.allocation.config import compute_adaptive_lora_ranks as compute_adaptive_lora_ranks
+    from spectral_fast.allocation.config import get_adaptive_lora_config as get_adaptive_lora_config
     from spectral_fast.allocation.config import (
-        AdaptiveLora,
-        allocate,
-        compute_adaptive_lora_ranks,
-        get_adaptive_lora_config,
-        spectral_analysis_for_adaptive_lora,
+        spectral_analysis_for_adaptive_lora as spectral_analysis_for_adaptive_lora,
     )
-    from spectral_fast.allocation.layers import Layer, layers_of
-    from spectral_fast.allocation.options import PRESETS, RankOptions, SpectralOptions, preset_of
+    from spectral_fast.allocation.layers import Layer as Layer
+    from spectral_fast.allocation.layers import layers_of as layers_of
+    from spectral_fast.allocation.options import PRESETS as PRESETS
+    from spectral_fast.allocation.options import RankOptions as RankOptions
+    from spectral_fast.allocation.options import SpectralOptions as SpectralOptions
+    from spectral_fast.allocation.options import preset_of as preset_of
 else:
-    __getattr__, __dir__ = lazily(
+    __getattr__, __dir__, __all__ = lazily(
         __name__,
         {
             "spectral_fast.allocation.analysis": ("LayerSpectrum", "spectra"),
@@ -37,19 +42,3 @@ else:
             "spectral_fast.allocation.options": ("PRESETS", "RankOptions", "SpectralOptions", "preset_of"),
         },
     )
-
-__all__ = [
-    "PRESETS",
-    "AdaptiveLora",
-    "Layer",
-    "LayerSpectrum",
-    "RankOptions",
-    "SpectralOptions",
-    "allocate",
-    "compute_adaptive_lora_ranks",
-    "get_adaptive_lora_config",
-    "layers_of",
-    "preset_of",
-    "spectra",
-    "spectral_analysis_for_adaptive_lora",
-]

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 from spectral_fast.lazy import lazily
 
 if TYPE_CHECKING:
-    from spectral_fast.study.active_channels import run_active_channels
-    from spectral_fast.study.options import ActiveChannelOptions, PredictorOptions, PruneFinetuneOptions, ToyOptions
-    from spectral_fast.study.predictors import run_predictors
-    from spectral_fast.study.prune_finetune import run_prune_finetune
-    from spectral_fast.study.toy import run_toy
+    from spectral_fast.study.active_channels import run_active_channels as run_active_channels
+    from spectral_fast.study.options import ActiveChannelOptions as ActiveChannelOptions
+    from spectral_fast.study.options import PredictorOptions as PredictorOptions
+    from spectral_fast.study.options import PruneFinetuneOptions as PruneFinetuneOptions
+    from spectral_fast.study.options import ToyOptions as ToyOptions
+    from spectral_fast.study.predictors import run_predictors as run_predictors
+    from spectral_fast.study.prune_finetune import run_prune_finetune as run_prune_finetune
+    from spectral_fast.study.toy import run_toy as run_toy
 else:
-    __getattr__, __dir__ = lazily(
+    __getattr__, __dir__, __all__ = lazily(
         __name__,
         {
             "spectral_fast.study.active_channels": ("run_active_channels",),
@@ -32,14 +35,3 @@ else:
             "spectral_fast.study.toy": ("run_toy",),
         },
     )
-
-__all__ = [
-    "ActiveChannelOptions",
-    "PredictorOptions",
-    "PruneFinetuneOptions",
-    "ToyOptions",
-    "run_active_channels",
-    "run_predictors",
-    "run_prune_finetune",
-    "run_toy",
-]

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 from spectral_fast.lazy import lazily
 
 if TYPE_CHECKING:
-    from spectral_fast.training.gate.head_gradient import HeadGradientGate
-    from spectral_fast.training.run import train
-    from spectral_fast.training.settings import Settings, load
-    from spectral_fast.training.trainer import GatedSFTTrainer, GatedTrainer, gated
+    from spectral_fast.training.gate.head_gradient import HeadGradientGate as HeadGradientGate
+    from spectral_fast.training.run import train as train
+    from spectral_fast.training.settings import Settings as Settings
+    from spectral_fast.training.settings import load as load
+    from spectral_fast.training.trainer import GatedSFTTrainer as GatedSFTTrainer
+    from spectral_fast.training.trainer import GatedTrainer as GatedTrainer
+    from spectral_fast.training.trainer import gated as gated
 else:
-    __getattr__, __dir__ = lazily(
+    __getattr__, __dir__, __all__ = lazily(
         __name__,
         {
             "spectral_fast.training.gate.head_gradient": ("HeadGradientGate",),
@@ -23,5 +26,3 @@ else:
             "spectral_fast.training.trainer": ("GatedSFTTrainer", "GatedTrainer", "gated"),
         },
     )
-
-__all__ = ["GatedSFTTrainer", "GatedTrainer", "HeadGradientGate", "Settings", "gated", "load", "train"]

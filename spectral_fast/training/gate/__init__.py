@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING
 from spectral_fast.lazy import lazily
 
 if TYPE_CHECKING:
-    from spectral_fast.training.gate.base import Gate, RandomControl
-    from spectral_fast.training.gate.controllers import LossFloor, SourceThreshold, Threshold
-    from spectral_fast.training.gate.frequent_directions import FrequentDirections
-    from spectral_fast.training.gate.head_gradient import HeadGradientGate
-    from spectral_fast.training.gate.loss_floor import LossFloorGate, NoveltyAndLossGate
-    from spectral_fast.training.gate.names import KINDS
-    from spectral_fast.training.gate.opening import open_gate
+    from spectral_fast.training.gate.base import Gate as Gate
+    from spectral_fast.training.gate.base import RandomControl as RandomControl
+    from spectral_fast.training.gate.controllers import LossFloor as LossFloor
+    from spectral_fast.training.gate.controllers import SourceThreshold as SourceThreshold
+    from spectral_fast.training.gate.controllers import Threshold as Threshold
+    from spectral_fast.training.gate.frequent_directions import FrequentDirections as FrequentDirections
+    from spectral_fast.training.gate.head_gradient import HeadGradientGate as HeadGradientGate
+    from spectral_fast.training.gate.loss_floor import LossFloorGate as LossFloorGate
+    from spectral_fast.training.gate.loss_floor import NoveltyAndLossGate as NoveltyAndLossGate
+    from spectral_fast.training.gate.names import KINDS as KINDS
+    from spectral_fast.training.gate.opening import open_gate as open_gate
 else:
-    __getattr__, __dir__ = lazily(
+    __getattr__, __dir__, __all__ = lazily(
         __name__,
         {
             "spectral_fast.training.gate.base": ("Gate", "RandomControl"),
@@ -29,17 +33,3 @@ else:
             "spectral_fast.training.gate.opening": ("open_gate",),
         },
     )
-
-__all__ = [
-    "KINDS",
-    "FrequentDirections",
-    "Gate",
-    "HeadGradientGate",
-    "LossFloor",
-    "LossFloorGate",
-    "NoveltyAndLossGate",
-    "RandomControl",
-    "SourceThreshold",
-    "Threshold",
-    "open_gate",
-]
