@@ -38,10 +38,9 @@ def replace_directory(
         FileExistsError: `out_dir` is not empty and may not be overwritten.
         ValueError: `out_dir` is a symbolic link, a mount point, or overlaps with `source`.
         RuntimeError: another run is writing to `out_dir`, or its file system cannot exchange directories.
-        OSError: as it came from the file system, with the file's name.
+        OSError: from the file system; with the name of `out_dir` where no folder can be made there.
     """
     out = check_out_dir(out_dir, overwrite=overwrite, source=source, marker=marker)
-    out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.partial")
     lock = _lock(work, out)
     try:
@@ -120,7 +119,11 @@ def replace_file(path: Path, text: str) -> None:
 def _lock(work: Path, out: Path) -> int:
     """Make `work` and hold its lock file; the kernel lets go of it however this process ends."""
     while True:
-        work.mkdir(exist_ok=True)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # the user knows nothing of `work`
+            reason = f"no folder can be made in {out.parent} ({error.strerror}); choose another out_dir"
+            raise type(error)(error.errno, reason, str(out)) from error
         try:
             lock = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:  # the run that had it ended just now

@@ -109,6 +109,7 @@ def test_peft_defaults_fill_an_old_config(tmp_path: Path) -> None:
         ("[]", "peft_type LORA"),
         ("{}", "got None"),
         ('{"peft_type": "IA3"}', "got 'IA3'; only LoRA can be edited"),
+        ('{"peft_type": "LORA", "rank_pattern": [1]}', r"rank_pattern must map names of modules to numbers; got \[1\]"),
     ],
 )
 def test_a_config_that_is_not_lora_is_refused(tmp_path: Path, content: str, message: str) -> None:

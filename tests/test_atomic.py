@@ -130,6 +130,13 @@ def test_a_mount_point_is_refused() -> None:
     refused("/proc", ValueError, "mount point", overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["/proc/out", "/proc/no_home/out"])
+def test_a_place_for_no_folders_is_told_by_the_name_that_was_given(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder can be made in") as refusal, replace_directory(name):
+        pass
+    assert refusal.value.filename == name
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_parent_without_permission_is_named(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)

@@ -215,7 +215,7 @@ class Scalings:
         config: adapter_config.json.
 
     Raises:
-        ValueError: a pattern is not a regular expression.
+        ValueError: a pattern option is no mapping, or a pattern is not a regular expression.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -22,10 +22,12 @@ class Patterns:
         patterns: as in adapter_config.json; None is none.
 
     Raises:
-        ValueError: a pattern is not a regular expression.
+        ValueError: the option is no mapping, or a pattern is not a regular expression.
     """
 
     def __init__(self, option: str, patterns: Mapping[str, Any] | None) -> None:
+        if not isinstance(patterns, Mapping | None):
+            raise ValueError(f"adapter_config.json: {option} must map names of modules to numbers; got {patterns!r}")
         self._all = dict(patterns or {})
         self._values = list(self._all.values())
         self._names: dict[tuple[int, tuple[int, ...]], dict[str, int]] = {}
