@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from itertools import islice
 from threading import Thread, current_thread
 from typing import TypeVar
+
+import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -55,3 +58,17 @@ def in_order(
         pool.shutdown(cancel_futures=True)
         for thread in started:  # the pool does not know one during whose start an interrupt came
             thread.join()
+
+
+@contextmanager
+def one_thread_each() -> Iterator[int]:
+    """Within the context torch uses one thread per caller; gives how many callers there may be.
+
+    Two callers whose products want two threads each would wait for each other: twice the time, by spinning.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield min(threads, os.cpu_count() or 1)
+    finally:
+        torch.set_num_threads(threads)

@@ -215,7 +215,7 @@ def test_the_profiles_of_the_method(name: str) -> None:
 
 
 def test_a_negative_number_of_shots_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 or more; got -1"):
+    with pytest.raises(ValueError, match="at least 0; got -1"):
         Profile(num_fewshot=-1)
 
 

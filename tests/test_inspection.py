@@ -191,9 +191,9 @@ def test_the_command_names_what_only_one_has_and_fails_on_demand(
     assert main(["diff", str(first), str(first), "--at_most", "0"]) == 0
     save_file({**tensors, last[0]: tensors[last[0]] * float("nan")}, first / "adapter_model.safetensors")
     for flag, value, words in (
-        ("--directions", "0", "1 or more; got 0"),
-        ("--at_most", "nan", "0 or more; got nan"),
-        ("--at_most", "-1", "0 or more; got -1"),
+        ("--directions", "0", "at least 1; got 0"),
+        ("--at_most", "nan", "at least 0; got nan"),
+        ("--at_most", "-1", "at least 0; got -1"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main([*argv, flag, value])
@@ -216,7 +216,7 @@ def test_tensors_beside_the_modules_are_compared_bit_by_bit(tmp_path: Path, caps
     assert sorted(compare_adapters(Adapter.open(first), Adapter.open(one)).others) == sorted([norm, magnitude])
     assert main(["diff", str(one), str(other), "--at_most", "1"]) == 1
     assert "not the same, beside the modules: 2 tensors" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="at_most must be 0 or more; got nan"):
+    with pytest.raises(ValueError, match="at_most must be at least 0; got nan"):
         found.beyond(float("nan"))
 
 

@@ -22,6 +22,7 @@ from spectral_fast.calibration import ranks
 from spectral_fast.calibration.data import Example
 from spectral_fast.calibration.model import ModelOptions
 from spectral_fast.calibration.ranks import Ranks
+from spectral_fast.calibration.torchrun import ENVIRONMENT
 from spectral_fast.cli import main, parser
 from spectral_fast.sensitivity import Sensitivity
 
@@ -172,7 +173,7 @@ def test_a_rank_that_dies_ends_all_at_once_and_nothing_is_written(tmp_path: Path
 
 @pytest.fixture
 def as_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(ranks.ENVIRONMENT, ("1", "2", "1", "localhost", "1"), strict=True):
+    for name, value in zip(ENVIRONMENT, ("1", "2", "1", "localhost", "1"), strict=True):
         monkeypatch.setenv(name, value)
 
 
@@ -244,7 +245,7 @@ def fail_within(before: Any) -> None:
 
 
 def test_a_run_that_fails_leaves_the_signals_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(ranks.ENVIRONMENT, ("0", "1", "0", "localhost", free_port()), strict=True):
+    for name, value in zip(ENVIRONMENT, ("0", "1", "0", "localhost", free_port()), strict=True):
         monkeypatch.setenv(name, value)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ValueError, match="on fire"):
@@ -261,6 +262,7 @@ from tiny_models import tiny_llama, with_lora
 from spectral_fast import calibrate
 from spectral_fast.calibration.data import Example
 from spectral_fast.calibration.ranks import Ranks
+from spectral_fast.calibration.torchrun import ENVIRONMENT
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=int(os.environ["RANK"]), world_size=3)
 group = dist.new_group([2, 1])

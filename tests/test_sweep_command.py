@@ -37,7 +37,7 @@ def test_a_sweep_of_the_embedded_adapter_from_end_to_end(tmp_path: Path, capsys:
     ("flags", "line", "message"),
     [
         (["--workers", "2"], {}, "--workers needs --ray"),
-        (["--controls", "-1"], {}, "--controls must be 0 or more"),
+        (["--controls", "-1"], {}, "--controls must be at least 0"),
         ([], {"task": "humaneval_full"}, "--allow_code_execution"),
     ],
 )

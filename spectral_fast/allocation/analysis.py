@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from spectral_fast.allocation.eigenvalues import eigenvalues, gram, slices
 from spectral_fast.allocation.layers import Layer
 from spectral_fast.allocation.options import SpectralOptions
 from spectral_fast.allocation.tail import EPS, Floats, Tail, finger_tail, median_tail, searched_tail
+from spectral_fast.pipeline import one_thread_each
 
 _BESIDE = 200_000_000  # bytes beside the largest matrix's own: what small matrices may take together in any case
 
@@ -100,7 +99,7 @@ def spectra(
     where = torch.device("cpu") if where.type == "mps" else where
     found: dict[int, LayerSpectrum] = {}
     budget = max((16 * _numel(layer) for layer in layers), default=0)
-    with _one_thread_each() as cores:
+    with one_thread_each() as cores:
         workers = 2 if where.type == "cuda" else cores  # one reads while the other computes
         for spectrum in _bounded(lambda layer: _spectrum(layer, options, where), layers, workers, budget):
             found[spectrum.layer.index] = spectrum
@@ -178,14 +177,3 @@ def _tail(eigs: Floats, options: SpectralOptions) -> Tail:
     if options.power_law_fitting_method == "fix-finger":
         return finger_tail(eigs, options.histogram_bins, lower=options.finger_lower)
     return searched_tail(eigs)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """Within the context torch uses one thread per caller; gives how many callers there may be."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield min(threads, os.cpu_count() or 1)
-    finally:
-        torch.set_num_threads(threads)

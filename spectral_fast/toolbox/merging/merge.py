@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from spectral_fast.adapter import Adapter, LoraModule
 from spectral_fast.adapter.creation import check_out_dir, creating
 from spectral_fast.adapter.patterns import MANY
 from spectral_fast.backends import chosen_backends
+from spectral_fast.pipeline import one_thread_each
 from spectral_fast.provenance import versions
 from spectral_fast.toolbox.merging.maker import Maker
 from spectral_fast.toolbox.merging.options import MergeOptions
@@ -208,11 +209,14 @@ class _Stream:
         """
         how = self._options.how
         maker = Maker(self._options, self._scaling)
-        threads = 1 if how.sparsify == "random" or how.space == "dense" else torch.get_num_threads()
+        alone = how.sparsify == "random" or how.space == "dense"
         size_of = self._sizes.__getitem__
-        with in_batches(
-            self.names, size_of, self._tasks, partial(work, maker), progress, threads, BATCH_BYTES
-        ) as results:
+        with (
+            nullcontext(1) if alone else one_thread_each() as threads,
+            in_batches(
+                self.names, size_of, self._tasks, partial(work, maker), progress, threads, BATCH_BYTES
+            ) as results,
+        ):
             yield results
 
     def _tasks(self, name: str, memory: Tensor) -> list[Task]:
