@@ -76,7 +76,7 @@ def _largest(x: Tensor, density: float, sizes: Sequence[int] | None) -> Tensor:
     n = flat.shape[1]
     counts = torch.tensor([int(density * size) for size in sizes or [n] * len(flat)])
     places = (n - counts).clamp(max=n - 1)  # of the least that is kept, in ascending order
-    ordered = torch.from_numpy(np.partition(flat.numpy(), places.unique().tolist(), axis=1))
+    ordered = torch.from_numpy(np.partition(flat.numpy(), np.unique(places).tolist(), axis=1))
     least = ordered.gather(1, places[:, None])
     del ordered
     kept = (flat >= least) & (counts > 0)[:, None]
