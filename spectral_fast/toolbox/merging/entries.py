@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,10 +71,22 @@ def combine(
 
 
 def _largest(x: Tensor, density: float, sizes: Sequence[int] | None) -> Tensor:
-    """Of each matrix the largest entries by magnitude, ⌊density · entries⌋ of them."""
+    """Of each matrix the largest entries by magnitude, ⌊density · entries⌋ of them; zeros are kept or not."""
     flat = x.abs().flatten(1)
-    counts = [int(density * size) for size in sizes or [flat.shape[1]] * len(flat)]
-    # As in PEFT, so that of equal entries the same ones stay; to sort them takes three times as long.
-    found = flat.topk(max(counts), sorted=min(counts) < max(counts)).indices
-    kept = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
-    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, found, kept).view(x.shape)
+    n = flat.shape[1]
+    counts = torch.tensor([int(density * size) for size in sizes or [n] * len(flat)])
+    places = (n - counts).clamp(max=n - 1)  # of the least that is kept, in ascending order
+    ordered = torch.from_numpy(np.partition(flat.numpy(), np.unique(places).tolist(), axis=1))
+    least = ordered.gather(1, places[:, None])
+    del ordered
+    kept = (flat >= least) & (counts > 0)[:, None]
+    equal = (kept.sum(1) > counts) & (least[:, 0] > 0)
+    if equal.any():  # to the least that is kept: then those stay that PEFT keeps, whose topk takes 3 to 6 times as long
+        kept[equal] = _as_topk(flat[equal], counts[equal])
+    return kept.view(x.shape)
+
+
+def _as_topk(flat: Tensor, counts: Tensor) -> Tensor:
+    most, least = int(counts.max()), int(counts.min())
+    found = flat.topk(most, sorted=least < most).indices  # to sort takes three times as long
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(1, found, torch.arange(most) < counts[:, None])

@@ -197,8 +197,12 @@ class _Stream:
         self._sources, self._plan, self._weights = sources, plan, weights
         self._options, self._scaling = options, scaling
         self.names = sorted(plan.parts, key=in_model_order)
+        dense = options.how.space == "dense"  # then this is what memory is for, however small the factors
         self._sizes = {
-            name: sum(sources[part.source].size_of(part.module) for part in found) for name, found in plan.parts.items()
+            name: sum(
+                max(sources[part.source].size_of(part.module), part.module.m * part.module.n * dense) for part in found
+            )
+            for name, found in plan.parts.items()
         }
 
     @contextmanager
