@@ -262,7 +262,6 @@ from tiny_models import tiny_llama, with_lora
 from spectral_fast import calibrate
 from spectral_fast.calibration.data import Example
 from spectral_fast.calibration.ranks import Ranks
-from spectral_fast.calibration.torchrun import ENVIRONMENT
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/group", rank=int(os.environ["RANK"]), world_size=3)
 group = dist.new_group([2, 1])

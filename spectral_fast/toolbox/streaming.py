@@ -21,6 +21,7 @@ Progress = Callable[[Sequence[LoraModule]], Iterable[LoraModule]]
 
 # Calls cost some 0.2 ms whatever they are given, as much as the SVD of a module this size.
 BATCH_BYTES = 1 << 18
+TINY = 1 << 17  # of bytes per item: below, threads wait for each other's calls, and two take twice as long as one
 
 
 @contextmanager
@@ -64,10 +65,11 @@ def in_batches(
         read: called in a thread with an item and memory, uint8, as large as that or larger.
         work: called in the same thread with a batch of items and what was read of them.
         progress: wraps the list of items.
-        threads: how many batches are in work at a time.
+        threads: how many batches are in work at a time; one, if items are tiny.
         batch_bytes: of items together; a larger one is alone.
     """
     sizes = [size_of(item) for item in items]
+    threads = 1 if sum(sizes) < TINY * len(sizes) else threads
     room = min(max([batch_bytes, *sizes]), sum(sizes))
     slots = [torch.empty(room, dtype=torch.uint8) for _ in range(threads + 1)]
 

@@ -214,12 +214,10 @@ class _Stream:
         how = self._options.how
         maker = Maker(self._options, self._scaling)
         alone = how.sparsify == "random" or how.space == "dense"
-        size_of = self._sizes.__getitem__
+        size_of, job = self._sizes.__getitem__, partial(work, maker)
         with (
             nullcontext(1) if alone else one_thread_each() as threads,
-            in_batches(
-                self.names, size_of, self._tasks, partial(work, maker), progress, threads, BATCH_BYTES
-            ) as results,
+            in_batches(self.names, size_of, self._tasks, job, progress, threads, BATCH_BYTES) as results,
         ):
             yield results
 
