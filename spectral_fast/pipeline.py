@@ -64,7 +64,7 @@ def in_order(
 def one_thread_each() -> Iterator[int]:
     """Within the context torch uses one thread per caller; gives how many callers there may be.
 
-    Two callers whose products want two threads each would wait for each other: twice the time, by spinning.
+    Callers whose products want all threads each would wait for each other.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -41,7 +41,6 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             if word in FOLDERS + FILES:
                 action.complete = shtab.FILE if word in FILES else shtab.DIRECTORY
     script = shtab.complete(parser, shell=args.shell)
-    script = script.replace(
-        " -- $1 ", ' -- "${1//\\\\/}" '
-    )  # of a name with spaces bash gives what is typed: my\ folder
+    # Of a name with spaces bash gives what is typed: my\ folder.
+    script = script.replace(" -- $1 ", ' -- "${1//\\\\/}" ')
     return {"shell": args.shell, "script": script}, script

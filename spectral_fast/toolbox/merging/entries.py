@@ -81,7 +81,7 @@ def _largest(x: Tensor, density: float, sizes: Sequence[int] | None) -> Tensor:
     del ordered
     kept = (flat >= least) & (counts > 0)[:, None]
     equal = (kept.sum(1) > counts) & (least[:, 0] > 0)
-    if equal.any():  # to the least that is kept: then those stay that PEFT keeps, whose topk takes 3 to 6 times as long
+    if equal.any():  # to the least that is kept: then those stay that PEFT keeps, whose topk takes 2 to 6 times as long
         kept[equal] = _as_topk(flat[equal], counts[equal])
     return kept.view(x.shape)
 
